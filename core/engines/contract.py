@@ -1,0 +1,184 @@
+"""The engine contract: the verbs that every engine implements, with the same bytes out.
+
+A *unit* is a picklable piece of work fixed by the input (a shard, a range, a group of files), never by the number of workers.
+A *frame* is a distributed table of rows in no promised order; each engine keeps it in its own way. Functions handed to a verb
+must be picklable (module-level functions, `functools.partial`, frozen dataclasses with `__call__`), pure, and free of
+per-row Python where columns will do.
+
+Order is promised in one place only: inside `shuffle`, `fn` sees rows sorted by `by` then `order`. Together they must be a
+total order, or two engines may disagree. Iteration (k-means rounds, stars) is a plain loop over these verbs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+
+PARTITION_BYTES = 128 << 20  # a shuffle has ceil(bytes / this) partitions: a property of the data, not of the cluster
+BATCH_BYTES = 64 << 20  # documents handed to a kernel at once, in bytes of text
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work with a stable name, used in messages, progress and commits."""
+
+    name: str
+    payload: Any = None
+    bytes: int = 0  # input bytes, for progress
+    poison: tuple[int, ...] = ()  # rows (record ordinals) that killed a worker before: reject them unread
+    cautious: bool = False  # report every row before it is touched, so that a killer can be named
+
+
+@dataclass
+class Report:
+    """What one finished unit says. `value` goes back to the driver, so it must be small."""
+
+    unit: str
+    docs: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    resumed: bool = False  # found committed, not computed
+    value: Any = None
+
+
+Note = Callable[..., None]  # note(docs=, bytes=, row=): progress of the running unit; also its sign of life
+UnitFn = Callable[[Unit, Note], Report]
+ChunkFn = Callable[[pa.Table], pa.Table]
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """A distributed table. Only its schema is public."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+
+@dataclass(frozen=True)
+class Align:
+    """Where `align` writes: one layer of the shards of one dataset, through the one layer writer."""
+
+    write: Callable[[int, pa.Table], Report]  # (shard ordinal, rows of that shard sorted by `row`) -> committed layer shard
+    shards: int  # number of shards; each is written, those without rows all null
+    dataset: int  # ordinal of the dataset within `row`
+    label: str = ""
+
+
+class Engine(Protocol):
+    """The verbs. `scratch` names a folder (below `exchange/`) whose files belong to one stage identity and survive a kill."""
+
+    name: str
+
+    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+        """Run `fn` on each unit; reports in the order of `units`. `fn` commits its own output and recognises it when it
+        finds it. A worker that dies is replaced and its unit tried again alone; a row that keeps killing is passed in
+        `Unit.poison`. An exception from `fn` stops the run as StageError after the other running units have finished."""
+
+    def scan(self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str) -> Frame:
+        """The rows that `fn` yields for all units."""
+
+    def table(self, table: pa.Table) -> Frame:
+        """A small table of the driver as a frame."""
+
+    def map(self, frame: Frame, fn: ChunkFn, schema: pa.Schema, label: str = "map") -> Frame:
+        """`fn` over pieces of the frame of any size: it must treat every row by itself."""
+
+    def shuffle(
+        self,
+        frames: Frame | Sequence[Frame],
+        by: Sequence[str],
+        fn: ChunkFn,
+        schema: pa.Schema,
+        order: Sequence[str] = (),
+        combine: ChunkFn | None = None,
+        max_rows_per_key: int | None = None,
+        label: str = "shuffle",
+    ) -> Frame:
+        """Rows with equal `by` meet; `fn` sees tables sorted by `by` + `order` that hold whole keys only (many at once).
+
+        Several frames must share a schema. `combine` (associative, same schema in and out, key-aligned) runs before the
+        exchange as well. `max_rows_per_key` keeps the first rows by `order` and counts the rest in `dropped_rows`.
+        Null keys meet each other like any value."""
+
+    def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> Frame:
+        """Equi-join ('inner' or 'left outer'); columns of `right` other than `on` are appended. Null keys never match."""
+
+    def align(self, frame: Frame, target: Align) -> list[Report]:
+        """Rows with a `row` column (int64, see `core.rows`) become one layer shard per document shard, written once."""
+
+    def fold(self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold") -> Any:
+        """`merge` over `fn(piece)` in a tree; results must be small and `merge` associative and commutative. None if empty."""
+
+    def persist(self, frame: Frame) -> Frame:
+        """A frame that is computed once even if read twice."""
+
+    def collect(self, frame: Frame) -> pa.Table:
+        """All rows on the driver, sorted by all columns that can be sorted: small frames only."""
+
+    def dropped_rows(self) -> dict[str, int]:
+        """Rows cut by `max_rows_per_key`, by label, since the engine was made."""
+
+    def close(self) -> None:
+        """Stop workers and free scratch memory. Committed files stay."""
+
+
+@dataclass
+class Totals:
+    """Sums over reports, for `observed` in a manifest."""
+
+    docs: int = 0
+    bytes: int = 0
+    peak_memory_bytes: int = 0
+    resumed_units: int = 0
+    units: int = 0
+    values: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, reports: Iterable[Report]) -> "Totals":
+        t = cls()
+        for r in reports:
+            t.docs += r.docs
+            t.bytes += r.bytes
+            t.peak_memory_bytes = max(t.peak_memory_bytes, r.peak_memory_bytes)
+            t.resumed_units += r.resumed
+            t.units += 1
+            t.values.append(r.value)
+        return t
+
+
+def key_aligned(batches: Iterator[pa.Table], by: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
+    """Cut a sorted stream of tables into tables of about `rows` rows that never split a key."""
+    held: list[pa.Table] = []
+    count = 0
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        held.append(batch)
+        count += batch.num_rows
+        if count < rows:
+            continue
+        whole = pa.concat_tables(held).combine_chunks()
+        cut = _last_key_start(whole, by)
+        if cut == 0:
+            held, count = [whole], whole.num_rows
+            continue
+        yield whole.slice(0, cut)
+        held, count = [whole.slice(cut)], whole.num_rows - cut
+    if count:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _last_key_start(table: pa.Table, by: Sequence[str]) -> int:
+    """Index of the first row of the last key of a sorted table: bisect on equality with the last row."""
+    n = table.num_rows
+    last = [table.column(c)[n - 1].as_py() for c in by]
+    lo, hi = 0, n - 1
+    while lo < hi:
+        mid = (lo + hi) // 2
+        if [table.column(c)[mid].as_py() for c in by] == last:
+            hi = mid
+        else:
+            lo = mid + 1
+    return lo

@@ -1,0 +1,90 @@
+"""What a stage is: a function over Arrow data plus one frozen config. The runner and the engines know nothing else of it.
+
+Two shapes of `fn`, told apart by the kind:
+
+- *annotate*: `fn(state, batch) -> (layer batch, rejects)`. `batch` holds the columns named in `Stage.reads`; the layer batch
+  holds the columns of `Stage.layer`, one row per input row, same order. `state = open(config, artifacts)` once per worker.
+- every other kind: `fn(job) -> dict`, which uses the verbs of `job.engine` and returns its `observed` figures.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Kind(StrEnum):
+    """What the runner may do with a stage: only annotate stages fuse and resume per shard; relate stages shuffle."""
+
+    CAPTURE = "capture"  # crawl, harvest, paid answers: commits a log from which determinism starts
+    INGEST = "ingest"  # records to documents
+    ANNOTATE = "annotate"  # one document at a time: documents to a layer
+    RELATE = "relate"  # documents to relations and aligned layers
+    DECIDE = "decide"  # layers to a fate
+    MAKE = "make"  # documents to new documents of the next generation
+    EXPORT = "export"  # shards, mixtures, models, reports
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's knobs. A field with `execution()` never enters the identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    where: str | None = Field(
+        default=None, description="compute only rows for which this predicate over layers holds, e.g. `fate@eligible`"
+    )
+
+
+def execution(default: Any, description: str) -> Any:
+    """A config field that says how to run, not what to compute: workers, credentials, paths, batch sizes."""
+    return Field(default=default, description=description, json_schema_extra={"execution": True})
+
+
+def identity_fields(config: BaseModel) -> dict[str, Any]:
+    """The config as JSON-like values without the fields marked `execution`, for the identity of a run."""
+    skip = {
+        name
+        for name, f in type(config).model_fields.items()
+        if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("execution")
+    }
+    return config.model_dump(mode="json", exclude=skip)
+
+
+class Reject(NamedTuple):
+    """One row of a batch on which a stage failed. `row` counts within the batch."""
+
+    row: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of this stage needs."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_gb: float = 1.0
+
+
+Artifacts = Mapping[str, str]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the pipeline. `version` moves whenever the output for the same input and config could change."""
+
+    name: str
+    kind: Kind
+    config: type[StageConfig]
+    fn: Callable[..., Any]
+    version: int = 1
+    reads: tuple[str, ...] = ()  # document columns ("text") and layer columns ("language.score")
+    layer: pa.Schema | None = None  # the stage's own columns; `computed` and `error` are added by the writer
+    open: Callable[[Any, Artifacts], Any] | None = None  # None: the state is the config itself
+    artifacts: Callable[[Any], Artifacts] | None = None
+    libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity
+    resources: Resources = field(default_factory=Resources)
