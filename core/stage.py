@@ -70,7 +70,9 @@ class Resources:
     memory_gb: float = 1.0
 
 
-Artifacts = Mapping[str, str]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
+Artifacts = Mapping[
+    str, str
+]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
 
 
 @dataclass(frozen=True)
