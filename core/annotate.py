@@ -37,9 +37,13 @@ class AnnotateRun:
     def where(self) -> Predicate | None:
         return Predicate(self.config.where) if self.config.where else None
 
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        return self.stage.columns(self.config)
+
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*self.stage.reads, *(self.where.columns if self.where else ())]))
+        return tuple(dict.fromkeys([*self.reads, *(self.where.columns if self.where else ())]))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -164,7 +168,7 @@ def _annotate_batch(
             errors[row - start] = ("worker_lost", "the worker died or hung on this document")
             live[row - start] = False
     at = np.flatnonzero(live)
-    batch = pa.RecordBatch.from_arrays([columns[c] for c in run.stage.reads], names=list(run.stage.reads))
+    batch = pa.RecordBatch.from_arrays([columns[c] for c in run.reads], names=list(run.reads))
     batch = batch if len(at) == rows else batch.take(pa.array(at))
     pieces = list(_guarded(run, batch, at, errors, start, note if unit.cautious else None))
     table = _scatter(run, pieces, rows, errors)
