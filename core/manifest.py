@@ -54,6 +54,7 @@ class Manifest:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     accounts: dict[str, int] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
+    units: dict[str, Any] = field(default_factory=dict)  # ingest: what became of each unit of input
     format: int = FORMAT
 
     def content(self) -> str:
