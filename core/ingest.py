@@ -141,11 +141,10 @@ def ingest(job: Job, reader: Reader, code: str) -> Outcome:
     work = IngestUnits(job.root, reader, code, staged, known)
     reports = job.engine.run_units(work, units, f"{reader.name}: {job.instance}")
     made = {u.name: r.value for u, r in zip(units, reports, strict=True)}
+    _forget_stale(job.root, staged, known, made)
     check_budget(job.instance, reader.name, sum(m["rejects"] for m in made.values()), _records(made))
     renumbered = number(job, made)
     outputs = _publish(job, made, renumbered)
-    _remove_old(job.root, reader.name, known, made, outputs)
-    job.root.remove(staged)
     drops: dict[str, int] = {}
     for m in made.values():
         for reason, n in m["drops"].items():
@@ -162,7 +161,13 @@ def ingest(job: Job, reader: Reader, code: str) -> Outcome:
         "surrogates_replaced": sum(m["surrogates"] for m in made.values()),
         "renumbered_docs": sum(map(len, renumbered.values())),
     }
-    return Outcome(outputs=outputs, accounts=accounts, observed=observed, units=made)
+    return Outcome(
+        outputs=outputs,
+        accounts=accounts,
+        observed=observed,
+        units=made,
+        cleanup=[staged, *_old_names(reader.name, known, made, outputs)],
+    )
 
 
 def check_budget(instance: str, dataset: str, rejects: int, records: int) -> None:
@@ -224,9 +229,7 @@ def _later_captures(table: pa.Table) -> pa.Table:
     return later.set_column(2, "new_id", pa.array(new, pa.large_string()))
 
 
-def _publish(
-    job: Job, made: dict[str, Any], staged: str, renumbered: dict[str, dict[int, str]]
-) -> dict[str, dict[str, Any]]:
+def _publish(job: Job, made: dict[str, Any], renumbered: dict[str, dict[int, str]]) -> dict[str, dict[str, Any]]:
     """Give every shard its place and its ids; outputs for the manifest, by shard."""
     outputs: dict[str, dict[str, Any]] = {}
     root, dataset = job.root, job.source_name
@@ -301,16 +304,24 @@ def staging(dataset: str) -> str:
     return f"exchange/ingest-{dataset}"
 
 
-def _remove_old(root: Root, dataset: str, known: dict[str, Any], made: dict[str, Any], outputs: dict[str, Any]) -> None:
-    """Remove shards and side files of inputs that are gone or were read anew under other names."""
+def _forget_stale(root: Root, staged: str, known: dict[str, Any], made: dict[str, Any]) -> None:
+    """Remove what an aborted run on other input staged for units that now keep their published shards."""
+    for unit, m in made.items():
+        if m == known.get(unit):
+            for shard in m["shards"]:
+                root.remove(f"{staged}/{shard}.parquet")
+
+
+def _old_names(dataset: str, known: dict[str, Any], made: dict[str, Any], outputs: dict[str, Any]) -> list[str]:
+    """Shards and side files of inputs that are gone or were read anew under other names; removed once the manifest is."""
+    names = []
     for unit, old in known.items():
         for shard in old["shards"]:
             if shard not in outputs:
-                root.remove(f"datasets/{dataset}/documents/{shard}.parquet")
-                root.remove(_ids_name(dataset, shard))
+                names += [f"datasets/{dataset}/documents/{shard}.parquet", _ids_name(dataset, shard)]
         if unit not in made:
-            for folder in ("drops", "rejects"):
-                root.remove(side_name(folder, dataset, unit))
+            names += [side_name(folder, dataset, unit) for folder in ("drops", "rejects")]
+    return names
 
 
 def document_row(source: str, found: Found, seen: dict[str, int]) -> tuple[dict[str, Any], int]:

@@ -85,6 +85,7 @@ class Outcome:
     accounts: dict[str, int] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
     units: dict[str, Any] = field(default_factory=dict)  # ingest: what each unit of input became
+    cleanup: list[str] = field(default_factory=list)  # names to remove once the manifest is written
 
 
 def total(reports: Iterable[Report]) -> dict[str, Any]:
