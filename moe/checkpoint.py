@@ -8,7 +8,8 @@ In: model, optimiser, `TrainConfig` and the step. Out: the same, bit for bit. A 
 name, synced, renamed, and only then named by `latest`, so a kill at any moment leaves the one before it in force.
 `state.json` holds the step, the fingerprints of mixture and tokenizer, and the hash of each file; a file that differs
 is a `StageError` and nothing is changed. There is no generator state: training draws no random number after
-initialisation, and batches are a function of the step."""
+initialisation, and batches are a function of the step.
+"""
 
 import json
 import os

@@ -3,7 +3,8 @@ pydantic reads them.
 
 In: Python or the `config.json` beside a checkpoint. Out: validated values; a wrong one is a `ConfigError` that names
 all problems. Fields marked `execution` may differ between a checkpoint and the run that resumes it; all others are the
-run's identity. The field names follow Step 3.5 Flash (arXiv 2602.10604, Table 6) where it has the same knob."""
+run's identity. The field names follow Step 3.5 Flash (arXiv 2602.10604, Table 6) where it has the same knob.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ Documents are laid end to end and the stream is cut every `context` tokens. Targ
 predicted once a pass, except the last `tokens % context`. A document's input is its tokens moved right by one behind an
 EOS, so EOS is what a document starts from, in training as in evaluation and generation, and no target has to be masked
 at a border. A document that a cut divides goes on in the next row without the text before the cut. Cost: 8 bytes a
-document for prefix sums; a batch reads only the documents that it overlaps."""
+document for prefix sums; a batch reads only the documents that it overlaps.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,27 +155,31 @@ class PackedRows:
         inputs, targets, segments, domains = (np.empty(self.context, dtype=np.int64) for _ in range(4))
         first, last = np.searchsorted(self._ends, (start, stop - 1), side="right").tolist()
         for i in range(first, last + 1):
-            tokens, begin = self._checked(i), int(self._ends[i - 1]) if i else 0
+            begin = int(self._ends[i - 1]) if i else 0
             low, high = max(start, begin), min(stop, int(self._ends[i]))
             here = slice(low - start, high - start)
-            targets[here] = tokens[low - begin : high - begin]
-            inputs[here] = np.concatenate(([self.source.eos], tokens))[low - begin : high - begin]
+            inputs[here], targets[here] = self._shifted(i, low - begin, high - begin)
             segments[here], domains[here] = i - first, self.source.domain(i)
         return inputs, targets, segments, domains
 
-    def _checked(self, i: int) -> np.ndarray:
+    def _shifted(self, i: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of tokens `low` to `high` of entry i. An entry without tokens gives none."""
         tokens, vocab_size = self.source.tokens(i), self.source.vocab_size
         if len(tokens) != self.source.length(i):
             raise InputError(
-                f"train: document {i} of the mixture changed, got {len(tokens)} tokens, expected {self.source.length(i)}; "
-                "mix again"
+                f"train: document {i} of the mixture changed, got {len(tokens)} tokens, "
+                f"expected {self.source.length(i)}; mix again"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        targets = tokens[low:high]
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
             raise InputError(
-                f"train: document {i} has a token outside the vocabulary, got {tokens.min()} to {tokens.max()}, "
+                f"train: document {i} has a token outside the vocabulary, got {targets.min()} to {targets.max()}, "
                 f"expected 0 to {vocab_size - 1}; tokenise again with this tokenizer"
             )
-        return tokens
+        inputs = np.empty_like(targets)
+        inputs[:1] = tokens[low - 1] if low else self.source.eos
+        inputs[1:] = targets[:-1]
+        return inputs, targets
 
 
 def permuted(index: int, n: int, seed: int, turn: int = 0) -> int:

@@ -4,7 +4,8 @@ In: a model folder and a `TokenSource` of held-out documents. Out: domain -> {bp
 documents are absent. bits per byte = sum of -log2 p over all tokens, EOS included, / UTF-8 bytes of the text, EOS
 excluded. A document starts from EOS. One longer than the context is read in windows that move by half a context: the
 first window scores all its tokens, each later one its second half only, so every token is scored once and behind a full
-half context at least. Cost: one forward pass over at most twice the tokens."""
+half context at least. Cost: one forward pass over at most twice the tokens.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

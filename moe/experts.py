@@ -6,7 +6,8 @@ chosen and times `routed_scale` (Step 3.5 Flash, section 2; the bias after DeepS
 names and shapes are the released checkpoint's.
 
 Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E experts, K chosen of them, R = S * K
-routed copies of tokens."""
+routed copies of tokens.
+"""
 
 from typing import Literal
 

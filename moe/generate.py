@@ -1,7 +1,8 @@
 """Continues a prompt, one token at a time, with a key/value cache.
 
 In: a decoder and token ids, or a run folder and a text. Out: new token ids without EOS, or the new text. A prompt
-starts from EOS like every document. Same folder, prompt, settings and seed: same output."""
+starts from EOS like every document. Same folder, prompt, settings and seed: same output.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

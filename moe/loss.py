@@ -4,7 +4,8 @@ In: states [S, D], head weight [V, D], target ids [S]. Out: the mean negative lo
 token [S]. The head is applied to `CHUNK` tokens at a time and its gradients are taken at once, so the [S, V] logits and
 their gradient never exist together. On two cores, V = 8192, D = 128, S = 4096: 40 microseconds a token, against 114 for
 linear + cross_entropy, which spends its time on fresh pages. torch 2.13 has `linear_cross_entropy` for this, 2.11 does
-not."""
+not.
+"""
 
 from typing import Any
 

@@ -7,7 +7,8 @@ parameters carry the released checkpoint's names. All layers see the whole conte
 are not part of this model.
 
 Legend: B rows, T positions, P = positions in the cache and x, D model width, V vocabulary, H query heads, G key/value
-heads, C head width."""
+heads, C head width.
+"""
 
 import math
 

@@ -1,7 +1,8 @@
 """Optimiser, learning rate and the optimiser's state by parameter name.
 
 In: a `Decoder` and an `OptimConfig`. Out: torch's AdamW over two groups, a pure function step -> rate, and state
-tensors that a checkpoint stores under the names of the parameters they belong to."""
+tensors that a checkpoint stores under the names of the parameters they belong to.
+"""
 
 import math
 from collections.abc import Mapping

@@ -9,7 +9,8 @@ one line an update:
 
 The same call on a folder with a checkpoint goes on from it, and ends with the weights and metrics of an undisturbed
 run, bit for bit. A config or mixture that differs from the checkpoint's is refused. All checks come before the first
-byte is written."""
+byte is written.
+"""
 
 import json
 import math
@@ -126,7 +127,7 @@ class _Run:
         """
         began, optim_config = time.perf_counter(), self.config.optim
         lr = optim.learning_rate(self.step, self.config.steps, optim_config)
-        x_BTD = self.model.hidden(torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments_BT))
+        x_BTD = self.model.hidden(torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments))
         targets_S = torch.from_numpy(batch.targets).flatten()
         loss, nll_S = next_token_loss(x_BTD.flatten(0, 1), self.model.lm_head.weight, targets_S)
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,6 +233,6 @@ def _preflight(config: TrainConfig, source: TokenSource) -> PackedRows:
     if rows.steps is not None and rows.steps < config.steps:
         raise ConfigError(
             f"train: the mixture is too short, got {rows.tokens} tokens = {rows.steps} steps of {config.rows} x "
-            f"{model.context}, expected {config.steps} steps; lower train.steps, add tokens to the mixture or set train.repeat"
+            f"{model.context}, expected {config.steps}; lower train.steps, add tokens or set train.repeat"
         )
     return rows
