@@ -1,10 +1,10 @@
 """The error tree. A message reads `stage: what is wrong, got X, expected Y; next step`.
 
-    StepwellError
-    ├── ConfigError      before any work: usage, schema, paths, credentials (exit 2)
-    ├── InputError       one input or document cannot be used (becomes a counted reject)
-    ├── RetryableError   the same call may succeed later (bounded retries)
-    └── StageError       the stage must stop; what was committed stays committed (exit 1)
+StepwellError
+├── ConfigError      before any work: usage, schema, paths, credentials (exit 2)
+├── InputError       one input or document cannot be used (becomes a counted reject)
+├── RetryableError   the same call may succeed later (bounded retries)
+└── StageError       the stage must stop; what was committed stays committed (exit 1)
 """
 
 

@@ -33,7 +33,9 @@ def numbered_id(base_id: str, ordinal: int) -> str:
 
 def digest(value: Any) -> str:
     """Hash of a JSON-like value: sorted keys, no spaces. Floats as repr, so 1 and 1.0 differ."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    )
 
 
 def file_digest(path: str | Path) -> str:

@@ -4,7 +4,7 @@ Two shapes of `fn`, told apart by the kind:
 
 - *annotate*: `fn(state, batch) -> (layer batch, rejects)`. `batch` holds the columns named in `Stage.reads`; the layer batch
   holds the columns of `Stage.layer`, one row per input row, same order. `state = open(config, artifacts)` once per worker.
-- every other kind: `fn(job) -> dict`, which uses the verbs of `job.engine` and returns its `observed` figures.
+- every other kind: `fn(job: core.job.Job) -> core.job.Outcome`, which uses the verbs of `job.engine`.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,7 +70,9 @@ class Resources:
     memory_gb: float = 1.0
 
 
-Artifacts = Mapping[str, str]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
+Artifacts = Mapping[
+    str, str
+]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,16 @@ class Stage:
     config: type[StageConfig]
     fn: Callable[..., Any]
     version: int = 1
-    reads: tuple[str, ...] = ()  # document columns ("text") and layer columns ("language.score")
+    # Document columns ("text"), layer columns ("language.score"), and other stages' outputs ("@tokenizer"); what depends on
+    # knobs is a function of the config. Everything read here enters the identity.
+    reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     layer: pa.Schema | None = None  # the stage's own columns; `computed` and `error` are added by the writer
     open: Callable[[Any, Artifacts], Any] | None = None  # None: the state is the config itself
     artifacts: Callable[[Any], Artifacts] | None = None
     libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity
     resources: Resources = field(default_factory=Resources)
+    per_dataset: bool = False  # capture and ingest work on one source; annotate always does
+
+    def columns(self, config: Any) -> tuple[str, ...]:
+        """What this stage reads under `config`, in order."""
+        return self.reads(config) if callable(self.reads) else self.reads

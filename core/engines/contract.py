@@ -60,7 +60,9 @@ class Frame(Protocol):
 class Align:
     """Where `align` writes: one layer of the shards of one dataset, through the one layer writer."""
 
-    write: Callable[[int, pa.Table], Report]  # (shard ordinal, rows of that shard sorted by `row`) -> committed layer shard
+    write: Callable[
+        [int, pa.Table], Report
+    ]  # (shard ordinal, rows of that shard sorted by `row`) -> committed layer shard
     shards: int  # number of shards; each is written, those without rows all null
     dataset: int  # ordinal of the dataset within `row`
     label: str = ""
@@ -76,7 +78,9 @@ class Engine(Protocol):
         finds it. A worker that dies is replaced and its unit tried again alone; a row that keeps killing is passed in
         `Unit.poison`. An exception from `fn` stops the run as StageError after the other running units have finished."""
 
-    def scan(self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str) -> Frame:
+    def scan(
+        self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
+    ) -> Frame:
         """The rows that `fn` yields for all units."""
 
     def table(self, table: pa.Table) -> Frame:
@@ -108,7 +112,9 @@ class Engine(Protocol):
     def align(self, frame: Frame, target: Align) -> list[Report]:
         """Rows with a `row` column (int64, see `core.rows`) become one layer shard per document shard, written once."""
 
-    def fold(self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold") -> Any:
+    def fold(
+        self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold"
+    ) -> Any:
         """`merge` over `fn(piece)` in a tree; results must be small and `merge` associative and commutative. None if empty."""
 
     def persist(self, frame: Frame) -> Frame:

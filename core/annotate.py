@@ -1,0 +1,241 @@
+"""Annotate stages over shards: documents are read once for all stages of a group, each writes its own layer.
+
+A stage's function may raise on a batch: the batch is halved until the one document is found, which is rejected and named. A
+document that kills the worker is found by the engine (see `core.engines.pool`), which then calls the unit with `poison`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from core.dataset import Dataset, Shard
+from core.engines.contract import BATCH_BYTES, Engine, Note, Report, Unit
+from core.hashing import digest
+from core.layer import committed, empty_rows, layer_output, layer_schema, write_layer
+from core.predicate import Predicate
+from core.schema import REJECTS
+from core.stage import Artifacts, Reject, Stage
+
+DETAIL_CHARS = 300  # of an exception's message in a reject
+
+
+@dataclass(frozen=True)
+class AnnotateRun:
+    """One stage to compute on one dataset. `code` is the digest of its identity without the inputs."""
+
+    stage: Stage
+    layer: str
+    config: Any
+    artifacts: Artifacts
+    code: str
+
+    @cached_property
+    def where(self) -> Predicate | None:
+        return Predicate(self.config.where) if self.config.where else None
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        return self.stage.columns(self.config)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.reads, *(self.where.columns if self.where else ())]))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(sorted({c.rpartition(".")[0] for c in self.columns if "." in c}))
+
+    def unit(self, dataset: Dataset, shard: Shard, fresh: dict[str, str]) -> str:
+        """Identity of this stage's output for one shard: code, documents, and the layers it reads."""
+        inputs = {}
+        for layer in self.layers:
+            if layer not in fresh:
+                note = dataset.root.note(dataset.layer_name(layer, shard))
+                fresh[layer] = note["content"] if note else ""
+            inputs[layer] = fresh[layer]
+        return digest([self.code, shard.content, inputs])
+
+
+@dataclass(frozen=True)
+class AnnotateUnits:
+    """The function the engine runs on each shard. Commits one layer shard a stage, in order."""
+
+    dataset: Dataset
+    runs: tuple[AnnotateRun, ...]
+    batch_bytes: int = BATCH_BYTES
+
+    def __call__(self, unit: Unit, note: Note) -> Report:
+        shard: Shard = unit.payload
+        notes: dict[str, dict[str, Any]] = {}
+        fresh: dict[str, str] = {}
+        todo = self._uncommitted(shard, notes, fresh)
+        if todo:
+            tables, rejects = self._compute(shard, todo, unit, note)
+            for run in todo:
+                self._write_rejects(shard, run.layer, rejects[run.layer])
+                made = write_layer(
+                    self.dataset,
+                    run.layer,
+                    shard,
+                    run.stage.layer,
+                    tables[run.layer],
+                    run.unit(self.dataset, shard, fresh),
+                )
+                notes[run.layer] = made
+                fresh[run.layer] = made["content"]
+        value = {layer: layer_output(n) for layer, n in notes.items()}
+        return Report(unit.name, docs=shard.rows, bytes=shard.text_bytes if todo else 0, resumed=not todo, value=value)
+
+    def _uncommitted(self, shard: Shard, notes: dict[str, Any], fresh: dict[str, str]) -> list[AnnotateRun]:
+        """The runs still to do. A run that reads the layer of one that is to do again is to do again."""
+        todo: list[AnnotateRun] = []
+        for run in self.runs:
+            stale = any(other.layer in run.layers for other in todo)
+            found = None if stale else committed(self.dataset, run.layer, shard, run.unit(self.dataset, shard, fresh))
+            if found is None:
+                todo.append(run)
+            else:
+                notes[run.layer], fresh[run.layer] = found, found["content"]
+        return todo
+
+    def _compute(
+        self, shard: Shard, todo: Sequence[AnnotateRun], unit: Unit, note: Note
+    ) -> tuple[dict[str, list[pa.Table]], dict[str, list[Reject]]]:
+        made = {run.layer for run in todo}
+        stored = sorted({c for run in todo for c in run.columns if c.rpartition(".")[0] not in made} | {"doc_id"})
+        tables: dict[str, list[pa.Table]] = {run.layer: [] for run in todo}
+        rejects: dict[str, list[Reject]] = {run.layer: [] for run in todo}
+        start = 0
+        for batch in self.dataset.read(shard, stored, self.batch_bytes):
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            for run in todo:
+                table, bad = _annotate_batch(run, columns, batch.num_rows, start, unit, note)
+                tables[run.layer].append(table)
+                rejects[run.layer] += bad
+                columns.update({f"{run.layer}.{c}": table.column(c).combine_chunks() for c in table.column_names})
+            start += batch.num_rows
+            note(docs=batch.num_rows, bytes=batch.nbytes)
+        return tables, rejects
+
+    def _write_rejects(self, shard: Shard, layer: str, rejects: Sequence[Reject]) -> None:
+        root, name = self.dataset.root, rejects_name(self.dataset.name, layer, shard.name)
+        if not rejects:
+            if root.exists(name):
+                root.remove(name)
+            return
+        about = self.dataset.read_table(shard, ["doc_id", "origin"]).take([r.row for r in rejects])
+        reasons = pa.array([r.reason for r in rejects], pa.large_string())
+        details = pa.array([r.detail for r in rejects], pa.large_string())
+        table = about.append_column("reason", reasons).append_column("detail", details)
+        root.write_table(name, [table.cast(REJECTS)], REJECTS)
+
+
+def annotate(engine: Engine, dataset: Dataset, runs: Sequence[AnnotateRun], stall_s: float) -> list[Report]:
+    """Compute the layers of `runs` for every shard; reports in shard order, `value` = {layer: manifest output}."""
+    units = [Unit(s.name, s, s.text_bytes) for s in dataset.shards]
+    label = f"{dataset.name}: {', '.join(r.layer for r in runs)}"
+    return engine.run_units(AnnotateUnits(dataset, tuple(runs)), units, label, stall_s)
+
+
+def rejects_name(dataset: str, stage: str, shard: str) -> str:
+    return f"datasets/{dataset}/rejects/{stage}/{shard}.parquet"
+
+
+_states: dict[str, Any] = {}  # once per worker: code digest -> what `open` returned
+
+
+def opened(run: AnnotateRun) -> Any:
+    """The stage's state in this process, opened on first use (a model is loaded once per worker)."""
+    if run.stage.open is None:
+        return run.config
+    if run.code not in _states:
+        _states[run.code] = run.stage.open(run.config, run.artifacts)
+    return _states[run.code]
+
+
+def _annotate_batch(
+    run: AnnotateRun, columns: dict[str, Any], rows: int, start: int, unit: Unit, note: Note
+) -> tuple[pa.Table, list[Reject]]:
+    """Layer rows for one batch, and rejects by row of the shard."""
+    live = run.where.holds({c: columns[c] for c in run.where.columns}) if run.where else np.ones(rows, dtype=bool)
+    errors: dict[int, tuple[str, str]] = {}
+    for row in unit.poison:
+        if start <= row < start + rows and live[row - start]:
+            errors[row - start] = ("worker_lost", "the worker died or hung on this document")
+            live[row - start] = False
+    at = np.flatnonzero(live)
+    batch = pa.RecordBatch.from_arrays([columns[c] for c in run.reads], names=list(run.reads))
+    batch = batch if len(at) == rows else batch.take(pa.array(at))
+    pieces = list(_guarded(run, batch, at, errors, start, note if unit.cautious else None))
+    table = _scatter(run, pieces, rows, errors)
+    return table, [Reject(start + row, reason, detail) for row, (reason, detail) in sorted(errors.items())]
+
+
+def _guarded(
+    run: AnnotateRun,
+    batch: pa.RecordBatch,
+    at: np.ndarray,
+    errors: dict[int, tuple[str, str]],
+    start: int,
+    sign: Callable[..., None] | None,
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """(rows, layer batch) pieces; rows on which the stage raises go to `errors`. With `sign`, one row at a time."""
+    if batch.num_rows == 0:
+        return
+    if sign is not None and batch.num_rows > 1:
+        for i in range(batch.num_rows):
+            yield from _guarded(run, batch.slice(i, 1), at[i : i + 1], errors, start, sign)
+        return
+    if sign is not None:
+        sign(row=start + int(at[0]))
+    try:
+        made, rejects = run.stage.fn(opened(run), batch)
+        if made.num_rows != batch.num_rows:
+            raise ValueError(f"{run.stage.name}: gave {made.num_rows} rows for {batch.num_rows}")
+    except MemoryError:
+        raise
+    except Exception as e:  # noqa: BLE001 - whatever one document does, it costs that document only
+        if batch.num_rows == 1:
+            errors[int(at[0])] = (type(e).__name__, str(e)[:DETAIL_CHARS])
+            return
+        half = batch.num_rows // 2
+        yield from _guarded(run, batch.slice(0, half), at[:half], errors, start, sign)
+        yield from _guarded(run, batch.slice(half), at[half:], errors, start, sign)
+        return
+    for reject in rejects:
+        errors[int(at[reject.row])] = (reject.reason, reject.detail[:DETAIL_CHARS])
+    yield at, made
+
+
+def _scatter(
+    run: AnnotateRun, pieces: Sequence[tuple[np.ndarray, pa.RecordBatch]], rows: int, errors: dict[int, tuple[str, str]]
+) -> pa.Table:
+    """One layer table of all rows: computed ones at their places, nulls elsewhere, errors where rejected."""
+    own = run.stage.layer
+    assert own is not None
+    done = np.zeros(rows, dtype=bool)
+    index = np.full(rows, -1, dtype=np.int64)
+    offset = 0
+    for at, _ in pieces:
+        done[at] = True
+        index[at] = offset + np.arange(len(at))
+        offset += len(at)
+    bad = list(errors)
+    done[bad], index[bad] = False, -1
+    if not pieces:
+        table = empty_rows(own, rows)
+    else:
+        made = pa.Table.from_batches([p.select(own.names).cast(own) for _, p in pieces]).combine_chunks()
+        taken = made.take(pa.array(index, mask=index < 0))
+        head = [pa.array(done), pa.nulls(rows, pa.large_string())]
+        table = pa.Table.from_arrays([*head, *taken.columns], schema=layer_schema(own))
+    if errors:
+        messages: list[str | None] = [None] * rows
+        for row, (reason, detail) in errors.items():
+            messages[row] = f"{reason}: {detail}"
+        table = table.set_column(1, table.schema.field("error"), pa.array(messages, pa.large_string()))
+    return table

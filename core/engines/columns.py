@@ -1,0 +1,138 @@
+"""Column kernels that the engines share: sorting, key borders, caps per key, and the hash that sends a key to its partition."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from core.rows import ROW_BITS, SHARD_MASK
+
+HEAD_BYTES = (
+    64  # bytes of a string key that enter its partition hash, besides the last 8 and the length: chosen, untested
+)
+
+
+def sorted_table(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Rows in ascending order of `keys`, nulls last, contiguous in memory."""
+    if table.num_rows < 2 or not keys:
+        return table.combine_chunks()
+    return table.take(pc.sort_indices(table, sort_keys=[(k, "ascending") for k in keys]))
+
+
+def key_starts(table: pa.Table, by: Sequence[str]) -> np.ndarray:
+    """bool [n]: true where a row of a sorted table begins a new key. Nulls equal nulls."""
+    n = table.num_rows
+    starts = np.zeros(n, dtype=bool)
+    if n == 0:
+        return starts
+    starts[0] = True
+    for name in by:
+        column = table.column(name).combine_chunks()
+        here, before = column.slice(1), column.slice(0, n - 1)
+        differs = np.asarray(pc.fill_null(pc.not_equal(here, before), False))
+        if column.null_count:
+            differs = differs | (np.asarray(pc.is_null(here)) != np.asarray(pc.is_null(before)))
+        starts[1:] |= differs
+    return starts
+
+
+def capped(table: pa.Table, by: Sequence[str], most: int) -> tuple[pa.Table, int]:
+    """The first `most` rows of each key of a sorted table, and how many rows were cut."""
+    starts = key_starts(table, by)
+    first = np.flatnonzero(starts)
+    rank = np.arange(table.num_rows) - np.repeat(first, np.diff(np.append(first, table.num_rows)))
+    keep = rank < most
+    cut = int(table.num_rows - keep.sum())
+    return (table.filter(pa.array(keep)) if cut else table), cut
+
+
+def partition_hash(table: pa.Table | pa.RecordBatch, by: Sequence[str]) -> np.ndarray:
+    """uint64 [n]: equal keys get equal values. Any deterministic spread will do: it decides where a key is worked on,
+    never what comes out."""
+    h = np.full(table.num_rows, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for name in by:
+        column = table.column(name)
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        h = _mix(h ^ _column_words(array))
+    return h
+
+
+def shard_partition(rows: np.ndarray, shards: int, partitions: int) -> np.ndarray:
+    """int64 [n]: the partition that writes the shard of each `row`: contiguous ranges of shards."""
+    return ((rows >> ROW_BITS) & SHARD_MASK) * partitions // max(1, shards)
+
+
+def join_tables(left: pa.Table, right: pa.Table, on: Sequence[str], how: str) -> pa.Table:
+    """Equi-join of two tables by row numbers, so that payload columns may have any type."""
+    keys_left = left.select(list(on)).append_column("__left", pa.array(np.arange(left.num_rows)))
+    keys_right = right.select(list(on)).append_column("__right", pa.array(np.arange(right.num_rows)))
+    matched = keys_left.join(keys_right, keys=list(on), join_type=how, use_threads=False)
+    matched = matched.sort_by([("__left", "ascending"), ("__right", "ascending")])
+    out = left.take(matched.column("__left"))
+    for name in right.column_names:
+        if name not in on:
+            out = out.append_column(
+                right.schema.field(name).with_nullable(True), right.column(name).take(matched.column("__right"))
+            )
+    return out
+
+
+def sortable(schema: pa.Schema) -> list[str]:
+    """Columns that can be ordered, in schema order."""
+    t = pa.types
+    return [f.name for f in schema if not (t.is_nested(f.type) or t.is_null(f.type))]
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Vigna, public domain)."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+def _column_words(array: pa.Array) -> np.ndarray:
+    """uint64 [n] from one key column; nulls become one fixed word."""
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        array = array.cast(pa.large_binary() if pa.types.is_binary(kind) else pa.large_string())
+    if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
+        words = _string_words(array)
+    else:
+        plain = array.cast(pa.int64()) if pa.types.is_temporal(kind) or pa.types.is_boolean(kind) else array
+        values = pc.fill_null(plain, 0).to_numpy(zero_copy_only=False)
+        words = (
+            values.astype(np.float64).view(np.uint64)
+            if values.dtype.kind == "f"
+            else values.astype(np.int64).view(np.uint64)
+        ).copy()
+    if array.null_count:
+        words[np.asarray(pc.is_null(array))] = np.uint64(0x6E756C6C)
+    return words
+
+
+def _string_words(array: pa.Array) -> np.ndarray:
+    """Mix length, the first HEAD_BYTES in words of 8, and the last 8 bytes, for all strings at once."""
+    _, offsets, data = array.buffers()
+    at = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    begin, length = at[:-1], np.diff(at)
+    padded = np.concatenate(
+        [np.frombuffer(data, dtype=np.uint8) if data else np.zeros(0, np.uint8), np.zeros(8, np.uint8)]
+    )
+    words = np.lib.stride_tricks.sliding_window_view(padded, 8)
+    h = length.astype(np.uint64)
+    longest = min(HEAD_BYTES, int(length.max(initial=0)))
+    for step in range(0, longest, 8):
+        live = np.flatnonzero(length > step)
+        h[live] = _mix(h[live] ^ _masked(words, begin[live] + step, length[live] - step))
+    tail = np.flatnonzero(length > HEAD_BYTES)
+    if len(tail):
+        h[tail] = _mix(h[tail] ^ _masked(words, begin[tail] + length[tail] - 8, np.full(len(tail), 8)))
+    return h
+
+
+def _masked(words: np.ndarray, begin: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Eight bytes from each position as one uint64, those past the string's end zeroed."""
+    value = np.ascontiguousarray(words[begin]).view(np.uint64).ravel()
+    spare = np.clip(8 - left, 0, 7).astype(np.uint64) * np.uint64(8)
+    return (value << spare) >> spare

@@ -1,0 +1,281 @@
+"""The `local` engine: worker processes on this machine, frames as files below `scratch`. The default; nothing to start.
+
+A frame is a list of committed parts (see `core.engines.spill`). Every verb numbers itself within its stage, so a stage that is
+killed and run again finds the parts of the verbs it had finished and goes on from there.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from core.engines.columns import join_tables, sortable, sorted_table
+from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn
+from core.engines.pool import Pool, measured
+from core.engines.spill import (
+    Cut,
+    Part,
+    chunks,
+    committed_part,
+    partitions_for,
+    read_partition,
+    slices,
+    write_exchange,
+    write_part,
+)
+from core.progress import Display, quiet
+from core.rows import shard_of
+
+MEMORY_SHARE = (
+    6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
+)
+
+
+@dataclass(frozen=True)
+class LocalFrame:
+    """Rows in committed files."""
+
+    schema: pa.Schema
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.bytes for p in self.parts)
+
+
+class LocalEngine:
+    """Runs units in `workers` processes (0: in this one, for debugging). `memory_gb` is shared by all workers."""
+
+    name = "local"
+
+    def __init__(
+        self, scratch: str | Path, workers: int = 1, memory_gb: float = 4.0, display: Display | None = None
+    ) -> None:
+        self.scratch = Path(scratch)
+        self.workers = workers
+        self.block_bytes = max(1 << 20, int(memory_gb * 1e9) // max(1, workers) // MEMORY_SHARE)
+        self.display = display or quiet()
+        self._pool = Pool(workers) if workers else None
+        self._step = 0
+        self._dropped: dict[str, int] = {}
+        self.peak_memory_bytes = 0
+
+    def begin(self, scratch: str | Path) -> None:
+        """Start a stage: verbs count from zero below this folder."""
+        self.scratch, self._step, self._dropped, self.peak_memory_bytes = Path(scratch), 0, {}, 0
+
+    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+        units = list(units)
+        if not units:
+            return []
+        with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
+            if self._pool is None:
+                reports = [measured(fn, u, lambda docs=0, bytes=0, row=None: advance(docs, bytes, 0)) for u in units]
+            else:
+                reports = self._pool.run(fn, units, label, stall_s, advance)
+        self.peak_memory_bytes = max([self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports)])
+        return reports
+
+    def scan(
+        self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
+    ) -> LocalFrame:
+        return self._make(partial(_scan, fn, schema), list(units), schema, label)
+
+    def table(self, table: pa.Table) -> LocalFrame:
+        path = self._folder("table") / "0.arrow"
+        return LocalFrame(table.schema, (committed_part(str(path)) or write_part(str(path), [table], table.schema),))
+
+    def map(self, frame: Frame, fn: ChunkFn, schema: pa.Schema, label: str = "map") -> LocalFrame:
+        units = [Unit(str(i), part, part.bytes) for i, part in enumerate(_parts(frame))]
+        return self._make(partial(_map, fn, schema), units, schema, label)
+
+    def shuffle(
+        self,
+        frames: Frame | Sequence[Frame],
+        by: Sequence[str],
+        fn: ChunkFn,
+        schema: pa.Schema,
+        order: Sequence[str] = (),
+        combine: ChunkFn | None = None,
+        max_rows_per_key: int | None = None,
+        label: str = "shuffle",
+    ) -> LocalFrame:
+        sources = [frames] if isinstance(frames, LocalFrame) else list(frames)  # type: ignore[arg-type]
+        size = sum(f.bytes for f in sources if isinstance(f, LocalFrame))
+        cut = Cut(tuple(by), tuple(order), partitions_for(size), 0, combine, max_rows_per_key)
+        exchanged = self._exchange(sources, cut, label)
+        work = partial(_reduce, fn, exchanged.schema, schema, cut, self.block_bytes)
+        return self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
+
+    def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> LocalFrame:
+        assert isinstance(left, LocalFrame)
+        assert isinstance(right, LocalFrame)
+        cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes)))
+        a, b = self._exchange([left], cut, f"{label}: left"), self._exchange([right], cut, f"{label}: right")
+        added = [f.with_nullable(True) for f in b.schema if f.name not in on]
+        schema = pa.schema([*a.schema, *added])
+        units = [Unit(str(p), (slices(a.parts, p), slices(b.parts, p), p)) for p in range(cut.partitions)]
+        return self._make(partial(_join, a.schema, b.schema, schema, cut, tuple(on), how), units, schema, label)
+
+    def align(self, frame: Frame, target: Align) -> list[Report]:
+        size = sum(p.bytes for p in _parts(frame))
+        cut = Cut((), (), min(partitions_for(size) * 4, max(1, target.shards)), max(1, target.shards))
+        exchanged = self._exchange([frame], cut, f"{target.label}: exchange")
+        units = []
+        for p in range(cut.partitions):
+            shards = [s for s in range(target.shards) if s * cut.partitions // max(1, target.shards) == p]
+            units.append(Unit(str(p), (slices(exchanged.parts, p), p, shards)))
+        work = partial(_align, exchanged.schema, cut, target)
+        return [r for report in self.run_units(work, units, target.label) for r in report.value]
+
+    def fold(
+        self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold"
+    ) -> Any:
+        units = [Unit(str(i), part, part.bytes) for i, part in enumerate(_parts(frame)) if part.rows]
+        values = [r.value for r in self.run_units(partial(_fold, fn, merge), units, label)]
+        while len(values) > 1:
+            values = [
+                merge(*pair) if len(pair) == 2 else pair[0]
+                for pair in (values[i : i + 2] for i in range(0, len(values), 2))
+            ]
+        return values[0] if values else None
+
+    def persist(self, frame: Frame) -> Frame:
+        return frame  # parts are files already
+
+    def collect(self, frame: Frame) -> pa.Table:
+        table = pa.Table.from_batches([b for part in _parts(frame) for b in part.batches()], frame.schema)
+        return sorted_table(table, sortable(frame.schema))
+
+    def dropped_rows(self) -> dict[str, int]:
+        return dict(self._dropped)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def clear(self) -> None:
+        """Remove the scratch files of the current stage: its outputs are committed elsewhere."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _exchange(self, frames: Sequence[Frame], cut: Cut, label: str) -> LocalFrame:
+        schema = frames[0].schema
+        parts = [part for frame in frames for part in _parts(frame)]
+        units = [Unit(str(i), part, part.bytes) for i, part in enumerate(parts)]
+        return self._make(partial(_cut, schema, cut, self.block_bytes), units, schema, label, cut_by=label)
+
+    def _partition_units(self, exchanged: LocalFrame, cut: Cut) -> list[Unit]:
+        share = exchanged.bytes // max(1, cut.partitions)
+        return [Unit(str(p), (slices(exchanged.parts, p), p), share) for p in range(cut.partitions)]
+
+    def _make(
+        self, work: Any, units: Sequence[Unit], schema: pa.Schema, label: str, cut_by: str | None = None
+    ) -> LocalFrame:
+        """Run `work(path, unit, note) -> Part` for units whose part is not committed yet."""
+        folder = self._folder(label)
+        paths = [str(folder / f"{i:06d}.arrow") for i in range(len(units))]
+        found = [committed_part(path) for path in paths]
+        todo = [replace(u, payload=(paths[i], u.payload)) for i, u in enumerate(units) if found[i] is None]
+        made = iter(self.run_units(partial(_part_unit, work), todo, label))
+        parts = tuple(part if part is not None else next(made).value for part in found)
+        if cut_by is not None and (lost := sum(p.cut_rows for p in parts)):
+            self._dropped[cut_by] = self._dropped.get(cut_by, 0) + lost
+        return LocalFrame(schema, parts)
+
+    def _folder(self, label: str) -> Path:
+        self._step += 1
+        words = "".join(c if c.isalnum() else "-" for c in label.lower())
+        return self.scratch / f"{self._step:03d}-{words[:40]}"
+
+
+def _parts(frame: Frame) -> tuple[Part, ...]:
+    assert isinstance(frame, LocalFrame), f"a frame of another engine: {type(frame).__name__}"
+    return frame.parts
+
+
+def _part_unit(work: Callable[[str, Unit, Note], Part], unit: Unit, note: Note) -> Report:
+    path, payload = unit.payload
+    part = work(path, replace(unit, payload=payload), note)
+    note(docs=part.rows, bytes=unit.bytes)
+    return Report(unit.name, docs=part.rows, bytes=unit.bytes, value=part)
+
+
+def _scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
+    return write_part(path, fn(unit), schema)
+
+
+def _map(fn: ChunkFn, schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
+    return write_part(path, (fn(pa.Table.from_batches([b])) for b in unit.payload.batches()), schema)
+
+
+def _cut(schema: pa.Schema, cut: Cut, block_bytes: int, path: str, unit: Unit, note: Note) -> Part:
+    return write_exchange(path, unit.payload.batches(), schema, cut, block_bytes)
+
+
+def _reduce(
+    fn: ChunkFn, schema_in: pa.Schema, schema: pa.Schema, cut: Cut, memory_bytes: int, path: str, unit: Unit, note: Note
+) -> Part:
+    parts, p = unit.payload
+    lost = 0
+
+    def results() -> Iterator[pa.Table]:
+        nonlocal lost
+        for table, cut_rows in read_partition(parts, p, schema_in, cut, memory_bytes):
+            lost += cut_rows
+            for piece in chunks(table, cut.by):
+                yield fn(piece)
+
+    return replace(write_part(path, results(), schema), cut_rows=lost)
+
+
+def _join(
+    left: pa.Schema,
+    right: pa.Schema,
+    schema: pa.Schema,
+    cut: Cut,
+    on: tuple[str, ...],
+    how: str,
+    path: str,
+    unit: Unit,
+    note: Note,
+) -> Part:
+    parts_left, parts_right, p = unit.payload
+    a = _whole_partition(parts_left, p, left)
+    b = _whole_partition(parts_right, p, right)
+    return write_part(path, [join_tables(a, b, on, how)] if a.num_rows else [], schema)
+
+
+def _whole_partition(parts: Sequence[Part], p: int, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([b for part in parts for b in part.partition(p)], schema).combine_chunks()
+
+
+def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -> Report:
+    parts, p, shards = unit.payload
+    tables = [t for t, _ in read_partition(parts, p, schema, cut, 1 << 62)]
+    table = tables[0] if tables else schema.empty_table()
+    reports = target_reports(table, shards, target, note)
+    return Report(unit.name, docs=sum(r.docs for r in reports), value=reports)
+
+
+def target_reports(table: pa.Table, shards: Sequence[int], target: Align, note: Note) -> list[Report]:
+    """Write the given shards from rows sorted by `row`; every engine's `align` ends here."""
+    at = shard_of(table.column("row").to_numpy())
+    reports = []
+    for shard in shards:
+        first, last = np.searchsorted(at, shard), np.searchsorted(at, shard, side="right")
+        reports.append(target.write(shard, table.slice(int(first), int(last - first))))
+        note(docs=reports[-1].docs)
+    return reports
+
+
+def _fold(fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], unit: Unit, note: Note) -> Report:
+    value = None
+    for batch in unit.payload.batches():
+        here = fn(pa.Table.from_batches([batch]))
+        value = here if value is None else merge(value, here)
+    return Report(unit.name, docs=unit.payload.rows, bytes=unit.bytes, value=value)

@@ -1,0 +1,328 @@
+"""A supervised process pool. It notices a worker that dies or goes silent, names what it was doing, and tries again alone.
+
+`multiprocessing.Pool` waits for ever when a worker is killed (the usual fate under an out-of-memory killer), and one raising task
+there ends its siblings. Here the driver waits on pipes and process sentinels together, so no death goes unseen.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from core.engines.contract import Report, Unit, UnitFn
+from core.errors import ConfigError, RetryableError, StageError
+
+POISON_LIMIT = 20  # rows that may kill a worker in one unit before the stage stops: the reject budget's floor
+RETRIES = 3  # RetryableError from a unit
+BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
+NOTE_EVERY_S = 0.2
+
+log = logging.getLogger("stepwell")
+
+Progress = Callable[[int, int, int], None]  # (docs, bytes, units) since the last call
+
+
+@dataclass
+class _Task:
+    unit: Unit
+    index: int
+    tries: int = 0
+    blind_deaths: int = 0
+    not_before: float = 0.0
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    knows: int = -1  # number of the last function sent to it
+    task: _Task | None = None
+    row: int | None = None
+    last_sign: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """`workers` processes that live until `close`. Started on first use."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._all: list[_Worker] = []
+        self._runs = 0
+
+    def run(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, progress: Progress) -> list[Report]:
+        """`fn` on every unit; reports in order. Stops at the first failure, after running units have ended."""
+        self._runs += 1
+        run = _Run(self, pickle.dumps(fn), units, label, stall_s, progress)
+        try:
+            return run.finish()
+        except BaseException:
+            self.close()  # a worker may still be busy with a unit nobody waits for
+            raise
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.process.kill() if worker.task else _send_end(worker)
+        for worker in self._all:
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+            worker.pipe.close()
+        self._all = []
+
+    def start_worker(self) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self._all.append(worker)
+        return worker
+
+    def discard(self, worker: _Worker) -> None:
+        worker.process.join(timeout=5)
+        worker.pipe.close()
+        self._all.remove(worker)
+
+    def idle(self) -> list[_Worker]:
+        return [w for w in self._all if w.task is None]
+
+    def busy(self) -> list[_Worker]:
+        return [w for w in self._all if w.task is not None]
+
+
+class _Run:
+    """One call of `Pool.run`."""
+
+    def __init__(
+        self, pool: Pool, fn: bytes, units: Sequence[Unit], label: str, stall_s: float, progress: Progress
+    ) -> None:
+        self.pool, self.fn, self.label, self.stall_s, self.progress = pool, fn, label, stall_s, progress
+        self.waiting = deque(_Task(unit, i) for i, unit in enumerate(units))
+        self.reports: list[Report | None] = [None] * len(units)
+        self.failure: Exception | None = None
+
+    def finish(self) -> list[Report]:
+        while self.waiting or self.pool.busy():
+            if self.failure is not None:
+                self.waiting.clear()
+            self._assign()
+            busy = self.pool.busy()
+            if busy:
+                ready = set(wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=1.0))
+                for worker in busy:
+                    if worker.pipe in ready or worker.process.sentinel in ready:
+                        self._listen(worker)
+                self._kill_silent()
+            elif self.waiting:
+                time.sleep(0.05)  # only units that wait for their next try are left
+        if self.failure is not None:
+            raise self.failure
+        return [r for r in self.reports if r is not None]
+
+    def _assign(self) -> None:
+        now = time.monotonic()
+        while self.waiting and self.failure is None:
+            task = self.waiting[0]
+            busy = self.pool.busy()
+            alone = task.unit.cautious or any(w.task is not None and w.task.unit.cautious for w in busy)
+            if len(busy) >= self.pool.workers or (alone and busy) or task.not_before > now:
+                return
+            self.waiting.popleft()
+            idle = self.pool.idle()
+            worker = idle[0] if idle else self.pool.start_worker()
+            self._send(worker, task)
+
+    def _send(self, worker: _Worker, task: _Task) -> None:
+        number = self.pool._runs
+        fn = self.fn if worker.knows != number else None
+        worker.knows, worker.task, worker.row, worker.last_sign = number, task, None, time.monotonic()
+        try:
+            worker.pipe.send((number, fn, task.unit))
+        except (BrokenPipeError, ConnectionResetError):
+            self._died(worker, "died before it began")
+
+    def _listen(self, worker: _Worker) -> None:
+        """Take every message that is there; a closed pipe is a death."""
+        try:
+            while worker.pipe.poll():
+                kind, payload = worker.pipe.recv()
+                worker.last_sign = time.monotonic()
+                if kind == "note":
+                    docs, size, row = payload
+                    worker.row = row if row is not None else worker.row
+                    self.progress(docs, size, 0)
+                else:
+                    self._ended(worker, kind, payload)
+                    return
+        except (EOFError, ConnectionResetError):
+            worker.process.join(timeout=5)
+            self._died(worker, _exit_reason(worker.process.exitcode))
+            return
+        if not worker.process.is_alive() and not worker.pipe.poll():
+            self._died(worker, _exit_reason(worker.process.exitcode))
+
+    def _ended(self, worker: _Worker, kind: str, payload: Any) -> None:
+        task, worker.task = worker.task, None
+        assert task is not None
+        if kind == "done":
+            self.reports[task.index] = payload
+            self.progress(0, 0, 1)
+            return
+        error, trace = payload
+        if isinstance(error, RetryableError) and task.tries < RETRIES:
+            task.tries += 1
+            task.not_before = time.monotonic() + 0.5 * 2**task.tries
+            self.waiting.append(task)
+        elif isinstance(error, ConfigError | StageError):
+            self.failure = self.failure or error
+        else:
+            message = f"{self.label}: unit {task.unit.name} failed: {type(error).__name__}: {error}"
+            self.failure = self.failure or StageError(message + "\n" + trace)
+
+    def _died(self, worker: _Worker, how: str) -> None:
+        task = worker.task
+        self.pool.discard(worker)
+        if task is None:
+            return
+        unit = task.unit
+        if unit.cautious and worker.row is not None:
+            task.unit = replace(unit, poison=(*unit.poison, worker.row))
+        else:
+            task.blind_deaths += 1
+            task.unit = replace(unit, cautious=True)
+        if task.blind_deaths > BLIND_DEATHS or len(task.unit.poison) > POISON_LIMIT:
+            where = f"at row {worker.row}" if worker.row is not None else "before it named a row"
+            deaths = task.blind_deaths + len(task.unit.poison)
+            self.failure = self.failure or StageError(
+                f"{self.label}: worker {how} {where} of unit {unit.name}, {deaths} deaths in this unit; "
+                "give the engine more memory_gb per worker, or fewer workers"
+            )
+            return
+        log.warning("%s: worker %s in unit %s; trying it again alone", self.label, how, unit.name)
+        self.waiting.appendleft(task)
+
+    def _kill_silent(self) -> None:
+        now = time.monotonic()
+        for worker in self.pool.busy():
+            if now - worker.last_sign > self.stall_s:
+                worker.process.kill()
+                worker.process.join(timeout=5)
+                self._died(worker, f"gave no sign for {self.stall_s:.0f} s")
+
+
+def _exit_reason(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"exited with {code}"
+
+
+def _send_end(worker: _Worker) -> None:
+    try:
+        worker.pipe.send(None)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _work(pipe: Connection, parent: int) -> None:
+    """A worker's life: receive units until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    _die_with(parent)
+    import pyarrow as pa
+
+    pa.set_cpu_count(1)  # parallelism is the number of workers; more threads would only fight over the cores
+    known, fn = -1, None
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            return
+        if message is None:
+            return
+        number, pickled, unit = message
+        try:
+            if number != known:
+                known, fn = number, pickle.loads(pickled)
+            assert fn is not None
+            answer: tuple[str, Any] = ("done", measured(fn, unit, _noter(pipe)))
+        except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
+            answer = ("error", (_picklable(e), traceback.format_exc()))
+        pipe.send(answer)
+
+
+def _noter(pipe: Connection) -> Callable[..., None]:
+    held = [0, 0]
+    last = [0.0]
+
+    def note(docs: int = 0, bytes: int = 0, row: int | None = None) -> None:
+        held[0] += docs
+        held[1] += bytes
+        now = time.monotonic()
+        if row is not None or now - last[0] >= NOTE_EVERY_S:
+            pipe.send(("note", (held[0], held[1], row)))
+            held[:] = [0, 0]
+            last[0] = now
+
+    return note
+
+
+def measured(fn: UnitFn, unit: Unit, note: Callable[..., None]) -> Report:
+    """`fn(unit)` with its seconds and peak memory filled in."""
+    reset_peak_memory()
+    begin = time.perf_counter()
+    report = fn(unit, note)
+    report.seconds = time.perf_counter() - begin
+    report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
+    return report
+
+
+def reset_peak_memory() -> None:
+    """Let this process's peak start anew; where the kernel does not allow it the peak is since the process began."""
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process since the last reset."""
+    try:
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that happens (Linux); an orphan would compete with the next run."""
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # noqa: BLE001 - any class may refuse to be pickled
+        return StageError(f"{type(error).__name__}: {error}")

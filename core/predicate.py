@@ -1,0 +1,156 @@
+"""Predicates over columns, as users write them in a config: `signals.words < 50 or language.language != 'en'`.
+
+Columns are `layer.column` (`fate@eligible.keep`; `fate@eligible` alone means its `keep`) or document columns (`kind`, `source`).
+Operators: `< <= > >= == !=`, `in [..]`, `not in [..]`, `and or not`, `+ - * /`, `is null`, `is not null`, parentheses; constants
+are numbers, quoted strings, true, false. Null is unknown, as in SQL: `null < 1` is null, and a null predicate does not hold.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from core.errors import ConfigError
+from core.schema import DOCUMENTS
+
+_TOKENS = re.compile(
+    r"""'[^']*'|"[^"]*"|(?P<column>[A-Za-z_]\w*(?:@\w+)?\.[A-Za-z_]\w*|[A-Za-z_]\w*@\w+)|\b(?P<word>null|true|false)\b"""
+)
+_WORDS = {"null": "None", "true": "True", "false": "False"}
+_COMPARE = {
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+}
+_ARITHMETIC = {ast.Add: pc.add, ast.Sub: pc.subtract, ast.Mult: pc.multiply, ast.Div: pc.divide}
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A parsed predicate. Picklable: it is its text."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        _check(self._tree, self.text)
+
+    @cached_property
+    def _parsed(self) -> tuple[ast.expr, dict[str, str]]:
+        names: dict[str, str] = {}
+
+        def substitute(match: re.Match[str]) -> str:
+            if column := match.group("column"):
+                dotted = column if "." in column else f"{column}.keep"
+                return names.setdefault(dotted, f"c_{len(names)}_")
+            return _WORDS.get(match.group("word") or "", match.group(0))
+
+        try:
+            tree = ast.parse(_TOKENS.sub(substitute, self.text).strip(), mode="eval").body
+        except SyntaxError as e:
+            raise ConfigError(f"predicate {self.text!r}: {e.msg}; expected something like `signals.words < 50`") from e
+        return tree, {v: k for k, v in names.items()}
+
+    @property
+    def _tree(self) -> ast.expr:
+        return self._parsed[0]
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Every column it reads, sorted."""
+        names = self._parsed[1]
+        found = {names.get(n.id, n.id) for n in ast.walk(self._tree) if isinstance(n, ast.Name)}
+        unknown = sorted(c for c in found if "." not in c and c not in DOCUMENTS.names)
+        if unknown:
+            raise ConfigError(
+                f"predicate {self.text!r}: no column {unknown[0]!r}; expected layer.column or one of {DOCUMENTS.names}"
+            )
+        return tuple(sorted(found))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(sorted({c.rpartition(".")[0] for c in self.columns if "." in c}))
+
+    def evaluate(self, columns: pa.Table | pa.RecordBatch | Mapping[str, Any]) -> pa.Array:
+        """bool array with nulls; `columns` must hold all of `self.columns`."""
+        names = self._parsed[1]
+        rows = columns.num_rows if isinstance(columns, pa.Table | pa.RecordBatch) else None
+
+        def column(name: str) -> Any:
+            if isinstance(columns, pa.Table | pa.RecordBatch):
+                return columns.column(names.get(name, name))
+            return columns[names.get(name, name)]
+
+        try:
+            value = _evaluate(self._tree, column)
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
+            raise ConfigError(f"predicate {self.text!r}: {e}") from e
+        if isinstance(value, pa.Scalar):
+            value = pa.array([value.as_py()] * (rows or 0), pa.bool_())
+        return value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
+
+    def holds(self, columns: pa.Table | pa.RecordBatch | Mapping[str, Any]) -> np.ndarray:
+        """bool [n]: true where the predicate is true; false where it is false or unknown."""
+        return np.asarray(pc.fill_null(self.evaluate(columns), False), dtype=bool)
+
+
+def _check(node: ast.AST, text: str) -> None:
+    allowed = (
+        ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.BinOp, ast.Name, ast.Load, ast.Constant,
+        ast.List, ast.Tuple, ast.In, ast.NotIn, ast.Is, ast.IsNot, *_COMPARE, *_ARITHMETIC,
+    )  # fmt: skip
+    for part in ast.walk(node):
+        if not isinstance(part, allowed):
+            raise ConfigError(
+                f"predicate {text!r}: {type(part).__name__} is not allowed; use comparisons, and, or, not, in, is null"
+            )
+
+
+def _evaluate(node: ast.expr, column: Any) -> Any:
+    if isinstance(node, ast.Constant):
+        return pa.scalar(node.value)
+    if isinstance(node, ast.Name):
+        return column(node.id)
+    if isinstance(node, ast.BoolOp):
+        join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+        value = _evaluate(node.values[0], column)
+        for other in node.values[1:]:
+            value = join(value, _evaluate(other, column))
+        return value
+    if isinstance(node, ast.UnaryOp):
+        value = _evaluate(node.operand, column)
+        return pc.invert(value) if isinstance(node.op, ast.Not) else pc.negate(value)
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluate(node.left, column), _evaluate(node.right, column)
+        if isinstance(node.op, ast.Div):  # 1 / 2 is 0.5 whatever the columns' types
+            left = left.cast(pa.float64())
+        return _ARITHMETIC[type(node.op)](left, right)
+    assert isinstance(node, ast.Compare)
+    value = None
+    left = node.left
+    for op, right in zip(node.ops, node.comparators, strict=True):
+        here = _compare(op, left, right, column)
+        value = here if value is None else pc.and_kleene(value, here)
+        left = right
+    return value
+
+
+def _compare(op: ast.cmpop, left: ast.expr, right: ast.expr, column: Any) -> Any:
+    value = _evaluate(left, column)
+    if isinstance(op, ast.Is | ast.IsNot):
+        return pc.is_null(value) if isinstance(op, ast.Is) else pc.is_valid(value)
+    if isinstance(op, ast.In | ast.NotIn):
+        if not isinstance(right, ast.List | ast.Tuple):
+            raise ConfigError("predicate: `in` expects a list such as ['en', 'de']")
+        wanted = pa.array([ast.literal_eval(e) for e in right.elts]).cast(value.type)
+        inside = pc.if_else(pc.is_valid(value), pc.is_in(value, value_set=wanted), None)
+        return pc.invert(inside) if isinstance(op, ast.NotIn) else inside
+    return _COMPARE[type(op)](value, _evaluate(right, column))
