@@ -81,7 +81,9 @@ def report():
             advised.append(line + " (Spark's tests are skipped without it)")
     free_gb = shutil.disk_usage(".").free / 1e9
     if free_gb < LEAST_FREE_GB:
-        required.append("disk: got %.1f GB free, expected %.0f GB; free some or clone elsewhere" % (free_gb, LEAST_FREE_GB))
+        required.append(
+            "disk: got %.1f GB free, expected %.0f GB; free some or clone elsewhere" % (free_gb, LEAST_FREE_GB)
+        )
     return required, advised
 
 
