@@ -20,7 +20,7 @@ from core.annotate import AnnotateRun, annotate
 from core.dataset import Dataset, open_dataset
 from core.engines.contract import Engine
 from core.errors import ConfigError
-from core.ingest import check_budget, ingest
+from core.ingest import check_budget
 from core.job import Job, Outcome, total
 from core.lock import held
 from core.manifest import Identity, Manifest, write_manifest
@@ -116,12 +116,7 @@ class Runner:
             self._scratch / f"{step.name.replace(' ', '').replace('[', '-').replace(']', '')}-{identity.digest()[:12]}"
         )
         self.engine.begin(scratch)
-        if step.entry.stage.kind is Kind.INGEST:
-            from crawl.ingest import reader
-
-            outcome = ingest(job, reader(job.source, job.source_name, self.root), code_of(identity))
-        else:
-            outcome = step.entry.stage.fn(job)
+        outcome = step.entry.stage.fn(job)
         observed = self._observed(began, clock, outcome.observed)
         for (dataset, layer), outputs in sorted(outcome.layers.items()):
             write_manifest(self.root, Manifest(layer, dataset, identity, outputs, _layer_accounts(outputs), observed))

@@ -88,7 +88,9 @@ def test_same_seed_same_bytes(
     assert _bytes(tmp_path / "other") != _bytes(undisturbed)
 
 
-def test_resume_after_kill_9(train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_after_kill_9(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
     """Killed in step 3 (before the first periodic checkpoint) and in step 8 (between two), by the kernel, in another process."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(train_config)), str(folder)]
@@ -158,12 +160,18 @@ def test_leftovers_of_a_kill_are_swept(
 
 Change = Callable[[TrainConfig], TrainConfig]
 CHANGES: dict[str, tuple[Change, str]] = {
-    "shape": (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, dim=48)), "model.dim: the checkpoint has 32"),
+    "shape": (
+        lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, dim=48)),
+        "model.dim: the checkpoint has 32",
+    ),
     "vocabulary": (
         lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=96)),
         "model.vocab_size: the checkpoint has 64, this run 96",
     ),
-    "optimiser": (lambda c: dataclasses.replace(c, optim=OptimConfig(lr=0.5)), "optim.lr: the checkpoint has 0.003, this run 0.5"),
+    "optimiser": (
+        lambda c: dataclasses.replace(c, optim=OptimConfig(lr=0.5)),
+        "optim.lr: the checkpoint has 0.003, this run 0.5",
+    ),
 }
 
 
@@ -188,7 +196,9 @@ def test_another_mixture_or_tokenizer_is_refused(
         train(dataclasses.replace(train_config, tokenizer=str(tmp_path / "t.json")), source, undisturbed)
 
 
-def test_all_is_checked_before_the_first_byte(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
+def test_all_is_checked_before_the_first_byte(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
     small = dataclasses.replace(train_config.model, vocab_size=40, eos=1)
     with pytest.raises(ConfigError) as error:
         train(dataclasses.replace(train_config, model=small, tokenizer="absent.json"), source, tmp_path / "run")
@@ -197,7 +207,9 @@ def test_all_is_checked_before_the_first_byte(train_config: TrainConfig, source:
         "train: the mixture ends documents differently",
         "train: no tokenizer file",
     ]
-    with pytest.raises(ConfigError, match=r"the mixture is too short, got \d+ tokens = \d+ steps of 4 x 64, expected 10000"):
+    with pytest.raises(
+        ConfigError, match=r"the mixture is too short, got \d+ tokens = \d+ steps of 4 x 64, expected 10000"
+    ):
         train(dataclasses.replace(train_config, steps=10_000), source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -195,7 +195,12 @@ def test_real_sentences_lower_their_bits_per_byte(tmp_path: Path) -> None:
     data = Path(os.environ.get("STEPWELL_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
     if not (data / "language").is_dir():
         pytest.skip(f"no real data in {data}; set STEPWELL_DATA")
-    texts = [(lang, t) for lang in ("en", "hi") for t in (data / "language" / f"{lang}.txt").read_text().split("\n")[:400] if t]
+    texts = [
+        (lang, t)
+        for lang in ("en", "hi")
+        for t in (data / "language" / f"{lang}.txt").read_text().split("\n")[:400]
+        if t
+    ]
     held_out, kept = texts[::10], [t for i, t in enumerate(texts) if i % 10]
 
     def tokens(docs: list[tuple[str, str]]) -> ArrayTokenSource:
