@@ -97,7 +97,7 @@ class Crawler:
     def _limit(self) -> str | None:
         if self.frontier.captured >= self.config.max_pages:
             return "max_pages"
-        if self.fetcher.budget.spent or self.fetcher.budget.left_bytes <= 0:
+        if self.fetcher.budget.spent:
             return "max_bytes"
         return "max_s" if self.facts["run_s"] >= self.config.max_s else None
 

@@ -64,18 +64,31 @@ class Budget:
     left_bytes: int
     received_bytes: int = 0
     spent: bool = False
+    _reading: int = 0
+    _settled: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def reserve(self) -> int:
+    def __post_init__(self) -> None:
+        self.spent = self.left_bytes <= 0
+
+    async def reserve(self) -> int:
+        """Bytes the next read may take. Near the end this waits for what other readers leave over."""
+        while self.left_bytes <= 0:
+            if self.spent or not self._reading:
+                self.spent = True
+                raise BudgetSpent
+            self._settled.clear()
+            await self._settled.wait()
         granted = min(CHUNK_BYTES, self.left_bytes)
-        if granted <= 0:
-            self.spent = True
-            raise BudgetSpent
         self.left_bytes -= granted
+        self._reading += 1
         return granted
 
     def settle(self, granted: int, used: int) -> None:
+        """Give back what a read did not take."""
         self.left_bytes += granted - used
         self.received_bytes += used
+        self._reading -= 1
+        self._settled.set()
 
 
 @dataclass(frozen=True)
@@ -247,7 +260,7 @@ class _Exchange:
         return False
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        granted, data = self.budget.reserve(), b""
+        granted, data = await self.budget.reserve(), b""
         try:
             async with asyncio.timeout(self.limits.read_s):
                 data = await reader.read(granted)
@@ -260,6 +273,8 @@ class _Exchange:
     def _on_head(self, head: h11.Response) -> None:
         capture = self.capture
         capture.header_bytes = len(capture.raw) - len(self.http.trailing_data[0])
+        if capture.header_bytes > HEADER_BYTES:  # h11 bounds only what it could not parse yet
+            raise h11.RemoteProtocolError(f"{capture.header_bytes} bytes of headers")
         capture.status = head.status_code
         capture.headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in head.headers]
         self.decoder = _Decoder(capture.header("content-encoding"))

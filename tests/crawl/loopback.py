@@ -5,6 +5,7 @@ A page is bytes of a whole HTTP answer, or a function of the connection that sen
 """
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -61,8 +62,8 @@ def in_turn(*answers: Answer) -> Callable[[socket.socket], None]:
 class Loopback:
     """The server, as a context."""
 
-    def __init__(self, pages: Pages) -> None:
-        self.pages = dict(pages)
+    def __init__(self, pages: Pages, tls: ssl.SSLContext | None = None) -> None:
+        self.pages, self._tls = dict(pages), tls
         self.requests: list[Request] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
@@ -96,7 +97,11 @@ class Loopback:
                 return
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, plain: socket.socket) -> None:
+        try:
+            connection = self._tls.wrap_socket(plain, server_side=True) if self._tls else plain
+        except OSError:
+            return  # the client did not trust the certificate
         with connection:
             head = b""
             while b"\r\n\r\n" not in head:
