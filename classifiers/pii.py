@@ -10,9 +10,10 @@ al. 2024, arXiv 2406.17557, 3.7, as published in datatrove), with these differen
 - Local parts are cut at 64 bytes and domains at 255 (RFC 5321, 4.5.3.1), so a megabyte without a space costs no more.
 
 Telephone numbers, names and keys are not looked for. Cost: only documents with `@` or four dotted numbers are read by Python;
-web text passes at about 300 MB/s, text full of addresses at some 2 million addresses a second.
+at about 110 MB/s on one core where addresses are rare, at 80,000 addresses a second where they are not.
 """
 
+import bisect
 import ipaddress
 import re
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ from core.stage import Kind, Reject, Stage, StageConfig
 ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
 OCTET = rb"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9][0-9]?)"
 LABEL = rb"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"
-LOCAL = re.compile(rb"(?:" + ATOM + rb"+(?:\." + ATOM + rb"+)*)\Z")
+AT = re.compile(rb"(?<=" + ATOM + rb")@(?=[A-Za-z0-9\[])")
+LOCAL_REVERSED = re.compile(ATOM + rb"+(?:\." + ATOM + rb"+)*")  # read from the @ leftwards: no search for the start
+NO_FIRST = b"!#$%&'*+/=?^`{|}~-."  # a quote or dash before an address stays outside, as with FineWeb's word boundary
 DOMAIN = re.compile(rb"(?:" + LABEL + rb"\.)+" + LABEL + rb"|\[(?:" + OCTET + rb"\.){3}" + OCTET + rb"\]")
 IPV4 = re.compile(rb"(?<![0-9])(?<![0-9]\.)(?:" + OCTET + rb"\.){3}" + OCTET + rb"(?!\.?[0-9])")
 HAS_IPV4 = r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"
@@ -69,20 +72,22 @@ def spans_of(text: bytes, emails: bool = True, ips: bool = True) -> list[Found]:
     """Addresses in UTF-8 text as ascending spans that do not overlap; an IP address inside an e-mail address is part of it."""
     out = list(_emails(text)) if emails else []
     if ips:
-        taken = [(start, end) for start, end, _, _ in out]
-        out += [ip for ip in _ips(text) if not any(start <= ip[0] < end for start, end in taken)]
+        starts = [start for start, _, _, _ in out]
+        ends = [0, *(end for _, end, _, _ in out)]
+        out += [ip for ip in _ips(text) if ip[0] >= ends[bisect.bisect_right(starts, ip[0])]]
     return sorted(out)
 
 
 def _emails(text: bytes) -> Iterator[Found]:
-    free = at = 0
-    while (at := text.find(b"@", at)) >= 0:
-        local = LOCAL.search(text[max(free, at - LOCAL_BYTES) : at])
-        domain = DOMAIN.match(text, at + 1, at + 1 + DOMAIN_BYTES)
-        if local and domain:
-            start, free = at - len(local[0]), domain.end()
-            yield start, free, _standin(text[start:free], EMAIL_STANDINS), "email"
-        at += 1
+    free = 0
+    for sign in AT.finditer(text):
+        at = sign.start()
+        if domain := DOMAIN.match(text, at + 1, at + 1 + DOMAIN_BYTES):
+            reverse = LOCAL_REVERSED.match(text[max(free, at - LOCAL_BYTES) : at][::-1])
+            local = reverse[0][::-1].lstrip(NO_FIRST) if reverse else b""
+            if local:
+                start, free = at - len(local), domain.end()
+                yield start, free, _standin(text[start:free], EMAIL_STANDINS), "email"
 
 
 def _ips(text: bytes) -> Iterator[Found]:
