@@ -1,12 +1,11 @@
 """The knobs of a crawl, each declared once. Times in seconds, sizes in bytes."""
 
 import ipaddress
-from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from core.stage import StageConfig, execution
+from core.stage import ConfigPath, execution
 
 from .addresses import Network, parse_entry
 from .fetch import DOCUMENT_BYTES, TEXT_BYTES
@@ -16,11 +15,13 @@ from .warc import ROLL_BYTES
 Kind = Literal["html", "pdf", "epub", "txt"]
 
 
-class CrawlConfig(StageConfig):
+class CrawlConfig(BaseModel):
     """What to crawl, how politely, and where to stop."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     seeds: tuple[str, ...] = Field(default=(), description="URLs to begin with")
-    seeds_file: Path | None = Field(default=None, description="a file of seed URLs, one a line, # for comments")
+    seeds_file: ConfigPath | None = execution(None, "a file of seed URLs, one a line, # for comments")
     user_agent: str = Field(
         description="`name/version (+contact)`: the product token of robots.txt files, and a URL or mail address"
     )

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from core.stage import Kind, Stage
+from core.hashing import file_digest
+from core.job import Job, Outcome
+from core.stage import Kind, Stage, StageConfig
 
 from .addresses import Addresses
 from .config import CrawlConfig
@@ -81,7 +83,7 @@ def _seeds(config: CrawlConfig) -> list[str]:
     lines = list(config.seeds)
     if config.seeds_file is not None:
         try:
-            lines += config.seeds_file.read_text(encoding="utf-8").splitlines()
+            lines += Path(config.seeds_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"crawl: seeds_file cannot be read, got {e}") from e
     good, bad = read_seeds(lines)
@@ -139,16 +141,25 @@ def _summary(frontier: Frontier, warc: WarcWriter, stopped: str, before: int, be
     )
 
 
-def _capture(job: Any) -> dict[str, Any]:
-    """The stage: captures of the job's dataset lie in `captures/<dataset>` of the root."""
-    folder = Path(job.root.local_path(f"captures/{job.datasets[0].name}"))
-    return run_crawl(job.config, folder, job.progress).to_json()
+class CrawlStageConfig(StageConfig):
+    """What and how to crawl is said by each source of kind `crawl`; nothing is left to say here."""
+
+
+def capture(job: Job) -> Outcome:
+    """The stage: one source's captures, in `captures/<source>` of a local root. Its WARC files are the log that counts."""
+    folder = job.root.local_path(f"captures/{job.source_name}")
+    with job.display.task(f"{job.instance}: {job.source_name}", job.source.max_pages, 0) as advance:
+        summary = run_crawl(job.source, folder, lambda pages, size: advance(pages, size, pages))
+    outputs = {p.name: {"content": file_digest(p), "bytes": p.stat().st_size} for p in warc_files(folder, folder.name)}
+    accounts = {"fetched": summary.fetched, "not_fetched": sum(summary.not_fetched.values()), "queued": summary.queued}
+    observed = {**summary.to_json(), "docs": summary.run_fetched, "bytes": summary.received_bytes}
+    return Outcome(outputs=outputs, accounts=accounts, observed=observed)
 
 
 STAGE = Stage(
     name="crawl",
     kind=Kind.CAPTURE,
-    config=CrawlConfig,
-    fn=_capture,
+    config=CrawlStageConfig,
+    fn=capture,
     libraries=("protego", "h11", "can_ada", "selectolax", "resiliparse"),
 )

@@ -16,12 +16,11 @@ from core.hashing import CHUNK_BYTES
 from core.records import Dropped, Failed, Found, Origin, Raw
 from crawl.extract import extract
 from crawl.sources.config import (
-    CrawlSource,
     DatatroveSource,
     FilesSource,
     JsonlSource,
     ParquetSource,
-    Source,
+    Stored,
     WarcSource,
 )
 from crawl.sources.jsonl import parse_row, read_jsonl
@@ -42,7 +41,7 @@ SUFFIX_TYPES = {
 }
 
 
-def units(source: Source) -> list[Unit]:
+def units(source: Stored) -> list[Unit]:
     """The work of a source, sorted by path; ConfigError where it has none. Same files, same units, in any listing order."""
     if isinstance(source, DatatroveSource):
         files = [Input(path, size) for path, size in datatrove_files(source)]
@@ -58,7 +57,7 @@ def units(source: Source) -> list[Unit]:
     return [whole(f) for f in files]
 
 
-def records(source: Source, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
+def records(source: Stored, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
     """The records of a unit in file order. Broken input gives Failed, never an exception."""
     piece: Piece = unit.payload
     if isinstance(source, DatatroveSource):
@@ -78,9 +77,9 @@ def records(source: Source, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
             yield from read_warc(f, piece.paths[0], source.types, source.limits.record_bytes)
 
 
-def parse(source: Source, raw: Raw) -> Found | Dropped:
+def parse(source: Stored, raw: Raw) -> Found | Dropped:
     """The document in a record. May raise InputError or what a parser raises: that costs this record only."""
-    if isinstance(source, WarcSource | CrawlSource | FilesSource):
+    if isinstance(source, WarcSource | FilesSource):
         return extract(raw, source.limits, source.document_kind, source.license)
     if isinstance(source, DatatroveSource):
         row: dict[str, Any] = {**raw.payload["metadata"], "source_id": raw.payload["id"], "text": raw.payload["text"]}
@@ -92,7 +91,7 @@ def parse(source: Source, raw: Raw) -> Found | Dropped:
     return replace(found, kind=source.document_kind or found.kind, license=source.license, fetched_at=raw.fetched_at)
 
 
-def input_digest(source: Source, unit: Unit) -> str:
+def input_digest(source: Stored, unit: Unit) -> str:
     """xxh3_128 of the bytes that the unit reads: its files with their relative paths, or its range of one file."""
     piece: Piece = unit.payload
     h = xxhash.xxh3_128()
