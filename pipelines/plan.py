@@ -115,7 +115,7 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
     entry = step.entry
     config = identity_fields(entry.config)
     if entry.stage.kind is Kind.DECIDE:
-        config["policy"] = policy_identity(pipeline, entry.instance)
+        config["policy"] = policy_identity(pipeline, root, entry.instance)
     inputs: dict[str, str] = {}
     if entry.stage.kind in (Kind.CAPTURE, Kind.INGEST):
         config["source"] = identity_fields(pipeline.sources[step.dataset or ""])
@@ -148,14 +148,15 @@ def library_version(name: str) -> str:
         return "absent"
 
 
-def policy_identity(pipeline: Pipeline, instance: str) -> dict[str, Any]:
+def policy_identity(pipeline: Pipeline, root: Root, instance: str) -> dict[str, Any]:
     """The part of the policy that a select reads, as JSON-like values."""
+    from mixtures.select import read_withdrawn
+
     rules = pipeline.policy.get(instance.partition("@")[2]) or ()
-    withdrawn = pipeline.policy.get("withdrawn")
     return {
         "rules": [r.model_dump(mode="json") for r in rules],
         "priority": list(pipeline.policy["priority"] or ()),
-        "withdrawn": file_digest(withdrawn) if withdrawn else None,
+        "withdrawn": digest(sorted(read_withdrawn(root, pipeline.policy.get("withdrawn")))),
     }
 
 
