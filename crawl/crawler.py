@@ -128,10 +128,10 @@ class Crawler:
         try:
             found = await self._attempt(lease)
         except BudgetSpent:
-            self.frontier.release(lease)
+            self.frontier.release(lease, self._next_at(None, 0.0))
             return
         except asyncio.CancelledError:
-            self.frontier.release(lease)
+            self.frontier.release(lease, self._next_at(None, 0.0))
             raise
         if found:
             finished = _Finished(*found, asyncio.get_running_loop().create_future())
@@ -140,7 +140,10 @@ class Crawler:
 
     async def _attempt(self, lease: Lease) -> tuple[Outcome, Entry | None] | None:
         """One try at a page; None where the page went back to the queue."""
-        robots = await self._robots(lease)
+        try:
+            robots = await self._robots(lease)
+        except RefusedError as e:
+            return Outcome(lease, "refused", reason=e.reason), None
         if robots is None:
             return None
         if not robots.allows(lease.url):
@@ -249,11 +252,18 @@ class Crawler:
         self.frontier.release(lease, next_at)
 
     async def _robots_answer(self, url: str) -> Capture | None:
-        """The answer after at most five redirects, to whatever authority; None where there was none."""
-        for _ in range(MAX_REDIRECTS + 1):
+        """The answer after at most five redirects, to whatever authority; None where there was none.
+
+        `RefusedError` where the origin itself lies at an address out of bounds, and so all its pages.
+        """
+        for hop in range(MAX_REDIRECTS + 1):
             try:
                 capture = await self.fetcher.fetch(url, None, MAX_BYTES + 1)
-            except (RefusedError, UnfetchedError):
+            except UnfetchedError:
+                return None
+            except RefusedError:
+                if hop == 0:
+                    raise
                 return None
             target = redirect_of(capture)
             if target is None:

@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 
 from core.errors import StageError
 
-from .urls import clean, host_of, key_of, path_key, trap
+from .urls import host_of, key_of, path_key, trap
 from .warc import Location, Position
 
 MAX_QUERIES_PER_PATH = 200  # distinct query strings; beyond it a path is a calendar, a search or a shop filter
@@ -119,13 +119,16 @@ class RobotsRow(NamedTuple):
 class Frontier:
     """The frontier of one crawl folder, for one process and one thread."""
 
-    def __init__(self, path: Path, scope: Scope, year: int) -> None:
+    def __init__(self, path: Path, scope: Scope, year: int, rested_at: float = 0.0) -> None:
+        """Hosts that were being asked when the last run died are not asked before `rested_at` (epoch seconds)."""
         self.scope = scope
         self._lock = _locked(path.with_suffix(".lock"))
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-65536;" + SCHEMA)
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO fact VALUES ('year', ?)", (year,))
+            leased = "SELECT host FROM page WHERE state = 'leased'"
+            self._db.execute(f"UPDATE host SET next_at = max(next_at, ?) WHERE id IN ({leased})", (rested_at,))
             self._db.execute("UPDATE page SET state = 'queued' WHERE state = 'leased'")
             self._db.execute(REFRESH, {"cap": scope.max_pages_per_host})
         self.year = int(self.fact("year"))
@@ -163,8 +166,8 @@ class Frontier:
 
     def next_ready(self) -> float | None:
         """Epoch seconds at which some host may be asked; None where no page waits."""
-        value: float | None = self._db.execute("SELECT min(ready_at) FROM host").fetchone()[0]
-        return value
+        row = self._db.execute("SELECT ready_at FROM host WHERE ready_at IS NOT NULL ORDER BY ready_at").fetchone()
+        return row[0] if row else None
 
     def release(self, lease: Lease, next_at: float | None = None) -> None:
         """Back to the queue as if it had not been leased, save that the host waits until `next_at`."""
@@ -336,17 +339,6 @@ class Frontier:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
-
-
-def read_seeds(lines: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(cleaned URLs, lines that are none). Empty lines and lines that begin with '#' count as neither."""
-    good, bad = [], []
-    for line in lines:
-        text = line.strip()
-        if text and not text.startswith("#"):
-            url = clean(text)
-            good.append(url) if url else bad.append(text)
-    return good, bad
 
 
 def _locked(path: Path) -> IO[str]:

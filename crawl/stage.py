@@ -10,6 +10,7 @@ its record.
 """
 
 import asyncio
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,8 @@ from .addresses import Addresses
 from .config import CrawlConfig
 from .crawler import Crawler, Progress
 from .fetch import Budget, Fetcher, Limits
-from .frontier import Frontier, Scope, read_seeds
-from .urls import host_of
+from .frontier import Frontier, Scope
+from .urls import clean, host_of
 from .warc import WarcWriter, warc_files
 
 __all__ = ["STAGE", "CrawlConfig", "CrawlSummary", "crawl", "run_crawl"]
@@ -57,7 +58,7 @@ async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = N
     path = folder / "frontier.sqlite"
     if not path.exists() and warc_files(folder, folder.name):
         raise ConfigError(f"crawl: {folder} holds WARC files but no frontier.sqlite; restore it, or use a new folder")
-    frontier = Frontier(path, _scope(config, seeds), datetime.now(UTC).year)
+    frontier = Frontier(path, _scope(config, seeds), datetime.now(UTC).year, time.time() + config.delay_s)
     try:
         frontier.add_seeds(seeds)
         warc = WarcWriter(folder, folder.name, frontier.good_position(), _warcinfo(config), config.warc_bytes)
@@ -78,17 +79,19 @@ def run_crawl(config: CrawlConfig, folder: Path, progress: Progress | None = Non
 
 
 def _seeds(config: CrawlConfig) -> list[str]:
+    """Cleaned seeds of the config and its file, where empty lines and lines that begin with '#' say nothing."""
     lines = list(config.seeds)
     if config.seeds_file is not None:
         try:
             lines += config.seeds_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"crawl: seeds_file cannot be read, got {e}") from e
-    good, bad = read_seeds(lines)
-    problems = [f"crawl: seed is no http(s) URL, got {line!r}" for line in bad]
-    if problems or not good:
-        raise ConfigError(*(problems or ["crawl: seeds hold no URL, expected at least one"]))
-    return good
+            raise ConfigError(f"crawl: seeds_file cannot be read, got {e}; expected UTF-8 text, one URL a line") from e
+    wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    cleaned = [(line, clean(line)) for line in wanted]
+    problems = [f"crawl: seed is no http(s) URL, got {line!r}; mend or remove it" for line, url in cleaned if not url]
+    if problems or not cleaned:
+        raise ConfigError(*(problems or ["crawl: seeds hold no URL, got none, expected at least one; name one"]))
+    return [url for _, url in cleaned if url]
 
 
 def _scope(config: CrawlConfig, seeds: list[str]) -> Scope:

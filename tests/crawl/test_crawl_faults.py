@@ -112,14 +112,21 @@ def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path
     pages |= {"/4": moved("http://a.test:22/")}
     summary, web, _ = crawl_of(tmp_path, pages, scope="any")
     assert web.paths() == ["/", "/1", "/2", "/3", "/4"]
-    assert summary.not_fetched == {"robots_unreachable": 3}  # their robots.txt lies behind the same wall
+    assert summary.not_fetched == {"address": 3}
 
 
 def test_a_private_address_behind_a_name_is_not_connected_to(tmp_path: Path) -> None:
     with Loopback({"/": page("secret")}) as web:
         summary = run_crawl(web.config(allow_networks=(), max_tries=1), tmp_path / "web")
     assert web.requests == []
-    assert summary.fetched == 0
+    assert (summary.fetched, summary.not_fetched) == (0, {"address": 1})
+
+
+def test_robots_redirects_do_not_reach_private_addresses_either(tmp_path: Path) -> None:
+    pages: Pages = {"/robots.txt": moved("http://192.168.0.1/robots.txt"), "/": page("home")}
+    summary, web, _ = crawl_of(tmp_path, pages, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
 
 
 # Faults and retries
@@ -201,6 +208,17 @@ def test_garbage_and_huge_headers_are_no_answers(tmp_path: Path) -> None:
 
 
 # Sizes and encodings
+
+
+def test_the_kind_is_judged_on_enough_bytes_however_they_arrive(tmp_path: Path) -> None:
+    def slowly(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n")
+        for piece in (b"%", b"PDF-1.7", b" and the rest"):
+            connection.sendall(piece)
+            time.sleep(0.05)
+
+    _, _, folder = crawl_of(tmp_path, {"/": slowly})
+    assert metadata(folder)["http://a.test/"]["kind"] == "pdf"
 
 
 def test_a_gzip_bomb_is_cut_before_it_unfolds(tmp_path: Path) -> None:
