@@ -55,7 +55,7 @@ def canonical(url: str) -> str:
     path = PATH_SESSION.sub("", _escapes(parsed.pathname))
     hostname = parsed.hostname.rstrip(".")
     port = f":{parsed.port}" if parsed.port else ""
-    kept = [p for p in _escapes(parsed.search).lstrip("?").split("&") if p and not _is_noise(p)]
+    kept = [p for p in _escapes(parsed.search).removeprefix("?").split("&") if p and not _is_noise(p)]
     kept.sort(key=lambda p: p.partition("=")[0])
     query = "?" + "&".join(kept) if kept else ""
     return f"{parsed.protocol}//{hostname}{port}{path}{query}"
