@@ -20,19 +20,22 @@ UNTOLD = frozenset({"", "application/octet-stream", "binary/octet-stream", "unkn
 
 
 class Decoder:
-    """Content decoding with a bound on each output. An unknown coding or broken stream passes bytes through or ends."""
+    """Content decoding with a bound on each output."""
 
     def __init__(self, coding: str) -> None:
         self.coding = coding.strip().lower()
         self.decoded_bytes = 0
+        self.is_whole = self.coding in ("", "identity")  # nothing is missing so far
         self._zlib = zlib.decompressobj(wbits=47) if self.coding in ("gzip", "x-gzip", "deflate") else None
-        self._fresh = True  # nothing decoded yet
         self._broken = False
 
     def decode(self, data: bytes, room_bytes: int) -> bytes:
-        """At most `room_bytes` of output; the rest of this input is dropped, for the caller stops at the cap anyway."""
+        """At most `room_bytes` of output; the rest of this input is dropped, for the caller stops at the cap anyway.
+
+        An unknown coding gives nothing, a broken stream nothing more.
+        """
         if self._zlib is None:
-            out = data if self.coding in ("", "identity") else b""
+            out = data if self.is_whole else b""
         else:
             out = self._inflate(data, room_bytes)
         self.decoded_bytes += len(out)
@@ -45,14 +48,17 @@ class Decoder:
             try:
                 out += self._zlib.decompress(data, room_bytes - len(out))
             except zlib.error:
-                if self._fresh and self.coding == "deflate":  # many servers mean raw deflate by it
-                    self._zlib, self._fresh = zlib.decompressobj(wbits=-15), False
+                if self.coding == "deflate" and not self.decoded_bytes and not out:
+                    self.coding = "raw deflate"  # many servers mean it by 'deflate'
+                    self._zlib = zlib.decompressobj(wbits=-15)
                     continue
-                self._broken = True
-            self._fresh = False
-            data = self._zlib.unused_data
-            if data:  # several gzip members in one body
-                self._zlib = zlib.decompressobj(wbits=47)
+                self._broken = True  # after a whole member this is padding
+                break
+            data = b""
+            if self._zlib.eof:
+                self.is_whole, data = True, self._zlib.unused_data
+                if data:  # several gzip members in one body
+                    self._zlib = zlib.decompressobj(wbits=47)
         return bytes(out)
 
 

@@ -110,6 +110,7 @@ class Capture:
     headers: list[tuple[str, str]] = field(default_factory=list)  # names in lower case, values latin-1
     kind: str | None = None  # html, pdf, epub, txt; None: not one of these, or not a 2xx answer
     content: bytearray = field(default_factory=bytearray)  # decoded body; empty for pdf and epub
+    garbled: bool = False  # whole as received, but its content coding is unknown or broken: `content` lacks something
     truncated: str | None = None  # length, time, disconnect, as in WARC-Truncated
     fetch_s: float = 0.0
 
@@ -214,6 +215,8 @@ class _Exchange:
         await self._drive(reader, writer)
         if not self.judged:
             self._judge()
+        if self.decoder and self.body_bytes and not self.capture.truncated:
+            self.capture.garbled = not self.decoder.is_whole
 
     async def _drive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

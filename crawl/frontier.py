@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 
 from core.errors import StageError
 
-from .urls import host_of, key_of, path_key, trap
+from .urls import exact_key_of, host_of, key_of, path_key, trap
 from .warc import Location, Position
 
 MAX_QUERIES_PER_PATH = 200  # distinct query strings; beyond it a path is a calendar, a search or a shop filter
@@ -144,7 +144,7 @@ class Frontier:
     def add_seeds(self, urls: Iterable[str]) -> None:
         """Queue cleaned URLs at depth 0; known ones stay as they are."""
         with self._transaction():
-            for host in {self._add(url, 0, 0, None) for url in urls}:
+            for host in {self._add(url, 0, 0, None, key_of(url)) for url in urls}:
                 self._refresh(host)
 
     def lease(self, now: float) -> Lease | None:
@@ -256,18 +256,26 @@ class Frontier:
             self._refresh(host)
 
     def _redirect(self, outcome: Outcome) -> int | None:
-        """Queue the target. A target of the same key (a session added, a tracker dropped) takes the page's place."""
+        """Queue the target, at the same depth. With an equal canonical URL (a session added) it is its own page."""
         lease, url = outcome.lease, outcome.redirect
         assert url is not None
         if lease.hops >= self.scope.max_hops:
             self._count_refused("redirects")
-        elif url != lease.url and key_of(url) == key_of(lease.url):
-            self._db.execute(
-                "UPDATE page SET state = 'queued', url = ?, hops = hops + 1 WHERE id = ?", (url, lease.page)
-            )
-        else:
+        elif key_of(url) != key_of(lease.url):
             return self._consider(url, lease.depth, lease.hops + 1, lease.page)
+        elif url not in self._chain(lease.page):
+            return self._add(url, lease.depth, lease.hops + 1, lease.page, exact_key_of(url))
         return None
+
+    def _chain(self, page: int) -> set[str]:
+        """The URL of a page and of those that redirected to it."""
+        rows = self._db.execute(
+            "WITH RECURSIVE up(url, parent, hops) AS (SELECT url, parent, hops FROM page WHERE id = ? UNION ALL"
+            " SELECT p.url, p.parent, p.hops FROM page AS p JOIN up ON p.id = up.parent WHERE up.hops > 0)"
+            " SELECT url FROM up",
+            (page,),
+        )
+        return {url for (url,) in rows}
 
     def _consider(self, url: str, depth: int, hops: int, parent: int) -> int | None:
         """Queue a link unless it is known or refused; the id of the host that got it."""
@@ -278,11 +286,10 @@ class Frontier:
         elif rule := trap(url, self.year):
             self._count_refused(f"trap_{rule}")
         else:
-            return self._add(url, depth, hops, parent)
+            return self._add(url, depth, hops, parent, key_of(url))
         return None
 
-    def _add(self, url: str, depth: int, hops: int, parent: int | None) -> int | None:
-        key = key_of(url)
+    def _add(self, url: str, depth: int, hops: int, parent: int | None, key: bytes) -> int | None:
         if self._db.execute("SELECT 1 FROM page WHERE key = ?", (key,)).fetchone():
             return None
         if "?" in url and not self._admit_query(url):

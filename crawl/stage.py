@@ -10,13 +10,15 @@ its record.
 """
 
 import asyncio
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from core.stage import Kind, Stage
 
 from .addresses import Addresses
@@ -52,25 +54,28 @@ class CrawlSummary:
 
 
 async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
-    """Crawl into `folder` until nothing is left or a limit is reached. ConfigError before the first request."""
+    """Crawl into `folder` until nothing is left or a limit is reached.
+
+    ConfigError before the first request; StageError where the disk fails, after which the same call goes on.
+    """
     seeds = _seeds(config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "frontier.sqlite"
     if not path.exists() and warc_files(folder, folder.name):
         raise ConfigError(f"crawl: {folder} holds WARC files but no frontier.sqlite; restore it, or use a new folder")
-    frontier = Frontier(path, _scope(config, seeds), datetime.now(UTC).year, time.time() + config.delay_s)
     try:
-        frontier.add_seeds(seeds)
-        warc = WarcWriter(folder, folder.name, frontier.good_position(), _warcinfo(config), config.warc_bytes)
-        try:
-            crawler = Crawler(config, frontier, warc, _fetcher(config, frontier), progress)
-            before, before_s = frontier.captured, frontier.fact("run_s")
-            stopped = await crawler.run()
-            return _summary(frontier, warc, stopped, before, before_s)
-        finally:
-            warc.close()
-    finally:
-        frontier.close()
+        with closing(_frontier(config, path, seeds)) as frontier:
+            return await _crawl(config, folder, frontier, progress)
+    except (OSError, sqlite3.Error) as e:
+        raise StageError(f"crawl: cannot write to {folder}, got {e!r}, expected room on the disk; start again") from e
+
+
+async def _crawl(config: CrawlConfig, folder: Path, frontier: Frontier, progress: Progress | None) -> CrawlSummary:
+    good = frontier.good_position()
+    with closing(WarcWriter(folder, folder.name, good, _warcinfo(config), config.warc_bytes)) as warc:
+        before, before_s = frontier.captured, frontier.fact("run_s")
+        stopped = await Crawler(config, frontier, warc, _fetcher(config, frontier), progress).run()
+        return _summary(frontier, warc, stopped, before, before_s)
 
 
 def run_crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
@@ -94,10 +99,13 @@ def _seeds(config: CrawlConfig) -> list[str]:
     return [url for _, url in cleaned if url]
 
 
-def _scope(config: CrawlConfig, seeds: list[str]) -> Scope:
+def _frontier(config: CrawlConfig, path: Path, seeds: list[str]) -> Frontier:
     hosts = {"seeds": [host_of(url) for url in seeds], "listed": list(config.hosts), "any": []}[config.scope]
     names = None if config.scope == "any" else frozenset(host.lower().removeprefix("www.") for host in hosts)
-    return Scope(names, config.max_depth, config.max_redirects, config.max_pages_per_host)
+    scope = Scope(names, config.max_depth, config.max_redirects, config.max_pages_per_host)
+    frontier = Frontier(path, scope, datetime.now(UTC).year, rested_at=time.time() + config.delay_s)
+    frontier.add_seeds(seeds)
+    return frontier
 
 
 def _fetcher(config: CrawlConfig, frontier: Frontier) -> Fetcher:

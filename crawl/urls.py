@@ -26,6 +26,7 @@ TRACKERS = re.compile(
 )
 SESSIONS = re.compile(r"phpsessid|jsessionid|sid|sessionid|session_id|aspsessionid\w*|cfid|cftoken")
 PATH_SESSION = re.compile(r";jsessionid=[^/?;]*", re.IGNORECASE)
+ABSOLUTE = re.compile(r"https?://", re.IGNORECASE)  # spares urljoin, which costs three times as much as the parser
 ESCAPE = re.compile(r"%([0-9a-fA-F]{2})")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 REPEATED = re.compile(r"/(.+?/)\1{2,}")  # the same run of segments three times in a row
@@ -37,7 +38,7 @@ def clean(url: str, base: str | None = None) -> str | None:
     """The absolute http(s) URL without fragment and user information, or None where there is none to fetch."""
     text = url.strip(" \t\r\n\f").encode("utf-8", "replace").decode("utf-8")
     try:
-        parsed = can_ada.parse(urljoin(base, text) if base else text)
+        parsed = can_ada.parse(text if base is None or ABSOLUTE.match(text) else urljoin(base, text))
     except ValueError:
         return None
     if parsed.protocol not in ("http:", "https:") or not parsed.hostname:
@@ -64,6 +65,11 @@ def canonical(url: str) -> str:
 def key_of(url: str) -> bytes:
     """16 bytes that name a page: xxh3_128 of the canonical URL."""
     return xxhash.xxh3_128_digest(canonical(url).encode())
+
+
+def exact_key_of(url: str) -> bytes:
+    """16 bytes that name a page by its URL as it is, where the canonical one would hide a difference that matters."""
+    return xxhash.xxh3_128_digest(url.encode())
 
 
 def path_key(url: str) -> bytes:

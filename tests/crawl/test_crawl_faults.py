@@ -79,6 +79,19 @@ def test_a_torn_robots_file_is_no_permission(tmp_path: Path) -> None:
     assert web.paths() == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(b"\x0b\x02\x80", Content_Encoding="br"),
+        page(gzip.compress(b"User-agent: *\n")[:-9], Content_Encoding="gzip"),
+    ],
+)
+def test_a_robots_file_that_cannot_be_decoded_is_no_permission(tmp_path: Path, answer: bytes) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/robots.txt": answer, "/": page()}, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
+
+
 # Redirects and addresses
 
 
@@ -98,8 +111,14 @@ def test_a_redirect_that_only_adds_a_session_is_followed(tmp_path: Path) -> None
     pages: Pages = {"/": moved("/?sid=1"), "/?sid=1": links("/in"), "/in": page("text")}
     summary, web, folder = crawl_of(tmp_path, pages)
     assert web.paths() == ["/", "/?sid=1", "/in"]
-    assert summary.by_status == {"200": 1 + 1}
+    assert summary.by_status == {"200": 2, "301": 1}
     assert len(responses(folder)) == summary.fetched == 3
+
+
+def test_a_cookie_wall_ends_where_it_began(tmp_path: Path) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/": moved("/?sid=1"), "/?sid=1": moved("/?sid=2"), "/?sid=2": moved("/")})
+    assert web.paths() == ["/", "/?sid=1", "/?sid=2"]
+    assert summary.by_status == {"301": 3}
 
 
 def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path) -> None:

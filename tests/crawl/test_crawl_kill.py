@@ -15,7 +15,7 @@ from core.errors import ConfigError, StageError
 from core.hashing import seeded
 from crawl.frontier import Frontier, Scope
 from crawl.stage import run_crawl
-from tests.crawl.loopback import Answer, Loopback, links, records, responses
+from tests.crawl.loopback import Answer, Loopback, links, page, records, responses
 
 ROUNDS = int(os.environ.get("STEPWELL_SOAK", "1"))
 CHILD = """
@@ -130,3 +130,28 @@ def test_a_second_crawl_of_one_folder_is_refused(tmp_path: Path) -> None:
         run_crawl(web.config(), folder)
     frontier.close()
     assert not list(folder.glob("*.warc.gz"))
+
+
+def test_a_full_disk_stops_the_crawl_and_a_new_start_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "web"
+    noise = "".join(f"{i * 7919 % 100_003} " for i in range(40_000))
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n" + CHILD
+    with Loopback({"/": links("/1", "/2", "/3"), "/1": page(noise), "/2": page(noise), "/3": page(noise)}) as web:
+        config = web.config()
+        child = subprocess.run(
+            [sys.executable, "-c", limited, config.model_dump_json(), str(folder)], capture_output=True, check=False
+        )
+        assert child.returncode == 1
+        assert b"StageError: crawl: cannot write" in child.stderr
+        before = responses(folder) if _cut_as_a_start_would(folder) else {}
+        summary = run_crawl(config, folder)
+    after = responses(folder)
+    assert set(before) < set(after)
+    assert (summary.fetched, len(after)) == (4, 4)
+
+
+def _cut_as_a_start_would(folder: Path) -> bool:
+    length = _query(folder, "SELECT value FROM fact WHERE name = 'warc_length'")
+    os.truncate(folder / "web-00000.warc.gz", length)
+    return length > 0

@@ -103,6 +103,11 @@ def test_decoder_never_passes_the_room_it_is_given() -> None:
     packed = gzip.compress(bytes(1 << 20))
     decoder = Decoder("gzip")
     assert len(decoder.decode(packed, 1000)) == decoder.decoded_bytes == 1000
-    assert Decoder("br").decode(b"abc", 10) == b""
+    unknown = Decoder("br")
+    assert (unknown.decode(b"abc", 10), unknown.is_whole) == (b"", False)
+    padded = Decoder("gzip")
+    assert (padded.decode(gzip.compress(b"abc") + bytes(9), 10), padded.is_whole) == (b"abc", True)
+    torn = Decoder("gzip")
+    assert (torn.decode(gzip.compress(b"abc")[:-3], 10), torn.is_whole) == (b"abc", False)
     assert Decoder("identity").decode(b"abc", 10) == b"abc"
     assert Decoder("gzip").decode(b"not gzip at all", 10) == b""
