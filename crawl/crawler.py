@@ -36,6 +36,7 @@ MAX_BACKOFF_S = 3600.0
 MAX_RETRY_AFTER_S = 86_400.0  # a host that asks for more is asked again after a day
 MAX_ADAPTIVE_DELAY_S = 30.0  # Heritrix maxDelayMs
 IN_THREAD_BYTES = 1 << 18  # parsing more than this would hold the loop for over 10 ms
+ROBOTS_IN_THREAD_BYTES = 1 << 16  # 512 kB of wildcard rules compile in 1.2 s
 ROBOTS_IN_MEMORY = 1024
 USE_HEADERS = ("content-usage", "content-signal", "tdm-reservation", "tdm-policy", "x-robots-tag")
 
@@ -219,10 +220,9 @@ class Crawler:
         if row is None or row.expires_at <= now:
             await self._fetch_robots(lease, origin, row)
             return None
-        if len(row.body) > IN_THREAD_BYTES:
-            robots = (await asyncio.to_thread(verdict, row.status, row.body, self.token))[0]
-        else:
-            robots = verdict(row.status, row.body, self.token)[0]
+        robots, _ = verdict(row.status, row.body, self.token)
+        if len(row.body) > ROBOTS_IN_THREAD_BYTES:
+            await asyncio.to_thread(robots.allows, lease.url)  # the first question compiles the rules
         self._parsed[origin] = (row.expires_at, robots)
         if len(self._parsed) > ROBOTS_IN_MEMORY:
             self._parsed.popitem(last=False)

@@ -18,7 +18,7 @@ however many hosts wait.
 Crash safety: a commit marks pages done, queues their links and moves the WARC position in one transaction, after the
 WARC was synced. `synchronous=NORMAL` may lose the last commits at a power cut, never their order; the WARC is cut to
 match. Leases do not outlive the process: `open` returns them to the queue. A lock file keeps a second process out.
-Cost: about 60 us a lease or commit of one page on a laptop disk, 300 bytes a page.
+Measured (2 busy cores): 0.1 ms a link added, 0.3 ms a lease, 0.1 ms a page committed 20 at a time; 190 bytes a page.
 """
 
 import fcntl

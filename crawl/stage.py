@@ -67,7 +67,9 @@ async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = N
         with closing(_frontier(config, path, seeds)) as frontier:
             return await _crawl(config, folder, frontier, progress)
     except (OSError, sqlite3.Error) as e:
-        raise StageError(f"crawl: cannot write to {folder}, got {e!r}, expected room on the disk; start again") from e
+        raise StageError(
+            f"crawl: cannot write to {folder}, got {e!r}, expected a sound disk with room; mend and start again"
+        ) from e
 
 
 async def _crawl(config: CrawlConfig, folder: Path, frontier: Frontier, progress: Progress | None) -> CrawlSummary:

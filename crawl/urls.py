@@ -4,9 +4,9 @@ In: strings as found in pages, headers and seed lists. Out: absolute http(s) URL
 their canonical form. A page is fetched under the URL as found and remembered under the canonical one: sorting a query
 or dropping a parameter is safe for telling pages apart, but a server may answer the edited URL with something else.
 
-`can_ada` (the WHATWG parser of Node.js) costs about 2 us a URL. It also turns `http://0x7f.1/` into
-`http://127.0.0.1/`, so addresses are judged after it and never before. Trap rules are those of Heritrix 3
-(PathologicalPathDecideRule, TooManyPathSegmentsDecideRule) plus a calendar rule.
+`can_ada` (the WHATWG parser of Node.js) costs 3 us an absolute URL, 19 us a relative one (`urljoin`), 8 us a key. It
+also turns `http://0x7f.1/` into `http://127.0.0.1/`, so addresses are judged after it and never before. Trap rules
+are those of Heritrix 3 (PathologicalPathDecideRule, TooManyPathSegmentsDecideRule) plus a calendar rule.
 """
 
 import re

@@ -27,6 +27,7 @@ from tests.crawl.loopback import AGENT, Loopback, links, page, responses
         {"resolver": {"a": "b"}},
         {"max_pages": 0},
         {"delay_s": -1},
+        {"concurrency": 0},
         {"speed": 11},
     ],
 )
