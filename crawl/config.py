@@ -12,7 +12,7 @@ from .fetch import DOCUMENT_BYTES, TEXT_BYTES
 from .robots import product_token
 from .warc import ROLL_BYTES
 
-Kind = Literal["html", "pdf", "epub", "txt"]
+BodyKind = Literal["html", "pdf", "epub", "txt"]
 
 
 class CrawlConfig(BaseModel):
@@ -27,7 +27,9 @@ class CrawlConfig(BaseModel):
     )
     scope: Literal["seeds", "listed", "any"] = Field(default="seeds", description="hosts that links may lead to")
     hosts: tuple[str, ...] = Field(default=(), description="for scope `listed`; `.example.org` stands for all below it")
-    kinds: tuple[Kind, ...] = Field(default=("html", "pdf", "epub", "txt"), description="types whose bodies are kept")
+    kinds: tuple[BodyKind, ...] = Field(
+        default=("html", "pdf", "epub", "txt"), description="types whose bodies are kept"
+    )
 
     max_pages: int = Field(default=1000, ge=1, description="answers kept, of any status, without robots.txt")
     max_bytes: int = Field(default=10_000_000_000, ge=1, description="bytes received, robots.txt included")
@@ -88,6 +90,8 @@ class CrawlConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.concurrency < 1:
+            raise ValueError(f"crawl: concurrency is too small, got {self.concurrency}, expected at least 1; raise it")
         if not self.seeds and self.seeds_file is None:
             raise ValueError("crawl: nothing to begin with, got neither seeds nor seeds_file; name one")
         if (self.scope == "listed") != bool(self.hosts):

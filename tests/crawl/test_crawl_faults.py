@@ -79,6 +79,19 @@ def test_a_torn_robots_file_is_no_permission(tmp_path: Path) -> None:
     assert web.paths() == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(b"\x0b\x02\x80", Content_Encoding="br"),
+        page(gzip.compress(b"User-agent: *\n")[:-9], Content_Encoding="gzip"),
+    ],
+)
+def test_a_robots_file_that_cannot_be_decoded_is_no_permission(tmp_path: Path, answer: bytes) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/robots.txt": answer, "/": page()}, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
+
+
 # Redirects and addresses
 
 
@@ -98,8 +111,14 @@ def test_a_redirect_that_only_adds_a_session_is_followed(tmp_path: Path) -> None
     pages: Pages = {"/": moved("/?sid=1"), "/?sid=1": links("/in"), "/in": page("text")}
     summary, web, folder = crawl_of(tmp_path, pages)
     assert web.paths() == ["/", "/?sid=1", "/in"]
-    assert summary.by_status == {"200": 1 + 1}
+    assert summary.by_status == {"200": 2, "301": 1}
     assert len(responses(folder)) == summary.fetched == 3
+
+
+def test_a_cookie_wall_ends_where_it_began(tmp_path: Path) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/": moved("/?sid=1"), "/?sid=1": moved("/?sid=2"), "/?sid=2": moved("/")})
+    assert web.paths() == ["/", "/?sid=1", "/?sid=2"]
+    assert summary.by_status == {"301": 3}
 
 
 def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path) -> None:
@@ -112,14 +131,21 @@ def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path
     pages |= {"/4": moved("http://a.test:22/")}
     summary, web, _ = crawl_of(tmp_path, pages, scope="any")
     assert web.paths() == ["/", "/1", "/2", "/3", "/4"]
-    assert summary.not_fetched == {"robots_unreachable": 3}  # their robots.txt lies behind the same wall
+    assert summary.not_fetched == {"address": 3}
 
 
 def test_a_private_address_behind_a_name_is_not_connected_to(tmp_path: Path) -> None:
     with Loopback({"/": page("secret")}) as web:
         summary = run_crawl(web.config(allow_networks=(), max_tries=1), tmp_path / "web")
     assert web.requests == []
-    assert summary.fetched == 0
+    assert (summary.fetched, summary.not_fetched) == (0, {"address": 1})
+
+
+def test_robots_redirects_do_not_reach_private_addresses_either(tmp_path: Path) -> None:
+    pages: Pages = {"/robots.txt": moved("http://192.168.0.1/robots.txt"), "/": page("home")}
+    summary, web, _ = crawl_of(tmp_path, pages, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
 
 
 # Faults and retries
@@ -203,8 +229,19 @@ def test_garbage_and_huge_headers_are_no_answers(tmp_path: Path) -> None:
 # Sizes and encodings
 
 
+def test_the_kind_is_judged_on_enough_bytes_however_they_arrive(tmp_path: Path) -> None:
+    def slowly(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n")
+        for piece in (b"%", b"PDF-1.7", b" and the rest"):
+            connection.sendall(piece)
+            time.sleep(0.05)
+
+    _, _, folder = crawl_of(tmp_path, {"/": slowly})
+    assert metadata(folder)["http://a.test/"]["kind"] == "pdf"
+
+
 def test_a_gzip_bomb_is_cut_before_it_unfolds(tmp_path: Path) -> None:
-    bomb = gzip.compress(bytes(200 << 20), 9)
+    bomb = gzip.compress(bytes(40 << 20), 1)
     pages: Pages = {"/": page(bomb, Content_Encoding="gzip")}
     _, _, folder = crawl_of(tmp_path, pages)
     assert truncations(folder) == {"http://a.test/": "length"}
