@@ -1,7 +1,6 @@
 import os
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 
@@ -18,7 +17,3 @@ def twelve_languages(shared_data: Path) -> dict[str, list[str]]:
     """Lines of real text by language."""
     files = sorted((shared_data / "language").glob("??.txt"))
     return {f.stem: f.read_text("utf-8").split("\n") for f in files}
-
-
-def texts_batch(texts: list[str | None]) -> pa.RecordBatch:
-    return pa.record_batch({"text": pa.array(texts, pa.large_string())})

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import texts_batch
+from batches import texts_batch
 
 from classifiers import language as room
 from classifiers.language import LAYER, NAMES, LanguageConfig, find_model, language, open_language, sample, script_table

@@ -1,6 +1,6 @@
 import pyarrow as pa
 import pytest
-from conftest import texts_batch
+from batches import texts_batch
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,5 +1,6 @@
 """The signals of one document in plain Python, written from the definitions in the modules' docstrings. Slow on purpose."""
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -29,7 +30,7 @@ def raw_words(text: str) -> list[str]:
     out = []
     for run in text.split():
         word = run[0]
-        for before, c in zip(run, run[1:], strict=False):
+        for before, c in itertools.pairwise(run):
             if _alone(c) or ((_alone(before) or _joins(before)) and not _joins(c)):
                 out.append(word)
                 word = c
