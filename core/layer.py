@@ -4,7 +4,7 @@ A layer shard's file metadata names the documents it was made from (`documents`)
 its logical content (`content`). That metadata is the commit record: a killed run finds it and does not compute the shard again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -21,11 +21,17 @@ def layer_schema(own: pa.Schema) -> pa.Schema:
 
 
 def write_layer(
-    dataset: Dataset, layer: str, shard: Shard, own: pa.Schema, batches: Iterable[pa.Table | pa.RecordBatch], unit: str
+    dataset: Dataset,
+    layer: str,
+    shard: Shard,
+    own: pa.Schema,
+    batches: Iterable[pa.Table | pa.RecordBatch],
+    unit: str,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write one layer shard and return its note (rows, content, documents, unit, columns)."""
+    """Write one layer shard and return its note: rows, content, documents, unit, columns, and what `extra` holds."""
     schema = layer_schema(own)
-    note: dict[str, Any] = {"documents": shard.content, "unit": unit, "columns": schema.names}
+    note: dict[str, Any] = {**(extra or {}), "documents": shard.content, "unit": unit, "columns": schema.names}
     running = TableHash(schema)
     counts = {"computed": 0, "rejected": 0, "rows": 0}
 

@@ -10,10 +10,11 @@ Two shapes of `fn`, told apart by the kind:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 
 class Kind(StrEnum):
@@ -28,11 +29,23 @@ class Kind(StrEnum):
     EXPORT = "export"  # shards, mixtures, models, reports
 
 
+def _beside_config(value: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    if folder is None or "://" in value:
+        return value
+    return str(Path(folder, Path(value).expanduser()))
+
+
+# A local path or URL in a config; relative ones are meant from the config file's folder.
+ConfigPath = Annotated[str, AfterValidator(_beside_config)]
+
+
 class StageConfig(BaseModel):
     """Base of every stage's knobs. A field with `execution()` never enters the identity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    datasets: tuple[str, ...] | None = Field(default=None, description="work on these datasets only; default: all")
     where: str | None = Field(
         default=None, description="compute only rows for which this predicate over layers holds, e.g. `fate@eligible`"
     )

@@ -11,6 +11,7 @@ total order, or two engines may disagree. Iteration (k-means rounds, stars) is a
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -69,9 +70,15 @@ class Align:
 
 
 class Engine(Protocol):
-    """The verbs. `scratch` names a folder (below `exchange/`) whose files belong to one stage identity and survive a kill."""
+    """The verbs."""
 
     name: str
+
+    def begin(self, scratch: str | Path) -> None:
+        """Start a stage. `scratch` is a local folder whose files belong to one stage identity and survive a kill."""
+
+    def clear(self) -> None:
+        """The stage is committed: drop its scratch files and frames."""
 
     def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
         """Run `fn` on each unit; reports in the order of `units`. `fn` commits its own output and recognises it when it

@@ -1,0 +1,200 @@
+"""Checkpoints on a local disk: written whole or not at all, checked before use.
+
+    RUN/tokenizer.json                      copy of the tokenizer that made the tokens, when the run was given one
+    RUN/latest                              name of the newest complete checkpoint
+    RUN/checkpoints/step-00000100/          model.safetensors, optimizer.safetensors, config.json, state.json
+
+In: model, optimiser, `TrainConfig` and the step. Out: the same, bit for bit. A checkpoint is written under a temporary
+name, synced, renamed, and only then named by `latest`, so a kill at any moment leaves the one before it in force.
+`state.json` holds the step, the fingerprints of mixture and tokenizer, and the hash of each file; a file that differs
+is a `StageError` and nothing is changed. There is no generator state: training draws no random number after
+initialisation, and batches are a function of the step.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core.errors import ConfigError, StageError
+from core.hashing import file_digest
+from moe import optim
+from moe.config import TrainConfig, from_json, to_json
+from moe.model import Decoder
+
+WEIGHTS, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+TOKENIZER, LATEST, CHECKPOINTS, TEMPORARY = "tokenizer.json", "latest", "checkpoints", ".writing"
+
+
+@dataclass(frozen=True)
+class State:
+    """What `state.json` says. `mixture` is `PackedRows.fingerprint`, `tokenizer` the hash of tokenizer.json or None."""
+
+    step: int
+    mixture: str
+    tokenizer: str | None
+    files: Mapping[str, str]
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    mixture: str,
+    tokenizer: str | None,
+) -> Path:
+    """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder."""
+    name = f"step-{step:08d}"
+    final, temporary = folder / CHECKPOINTS / name, folder / CHECKPOINTS / (name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(_plain(model.state_dict()), temporary / WEIGHTS)
+    save_file(_plain(optim.state_tensors(optimizer, model)), temporary / OPTIMIZER)
+    _write_json(temporary / CONFIG, to_json(config))
+    files = {n: file_digest(temporary / n) for n in (WEIGHTS, OPTIMIZER, CONFIG)}
+    _write_json(temporary / STATE, {"step": step, "mixture": mixture, "tokenizer": tokenizer, "files": files})
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    # Present only after a kill between this rename and the pointer, or when a step is written again after a fall-back.
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync(folder / CHECKPOINTS)
+    replace_text(folder / LATEST, name + "\n")
+    _remove_old(folder, name, config.keep)
+    return final
+
+
+def find(folder: Path) -> Path:
+    """The newest checkpoint of a run folder, or the folder itself if it is a checkpoint."""
+    if (folder / LATEST).is_file():
+        return folder / CHECKPOINTS / (folder / LATEST).read_text().strip()
+    if (folder / STATE).is_file():
+        return folder
+    raise ConfigError(f"moe: no checkpoint here, got {folder}, expected a folder that training wrote; train first")
+
+
+def load(folder: Path) -> Decoder:
+    """The model of `find(folder)`, in evaluation mode."""
+    path = find(folder)
+    config, _ = read(path)
+    model = Decoder(config.model)
+    _load_weights(path, model)
+    return model.eval()
+
+
+def restore(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a checkpoint's weights, router biases and optimiser state in place.
+
+    `read` has been called and its config compared.
+    """
+    _load_weights(path, model)
+    optim.load_state_tensors(optimizer, model, _tensors(path / OPTIMIZER))
+
+
+def read(path: Path) -> tuple[TrainConfig, State]:
+    """A checkpoint's config and state, after its files' hashes were checked."""
+    try:
+        values = json.loads((path / STATE).read_text())
+        state = State(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise StageError(
+            f"checkpoint: {path.name}/{STATE} cannot be read, got {error}, expected the file that training wrote; "
+            f"{_fall_back(path)}"
+        ) from error
+    for name, expected in state.files.items():
+        got = file_digest(path / name) if (path / name).is_file() else "no file"
+        if got != expected:
+            raise StageError(
+                f"checkpoint: {path.name}/{name} is damaged, got {got}, expected {expected}; {_fall_back(path)}"
+            )
+    return from_json(json.loads((path / CONFIG).read_text())), state
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The run folder's `tokenizers.Tokenizer`, after its hash was compared with the one training saw."""
+    from tokenizers import Tokenizer
+
+    path = find(folder)
+    _, state = read(path)
+    run = folder if (folder / LATEST).is_file() else path.parent.parent
+    if state.tokenizer is None or not (run / TOKENIZER).is_file():
+        raise ConfigError(
+            f"moe: the run has no tokenizer, got {run} without {TOKENIZER}; set train.tokenizer or pass token ids"
+        )
+    got = file_digest(run / TOKENIZER)
+    if got != state.tokenizer:
+        raise ConfigError(
+            f"moe: {TOKENIZER} is not the one of training, got {got}, expected {state.tokenizer}; put it back"
+        )
+    return Tokenizer.from_file(str(run / TOKENIZER))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _load_weights(path: Path, model: Decoder) -> None:
+    tensors, wanted = _tensors(path / WEIGHTS), model.state_dict()
+    problems = [
+        f"{name} {tuple(tensors[name].shape) if name in tensors else 'absent'} instead of "
+        f"{tuple(wanted[name].shape) if name in wanted else 'nothing'}"
+        for name in sorted(wanted.keys() | tensors.keys())
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise StageError(
+            f"checkpoint: {path.name} holds another model, got {problems[0]} and {len(problems) - 1} more, "
+            "expected the shapes of its config; use the config that it was trained with"
+        )
+    model.load_state_dict(tensors)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().contiguous() for name, t in tensors.items()}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_old(folder: Path, newest: str, keep: int) -> None:
+    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too."""
+    names = sorted(p.name for p in (folder / CHECKPOINTS).iterdir())
+    stay = [n for n in names if n <= newest and not n.endswith(TEMPORARY)][-keep:]
+    for name in names:
+        if name not in stay:
+            shutil.rmtree(folder / CHECKPOINTS / name)
+
+
+def _fall_back(path: Path) -> str:
+    others = sorted(p.name for p in path.parent.glob("step-*") if p != path and not p.name.endswith(TEMPORARY))
+    if others:
+        return f"restore it from a backup, or write {others[-1]} into {path.parent.parent / LATEST}"
+    return "restore it from a backup, or train into a new folder"

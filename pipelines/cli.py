@@ -1,0 +1,273 @@
+"""The `pipelines` command. Every command imports what it needs when it runs, so that `--help` is instant.
+
+Exit codes: 0 done, 1 a run failed, 2 usage or config. A traceback only with `--debug`.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="pipelines",
+    help="From seed URLs, WARCs, PDFs and repositories to token shards, mixtures and a small model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+run_app = typer.Typer(help="Run one stage or the whole pipeline.", no_args_is_help=True)
+app.add_typer(run_app, name="run")
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="the pipeline's YAML file", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+@app.callback()
+def _main(debug: Debug = False) -> None:
+    if debug:
+        os.environ["STEPWELL_DEBUG"] = "1"
+
+
+@run_app.command("all")
+def run_all(
+    config: Config,
+    engine: Annotated[str | None, typer.Option(help="local, ray or spark; default: the config's")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="worker processes; 0: one per core")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="begin at this stage")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="end with this stage")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and run nothing")] = False,
+    run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
+) -> None:
+    """Run every stage that is not up to date.
+
+    Example: `pipelines run all -c configs/demo.yaml --until mix`
+    """
+    from pipelines.plan import plan
+    from pipelines.runner import between
+
+    pipeline = _load(config, engine, workers)
+    chosen = between(pipeline, from_, until)
+    if dry_run:
+        _print_plan(plan(pipeline, _root(pipeline), chosen))
+        return
+    _run(pipeline, chosen, run_id, None, None)
+
+
+@run_app.command("stage")
+def run_stage(
+    name: Annotated[str, typer.Argument(help="a stage of the config, such as `language` or `select@final`")],
+    config: Config,
+    engine: Annotated[str | None, typer.Option(help="local, ray or spark; default: the config's")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="worker processes; 0: one per core")] = None,
+    dataset: Annotated[str | None, typer.Option(help="only this dataset")] = None,
+    shards: Annotated[str | None, typer.Option(help="A:B, only these shards (annotate stages)")] = None,
+    run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
+) -> None:
+    """Run one stage if it is not up to date.
+
+    Example: `pipelines run stage signals -c configs/demo.yaml --dataset web`
+    """
+    from pipelines.plan import steps
+
+    pipeline = _load(config, engine, workers)
+    entry = pipeline.entry(name)
+    chosen = [s for s in steps(pipeline) if s.entry is entry]
+    _run(pipeline, chosen, run_id, dataset, _shard_range(shards))
+
+
+@app.command()
+def stages() -> None:
+    """List all stages in order, with what they do."""
+    from pipelines.stages import STAGES
+
+    for line in STAGES:
+        typer.echo(f"{line.name:<14}{line.kind.value:<10}{line.about}")
+
+
+@app.command()
+def plan(
+    config: Config,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable, for schedulers")] = False,
+) -> None:
+    """Say what would run, what is skipped, and why. Runs nothing."""
+    from pipelines.plan import plan as make_plan
+
+    pipeline = _load(config, None, None)
+    planned = make_plan(pipeline, _root(pipeline))
+    if json:
+        import json as json_module
+
+        from pipelines.plan import plan_json
+
+        typer.echo(json_module.dumps(plan_json(pipeline, planned), indent=1))
+    else:
+        _print_plan(planned)
+
+
+@app.command()
+def status(config: Config) -> None:
+    """Show what is committed: documents, accounts, speed and memory by stage."""
+    from pipelines.inspect import status_lines
+
+    pipeline = _load(config, None, None)
+    for line in status_lines(pipeline, _root(pipeline)):
+        typer.echo(line)
+
+
+@app.command()
+def check(
+    config: Config,
+    content: Annotated[bool, typer.Option("--content", help="read every file and compare its hash (slow)")] = False,
+) -> None:
+    """Check the config, the accounts of every stage, and that every file named by a manifest is there."""
+    from core.errors import StageError
+    from pipelines.inspect import check_root
+
+    pipeline = _load(config, None, None)
+    problems, checked = check_root(pipeline, _root(pipeline), content)
+    if problems:
+        raise StageError("\n".join(problems))
+    typer.echo(f"all good: {checked}")
+
+
+@app.command()
+def explain(
+    doc_id: Annotated[str, typer.Argument(help="32 hex digits, or a unique beginning")], config: Config
+) -> None:
+    """Show one document's every score, rule, duplicate and the reason for its fate."""
+    from pipelines.inspect import explain_lines
+
+    pipeline = _load(config, None, None)
+    for line in explain_lines(pipeline, _root(pipeline), doc_id):
+        typer.echo(line)
+
+
+@app.command()
+def report(
+    config: Config,
+    out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the root")] = None,
+) -> None:
+    """Write one self-contained HTML page about everything in the root."""
+    from pipelines.report import write_report
+
+    pipeline = _load(config, None, None)
+    typer.echo(f"report: {write_report(pipeline, _root(pipeline), out)}")
+
+
+@app.command()
+def extract(paths: Annotated[list[Path], typer.Argument(help="HTML, PDF, ePub, text or WARC files")]) -> None:
+    """Print what each file would become, as JSON lines."""
+    from pipelines.inspect import extract_lines
+
+    for line in extract_lines(paths):
+        typer.echo(line)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="a folder written by `train`")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    from pipelines.model import continue_prompt
+
+    typer.echo(continue_prompt(checkpoint, prompt, max_tokens, temperature, top_p, seed))
+
+
+@app.command()
+def forget(
+    config: Config,
+    doc_id: Annotated[list[str] | None, typer.Option(help="32 hex digits")] = None,
+    url: Annotated[list[str] | None, typer.Option()] = None,
+    host: Annotated[list[str] | None, typer.Option()] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be affected")] = False,
+) -> None:
+    """Withdraw documents: every fate drops them from now on. Prints the shards and mixtures that hold them today."""
+    from core.errors import ConfigError
+    from pipelines.inspect import forget_lines
+
+    wanted = [*(doc_id or ()), *(url or ()), *(host or ())]
+    if not wanted:
+        raise ConfigError("forget: nothing named; give --doc-id, --url or --host")
+    pipeline = _load(config, None, None)
+    for line in forget_lines(pipeline, _root(pipeline), wanted, dry_run):
+        typer.echo(line)
+
+
+def _load(config: Path, engine: str | None, workers: int | None) -> Any:
+    from dataclasses import replace
+
+    from core.errors import ConfigError
+    from pipelines.config import EngineConfig, load_pipeline
+
+    pipeline = load_pipeline(config)
+    changes: dict[str, Any] = {}
+    if engine is not None:
+        if engine not in ("local", "ray", "spark"):
+            raise ConfigError(f"--engine: got {engine!r}, expected local, ray or spark")
+        changes["name"] = engine
+    if workers is not None:
+        changes["workers"] = workers
+    return (
+        replace(pipeline, engine=EngineConfig(**{**pipeline.engine.model_dump(), **changes})) if changes else pipeline
+    )
+
+
+def _root(pipeline: Any) -> Any:
+    from core.storage import Root
+
+    return Root(pipeline.root)
+
+
+def _run(pipeline: Any, chosen: Any, run_id: str | None, dataset: str | None, shards: tuple[int, int] | None) -> None:
+    from core.errors import ConfigError
+    from core.progress import terminal
+    from pipelines.runner import Runner, RunOptions, new_run_id
+
+    if dataset is not None and dataset not in pipeline.sources:
+        raise ConfigError(f"--dataset: no source {dataset!r}; the config has {', '.join(pipeline.sources)}")
+    options = RunOptions(run_id or new_run_id(), dataset, shards)
+    Runner(pipeline, options, terminal(), typer.echo).run(chosen)
+
+
+def _shard_range(text: str | None) -> tuple[int, int] | None:
+    from core.errors import ConfigError
+
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ConfigError(f"--shards: got {text!r}, expected A:B with A < B, such as 0:4")
+    return int(first), int(last)
+
+
+def _print_plan(planned: Any) -> None:
+    for p in planned:
+        typer.echo(f"{'run ' if p.run else 'skip'}  {p.step.name:<28}{'; '.join(p.why) if p.run else 'up to date'}")
+
+
+def main() -> None:
+    """Entry point: errors of ours as one line each, others with their traceback."""
+    from core.errors import ConfigError, StepwellError
+
+    try:
+        app()
+    except StepwellError as e:
+        if os.environ.get("STEPWELL_DEBUG"):
+            raise
+        for line in str(e).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

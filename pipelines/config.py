@@ -1,0 +1,295 @@
+"""One YAML file describes one pipeline: `root`, `engine`, `sources`, `stages`, `policy`. All mistakes are reported at once.
+
+root: ./data                      # any fsspec URL; relative paths are meant from this file's folder
+engine: {name: local, workers: 2, memory_gb: 4}
+sources:
+  web: {kind: warc, path: ./warcs}
+stages:                           # in the order in which they run; `select` may stand several times, as select@NAME
+  extract: {}
+  language: {}
+  select@final: {}
+policy:
+  final: [{drop: language.score < 0.65, reason: language_score}]
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from core.errors import ConfigError
+from core.predicate import Predicate
+from core.stage import ConfigPath, Kind, Stage, StageConfig
+from pipelines.stages import BY_NAME, STAGES, load
+from pipelines.yaml_lines import Lines
+from pipelines.yaml_lines import load as load_yaml
+
+REPEATABLE = {"select"}  # stages that a pipeline may name several times, as NAME@LABEL
+
+
+class EngineConfig(BaseModel):
+    """How to run: nothing here changes a byte of the output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="local", pattern="^(local|ray|spark)$", description="local, ray or spark")
+    workers: int = Field(default=0, ge=0, description="worker processes; 0: one per core")
+    memory_gb: float = Field(default=4.0, gt=0, description="memory shared by all workers")
+    stall_s: float = Field(default=600.0, gt=0, description="a worker that gives no sign for so long is replaced")
+    scratch: ConfigPath | None = Field(
+        default=None, description="local folder for spills; default: exchange/ below a local root"
+    )
+    address: str | None = Field(
+        default=None, description="cluster to join (Ray address, Spark master); default: start one here"
+    )
+
+
+class Rule(BaseModel):
+    """One line of a policy: either a predicate that drops, or a preset of such lines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop: str | None = Field(default=None, description="documents for which this predicate holds fall")
+    reason: str | None = Field(default=None, description="the reason recorded; required with `drop`")
+    use: str | None = Field(default=None, description="a preset: gopher_quality, gopher_repetition, c4, fineweb")
+    thresholds: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's thresholds")
+    datasets: tuple[str, ...] | None = Field(default=None, description="only documents of these datasets")
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """One stage of the pipeline with its validated knobs."""
+
+    instance: str
+    stage: Stage
+    config: StageConfig
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A whole validated config."""
+
+    path: Path
+    root: str
+    engine: EngineConfig
+    sources: dict[str, Any]  # name -> source config (crawl.sources)
+    stages: tuple[StageEntry, ...]
+    policy: dict[str, Any]  # priority, withdrawn, and rules by select label
+
+    def entry(self, instance: str) -> StageEntry:
+        for e in self.stages:
+            if e.instance == instance:
+                return e
+        names = [e.instance for e in self.stages]
+        raise ConfigError(
+            f"{self.path}: no stage {instance!r} in this pipeline{nearest(instance, names)}; it has {', '.join(names)}"
+        )
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest name, or nothing."""
+    found = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f", did you mean {found[0]!r}?" if found else ""
+
+
+def load_pipeline(path: str | Path) -> Pipeline:
+    """Read and check a config file. Raises ConfigError with one line a problem."""
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; see configs/ for examples") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
+    data, lines = load_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: expected a mapping with root, sources and stages, got {type(data).__name__}")
+    return _Checker(path, data, lines).pipeline()
+
+
+class _Checker:
+    """Walks the parts of a config and collects every problem."""
+
+    def __init__(self, path: Path, data: dict[str, Any], lines: Lines) -> None:
+        self.path, self.data, self.lines = path, data, lines
+        self.problems = list(lines.problems)
+        self.context = {"folder": str(path.resolve().parent)}
+
+    def pipeline(self) -> Pipeline:
+        self._known_keys((), self.data, ["root", "engine", "sources", "stages", "policy"])
+        root = self._validate(("root",), ConfigPath, self.data.get("root")) if "root" in self.data else None
+        if not root:
+            self.problems.append(
+                f"{self.lines.where(())}: `root` is missing; name the folder or URL that holds the data"
+            )
+        engine = self._validate(("engine",), EngineConfig, self.data.get("engine") or {})
+        sources = self._sources()
+        stages = self._stages()
+        policy = self._policy(stages, list(sources))
+        if not sources and "sources" not in self.data:
+            self.problems.append(f"{self.lines.where(())}: `sources` is missing; name at least one")
+        self._check_datasets(stages, list(sources))
+        if self.problems:
+            raise ConfigError(*dict.fromkeys(self.problems))
+        return Pipeline(self.path, str(root), engine or EngineConfig(), sources, tuple(stages), policy)
+
+    def _sources(self) -> dict[str, Any]:
+        from crawl.sources import Source
+
+        out = {}
+        for name, value in self._mapping(("sources",)).items():
+            if not name.replace("_", "").replace("-", "").isalnum():
+                self._problem(("sources", name), f"source name {name!r} may hold letters, digits, - and _ only")
+            source = self._validate(("sources", name), Source, value)
+            if source is not None:
+                out[name] = source
+        return out
+
+    def _stages(self) -> list[StageEntry]:
+        entries = []
+        for instance, value in self._mapping(("stages",)).items():
+            name, _, label = instance.partition("@")
+            if name not in BY_NAME:
+                known = [line.name for line in STAGES]
+                self._problem(
+                    ("stages", instance), f"unknown stage {name!r}{nearest(name, known)}; `pipelines stages` lists all"
+                )
+                continue
+            if (name in REPEATABLE) != bool(label):
+                self._problem(
+                    ("stages", instance),
+                    f"{name!r} takes {'a label, as in ' + name + '@final' if name in REPEATABLE else 'no label'}",
+                )
+                continue
+            try:
+                stage = load(instance)
+            except ConfigError as e:
+                self._problem(("stages", instance), str(e))
+                continue
+            config = self._validate(("stages", instance), stage.config, value or {})
+            if config is not None:
+                entries.append(StageEntry(instance, stage, config))
+                self._predicate(("stages", instance, "where"), config.where)
+        if not entries and not self.problems:
+            self.problems.append(
+                f"{self.lines.where(())}: `stages` is empty; name at least one, `pipelines stages` lists all"
+            )
+        return entries
+
+    def _policy(self, stages: list[StageEntry], sources: list[str]) -> dict[str, Any]:
+        given = self._mapping(("policy",))
+        labels = [e.instance.partition("@")[2] for e in stages if e.stage.kind is Kind.DECIDE]
+        self._known_keys(("policy",), given, ["priority", "withdrawn", *labels])
+        out: dict[str, Any] = {
+            "priority": self._validate(("policy", "priority"), tuple[str, ...], given.get("priority", []))
+        }
+        out["withdrawn"] = self._validate(("policy", "withdrawn"), ConfigPath | None, given.get("withdrawn"))
+        for name in out["priority"] or ():
+            if name not in sources:
+                self._problem(("policy", "priority"), f"no source {name!r}{nearest(name, sources)}")
+        for label in labels:
+            rules = self._validate(("policy", label), tuple[Rule, ...], given.get(label) or [])
+            for i, rule in enumerate(rules or ()):
+                self._rule(("policy", label, i), rule)
+            out[label] = rules
+        return out
+
+    def _rule(self, path: tuple[str | int, ...], rule: Rule) -> None:
+        from classifiers.rules import preset
+
+        if (rule.drop is None) == (rule.use is None):
+            self._problem(path, "a rule needs either `drop` (with `reason`) or `use`")
+        elif rule.drop is not None:
+            self._predicate((*path, "drop"), rule.drop)
+            if not rule.reason:
+                self._problem(path, "a `drop` needs a `reason`: it is counted and shown in the report")
+        else:
+            try:
+                preset(str(rule.use), rule.thresholds)
+            except ConfigError as e:
+                self._problem((*path, "use"), str(e))
+
+    def _check_datasets(self, stages: list[StageEntry], sources: list[str]) -> None:
+        for e in stages:
+            for name in e.config.datasets or ():
+                if name not in sources:
+                    self._problem(("stages", e.instance, "datasets"), f"no source {name!r}{nearest(name, sources)}")
+
+    def _predicate(self, path: tuple[str | int, ...], text: str | None) -> None:
+        if text is None:
+            return
+        try:
+            assert Predicate(text).columns is not None
+        except ConfigError as e:
+            self._problem(path, str(e))
+
+    def _mapping(self, path: tuple[str | int, ...]) -> dict[str, Any]:
+        value = self.data.get(str(path[0]))
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self._problem(path, f"`{path[-1]}` must be a mapping, got {type(value).__name__}")
+            return {}
+        return value
+
+    def _known_keys(self, path: tuple[str | int, ...], value: dict[str, Any], known: list[str]) -> None:
+        for key in value:
+            if key not in known:
+                self._problem(
+                    (*path, key), f"unknown key {key!r}{nearest(key, known)}; expected one of {', '.join(known)}"
+                )
+
+    def _validate(self, path: tuple[str | int, ...], kind: Any, value: Any) -> Any:
+        """`value` as `kind`, or None after noting each of its problems with its line."""
+        adapter = TypeAdapter(kind)
+        try:
+            return adapter.validate_python(value, context=self.context)
+        except ValidationError as e:
+            for error in e.errors():
+                loc = [part for part in error["loc"] if isinstance(part, int) or _in_data(value, error["loc"], part)]
+                self._problem((*path, *loc), self._explain(kind, value, error))
+            return None
+        except ConfigError as e:
+            self._problem(path, str(e))
+            return None
+
+    def _explain(self, kind: Any, value: Any, error: Any) -> str:
+        name = str(error["loc"][-1]) if error["loc"] else ""
+        if error["type"] == "extra_forbidden":
+            return f"unknown key {name!r}{nearest(name, _fields(kind, value))}"
+        if error["type"] == "missing":
+            return f"{name!r} is missing"
+        return f"{name + ': ' if name else ''}{error['msg']}, got {str(error['input'])[:60]!r}"
+
+    def _problem(self, path: tuple[str | int, ...], message: str) -> None:
+        dotted = ".".join(str(p) for p in path)
+        self.problems.append(f"{self.lines.where(path)}: {dotted}: {message}")
+
+
+def _in_data(value: Any, loc: tuple[Any, ...], part: Any) -> bool:
+    """Pydantic names union members in `loc`; only keys that the user wrote are kept."""
+    seen = [value]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, dict):
+            if part in current:
+                return True
+            seen += list(current.values())
+        elif isinstance(current, list):
+            seen += current
+    return part == loc[-1]
+
+
+def _fields(kind: Any, value: Any) -> list[str]:
+    """Field names that were possible: of the model, or of the union member that the value's `kind` names."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return list(kind.model_fields)
+    import typing
+
+    names: list[str] = []
+    for part in typing.get_args(kind):
+        names += _fields(part, value)
+    return names

@@ -1,0 +1,88 @@
+"""`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, server, crawl, every stage, report.
+
+In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `seeds.txt`,
+`resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads DEMO_FOLDER from the
+environment) and the root that the pipeline writes. A second run does the same and every stage finds its work done: the
+port is no part of any stage's identity.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import ConfigError, StepwellError
+from pipelines.demo.corpus import MOVED_HOST, build, summary
+from pipelines.demo.server import serve
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+LAST_WITHOUT_TRAINING = "mix"
+
+
+def prepare(folder: Path, resolver: dict[str, str]) -> Path:
+    """Write what the pipeline reads. Returns the path of the pipeline file. A file whose content stands is not touched."""
+    if not TEMPLATE.exists():
+        raise ConfigError(f"demo: no template, got {TEMPLATE}; run from a clone of the repository")
+    seeds = []
+    for host in sorted(resolver):
+        seeds.append(f"http://{host}/")
+        if (folder / "corpus" / "hosts" / host / "contents.html").exists():
+            seeds.append(f"http://{host}/contents.html")
+    pipeline = folder / "pipeline.yaml"
+    _write(folder / "seeds.txt", "\n".join(seeds) + "\n")
+    _write(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
+    _write(pipeline, TEMPLATE.read_text(encoding="utf-8"))
+    return pipeline
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def command(pipeline: Path, train: bool) -> list[str]:
+    """The command that a person would type for the same run."""
+    until = [] if train else ["--until", LAST_WITHOUT_TRAINING]
+    return [sys.executable, "-m", "pipelines", "run", "all", "-c", str(pipeline), *until]
+
+
+def demo(folder: Path, large: bool, train: bool) -> int:
+    """The whole demo; the pipeline's exit status."""
+    folder = folder.resolve()
+    manifest = build(folder / "corpus", large, print)
+    print(summary(manifest))
+    with serve(folder / "corpus" / "hosts") as (port, resolver):
+        print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
+        pipeline = prepare(folder, resolver)
+        environment = os.environ | {"DEMO_FOLDER": str(folder)}
+        done = subprocess.run(command(pipeline, train), env=environment, check=False)
+    if done.returncode == 0:
+        for report in sorted(folder.rglob("report.html")):
+            print(f"demo: report {report}")
+    return done.returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description="The demo, to the report.")
+    parser.add_argument("--folder", type=Path, default=Path("demo"))
+    parser.add_argument("--large", action="store_true", help="the 200 MB set")
+    parser.add_argument("--no-train", dest="train", action="store_false", help="stop at the mixture")
+    given = parser.parse_args(arguments)
+    try:
+        return demo(given.folder, given.large, given.train)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except StepwellError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The stages `train` and `evaluate`, and `generate`: where the pipeline's mixtures meet `moe`.
+
+A model's folder bears its identity, so a changed knob never meets a checkpoint of another shape, and the same run goes on from
+the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json, evaluation.json).
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from core.errors import ConfigError
+from core.hashing import file_digest
+from core.job import Job, Outcome
+from core.manifest import read_manifest
+from core.stage import Kind, Resources, Stage, StageConfig, execution
+
+EVALUATION = "evaluation.json"
+
+
+class TrainStageConfig(StageConfig):
+    """Which phase to train on, for how long, and the model's shape."""
+
+    phase: str = Field(default="pretrain", description="a phase of `mix`")
+    preset: Literal["ci", "tiny"] = Field(
+        default="tiny", description="named model shape; `model` overrides single values"
+    )
+    model: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
+    optim: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
+    steps: int | None = Field(default=None, ge=1, description="updates; null: until the phase's tokens are used up")
+    max_steps: int = Field(default=400, ge=1, description="cap when `steps` is null")
+    rows: int = Field(default=32, ge=1, description="packed rows of `context` tokens an update")
+    seed: int = Field(default=0, description="of the initial weights")
+    checkpoint_steps: int = execution(50, "updates between checkpoints")
+    threads: int | None = execution(None, "CPU threads; null: torch's choice")
+
+
+class EvaluateStageConfig(StageConfig):
+    """What to measure on the trained model."""
+
+    prompts: tuple[str, ...] = Field(default=(), description="texts to continue; the continuations go into the report")
+    max_tokens: int = Field(default=48, ge=1, description="length of a continuation")
+    temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of a continuation's choices")
+    seed: int = Field(default=0, description="of the continuations")
+
+
+def train(job: Job) -> Outcome:
+    """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
+    from mixtures.reader import MixtureSource
+    from moe.config import OptimConfig, TrainConfig, preset
+    from moe.trainer import train as train_model
+
+    config: TrainStageConfig = job.config
+    source = MixtureSource(job.root, config.phase)
+    shape = preset(config.preset, vocab_size=source.vocab_size, eos=source.eos)
+    model = type(shape)(**{**asdict(shape), **config.model})
+    tokens = int(source.lengths().sum())
+    available = tokens // (config.rows * model.context)
+    steps = config.steps or min(config.max_steps, available)
+    if steps < 1:
+        raise ConfigError(
+            f"train: phase {config.phase!r} holds {tokens:,} tokens, expected at least one update of "
+            f"{config.rows * model.context:,}; lower `rows`, or put more documents into the mixture"
+        )
+    folder = f"models/{config.phase}-{job.identity[:12]}"
+    plan = TrainConfig(
+        model=model,
+        optim=OptimConfig(**config.optim),
+        steps=steps,
+        rows=config.rows,
+        seed=config.seed,
+        repeat=steps > available,
+        tokenizer=str(job.root.local_path("models/tokenizer/tokenizer.json")),
+        threads=config.threads,
+        checkpoint_steps=config.checkpoint_steps,
+    )
+    with job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance:
+        summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1))
+    figures = asdict(summary)
+    outputs = {"weights": {"content": weights_digest(job.root.local_path(folder)), "folder": folder}}
+    accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
+    return Outcome(outputs=outputs, accounts=accounts, observed=figures)
+
+
+def weights_digest(folder: Path) -> str:
+    """Hash of the newest checkpoint's weights."""
+    from moe.checkpoint import find
+
+    return file_digest(find(folder) / "model.safetensors")
+
+
+def evaluate(job: Job) -> Outcome:
+    """Bits per byte on the held-out documents of each source, and continued prompts."""
+    from mixtures.reader import MixtureSource
+    from moe.evaluate import evaluate as evaluate_model
+
+    config: EvaluateStageConfig = job.config
+    trained = read_manifest(job.root, "train", None)
+    assert trained is not None  # the planner refuses to run without it
+    folder = job.root.local_path(trained.outputs["weights"]["folder"])
+    held_out = evaluate_model(folder, MixtureSource(job.root, "held_out"))
+    samples = [
+        {
+            "prompt": p,
+            "continuation": continue_prompt(
+                folder, p, config.max_tokens, config.temperature, config.top_p, config.seed
+            ),
+        }
+        for p in config.prompts
+    ]
+    name = f"{trained.outputs['weights']['folder']}/{EVALUATION}"
+    job.root.write_json(name, {"held_out": held_out, "samples": samples})
+    outputs = {"evaluation": {"content": file_digest(job.root.local_path(name)), "file": name}}
+    accounts = {"held_out_docs": int(sum(d["docs"] for d in held_out.values()))}
+    return Outcome(
+        outputs=outputs, accounts=accounts, observed={"bits_per_byte": {k: d["bpb"] for k, d in held_out.items()}}
+    )
+
+
+def continue_prompt(folder: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """The prompt's continuation by the model in `folder`."""
+    from moe.generate import generate_text
+
+    return generate_text(folder, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+TRAIN = Stage(
+    name="train",
+    kind=Kind.EXPORT,
+    config=TrainStageConfig,
+    fn=train,
+    reads=("@mix", "@tokenize", "@tokenizer"),
+    libraries=("torch",),
+    resources=Resources(cpus=2, memory_gb=2),
+)
+
+EVALUATE = Stage(
+    name="evaluate",
+    kind=Kind.EXPORT,
+    config=EvaluateStageConfig,
+    fn=evaluate,
+    reads=("@train", "@mix", "@tokenize"),
+    libraries=("torch",),
+)

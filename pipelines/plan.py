@@ -1,0 +1,252 @@
+"""What would run, what is skipped, and why: each stage's identity against the manifest that is there.
+
+A stage's identity is known once everything it reads is committed. Where something it reads will itself run, the plan says so and
+the runner decides again when it gets there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
+from core.errors import ConfigError
+from core.hashing import digest, file_digest
+from core.manifest import Identity, Manifest, read_manifest
+from core.predicate import Predicate
+from core.schema import DOCUMENTS
+from core.stage import Artifacts, Kind, identity_fields
+from core.storage import Root
+from pipelines.config import Pipeline, StageEntry
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage on one dataset, or (`dataset` None) on the whole root."""
+
+    entry: StageEntry
+    dataset: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.instance} [{self.dataset}]" if self.dataset else self.entry.instance
+
+    @property
+    def manifest(self) -> str:
+        """The instance name its manifest bears: ingest makes the documents, whatever the stage is called."""
+        return DOCUMENTS_INSTANCE if self.entry.stage.kind is Kind.INGEST else self.entry.instance
+
+
+@dataclass
+class Planned:
+    """A step with what the plan found. `why` holds the reasons to run, empty when skipped."""
+
+    step: Step
+    run: bool
+    why: list[str] = field(default_factory=list)
+    identity: Identity | None = None  # None: not known before something it reads has run
+
+
+def steps(pipeline: Pipeline) -> list[Step]:
+    """All steps in the order in which they run."""
+    out = []
+    for entry in pipeline.stages:
+        for name in scope(pipeline, entry):
+            out.append(Step(entry, name))
+    return out
+
+
+def scope(pipeline: Pipeline, entry: StageEntry) -> list[str | None]:
+    """The datasets a stage runs on one by one; [None] when it works on all at once."""
+    kind = entry.stage.kind
+    names = [n for n in pipeline.sources if entry.config.datasets is None or n in entry.config.datasets]
+    if kind is Kind.CAPTURE:
+        return [n for n in names if pipeline.sources[n].kind == entry.instance]
+    if kind in (Kind.INGEST, Kind.ANNOTATE):
+        return list(names)
+    return [None]
+
+
+def datasets_of(pipeline: Pipeline, root: Root, entry: StageEntry) -> tuple[Dataset, ...]:
+    """The committed datasets a stage works on. One that is missing is an error that says what to run."""
+    out = []
+    for ordinal, name in enumerate(pipeline.sources):
+        if entry.config.datasets is not None and name not in entry.config.datasets:
+            continue
+        dataset = open_dataset(root, name, ordinal)
+        if dataset is None:
+            raise ConfigError(f"{entry.instance}: dataset {name!r} has no documents yet; run stage `extract` first")
+        out.append(dataset)
+    return tuple(out)
+
+
+def plan(pipeline: Pipeline, root: Root, chosen: Iterable[Step] | None = None) -> list[Planned]:
+    """The plan for `chosen` steps (default all)."""
+    running: set[tuple[str | None, str]] = set()
+    out = []
+    for step in steps(pipeline) if chosen is None else chosen:
+        planned = plan_step(pipeline, root, step, running)
+        if planned.run:
+            running.add((step.dataset, step.manifest))
+            if step.entry.stage.kind not in (Kind.ANNOTATE, Kind.INGEST, Kind.CAPTURE):
+                running.update(
+                    (name, layer) for name in pipeline.sources for layer in (step.entry.instance, _layer_of(step))
+                )
+        out.append(planned)
+    return out
+
+
+def plan_step(
+    pipeline: Pipeline, root: Root, step: Step, running: set[tuple[str | None, str]] = frozenset()
+) -> Planned:  # type: ignore[assignment]
+    """Compare one step's identity with its manifest."""
+    waits = [name for where, name in _inputs(pipeline, step) if (where, name) in running]
+    before = read_manifest(root, step.manifest, step.dataset)
+    if waits:
+        return Planned(step, True, [f"{', '.join(dict.fromkeys(waits))} will run first"])
+    identity = identity_of(pipeline, root, step)
+    if before is None:
+        return Planned(step, True, ["never run here"], identity)
+    if before.identity.digest() == identity.digest():
+        return Planned(step, False, [], identity)
+    return Planned(step, True, before.identity.differences(identity), identity)
+
+
+def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = True) -> Identity:
+    """What the step's output is a function of. Without inputs: the part that holds for every shard, known before they are."""
+    entry = step.entry
+    config = identity_fields(entry.config)
+    if entry.stage.kind is Kind.DECIDE:
+        config["policy"] = policy_identity(pipeline, entry.instance)
+    inputs = {}
+    if entry.stage.kind in (Kind.CAPTURE, Kind.INGEST):
+        config["source"] = identity_fields(pipeline.sources[step.dataset or ""])
+    if entry.stage.kind is Kind.INGEST and with_inputs:
+        inputs = source_inputs(pipeline, root, step.dataset or "")
+    for where, name in _inputs(pipeline, step) if with_inputs else ():
+        label = f"{where}/{name}" if where else name
+        inputs[label] = _content(root, where, name, step)
+    artifacts = {name: file_digest(path) for name, path in artifacts_of(entry).items()}
+    libraries = {name: library_version(name) for name in entry.stage.libraries}
+    return Identity(entry.stage.name, entry.stage.version, config, inputs, artifacts, libraries)
+
+
+def code_of(identity: Identity) -> str:
+    """The part of an identity that holds for every shard: all but the inputs."""
+    return digest([identity.stage, identity.version, identity.config, identity.artifacts, identity.libraries])
+
+
+def artifacts_of(entry: StageEntry) -> Artifacts:
+    return entry.stage.artifacts(entry.config) if entry.stage.artifacts else {}
+
+
+def library_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def policy_identity(pipeline: Pipeline, instance: str) -> dict[str, Any]:
+    """The part of the policy that a select reads, as JSON-like values."""
+    rules = pipeline.policy.get(instance.partition("@")[2]) or ()
+    withdrawn = pipeline.policy.get("withdrawn")
+    return {
+        "rules": [r.model_dump(mode="json") for r in rules],
+        "priority": list(pipeline.policy["priority"] or ()),
+        "withdrawn": file_digest(withdrawn) if withdrawn else None,
+    }
+
+
+def source_inputs(pipeline: Pipeline, root: Root, name: str) -> dict[str, str]:
+    """One digest a unit of input: content, never a modification time."""
+    from crawl.ingest import reader
+
+    source = reader(pipeline.sources[name], name, root)
+    units = source.units()
+    return {"source": digest({u.name: source.input_digest(u) for u in units}), "units": str(len(units))}
+
+
+def plan_json(pipeline: Pipeline, planned: Iterable[Planned]) -> dict[str, Any]:
+    """The plan for schedulers: each step with the command that runs it and the steps it must wait for."""
+    planned = list(planned)
+    out = []
+    for i, p in enumerate(planned):
+        reads = set(_inputs(pipeline, p.step))
+        before = [q.step for q in planned[:i] if _makes(pipeline, q.step) & reads]
+        command = ["pipelines", "run", "stage", p.step.entry.instance, "-c", str(pipeline.path)]
+        command += ["--dataset", p.step.dataset] if p.step.dataset else []
+        out.append(
+            {
+                "name": p.step.name,
+                "stage": p.step.entry.instance,
+                "kind": p.step.entry.stage.kind.value,
+                "dataset": p.step.dataset,
+                "run": p.run,
+                "why": p.why,
+                "after": [s.name for s in before],
+                "command": command,
+            }
+        )
+    return {"root": pipeline.root, "engine": pipeline.engine.name, "steps": out}
+
+
+def _makes(pipeline: Pipeline, step: Step) -> set[tuple[str | None, str]]:
+    """(dataset or None, manifest name) of everything a step writes."""
+    out: set[tuple[str | None, str]] = {(step.dataset, step.manifest)}
+    if step.dataset is None:
+        out |= {(name, _layer_of(step)) for name in pipeline.sources}
+    return out
+
+
+def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
+    """(dataset or None, manifest name) of everything a step reads."""
+    entry = step.entry
+    kind = entry.stage.kind
+    if kind is Kind.CAPTURE:
+        return []
+    if kind is Kind.INGEST:
+        captured = pipeline.sources[step.dataset or ""].kind
+        return [(step.dataset, captured)] if any(e.instance == captured for e in pipeline.stages) else []
+    columns = list(entry.stage.columns(entry.config))
+    if kind is Kind.DECIDE:
+        columns += policy_columns(pipeline, entry.instance)
+    if entry.config.where:
+        columns += Predicate(entry.config.where).columns
+    names = (
+        [step.dataset]
+        if step.dataset
+        else [n for n in pipeline.sources if n in (entry.config.datasets or pipeline.sources)]
+    )
+    out: list[tuple[str | None, str]] = []
+    for column in dict.fromkeys(columns):
+        if column.startswith("@"):
+            out.append((None, column[1:]))
+            continue
+        layer = column.rpartition(".")[0]
+        out += [(n, layer if layer and column not in DOCUMENTS.names else DOCUMENTS_INSTANCE) for n in names]
+    out += [(n, DOCUMENTS_INSTANCE) for n in names]
+    return list(dict.fromkeys(out))
+
+
+def policy_columns(pipeline: Pipeline, instance: str) -> list[str]:
+    """Columns that the rules of one select read."""
+    from mixtures.select import rules_of
+
+    return sorted(
+        {c for rule in rules_of(pipeline.policy.get(instance.partition("@")[2]) or ()) for c in rule.predicate.columns}
+    )
+
+
+def _content(root: Root, where: str | None, name: str, step: Step) -> str:
+    manifest: Manifest | None = read_manifest(root, name, where)
+    if manifest is None:
+        what = f"{name} of dataset {where}" if where else name
+        raise ConfigError(f"{step.name}: reads {what}, which is not there; run that stage first or add it to `stages`")
+    return manifest.content()
+
+
+def _layer_of(step: Step) -> str:
+    """The layer a root-wide step writes for each dataset: a select's is its fate."""
+    name, _, label = step.entry.instance.partition("@")
+    return f"fate@{label}" if name == "select" else name

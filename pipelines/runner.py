@@ -1,0 +1,292 @@
+"""Runs the steps of a plan in order: locks, engines, manifests. What is committed is never computed again.
+
+Consecutive annotate stages of a dataset share one pass over its documents. Every step ends with its manifest, written last.
+"""
+
+import contextlib
+import os
+import platform
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core.annotate import AnnotateRun, annotate
+from core.dataset import Dataset, open_dataset
+from core.engines.contract import Engine
+from core.errors import ConfigError
+from core.ingest import check_budget
+from core.job import Job, Outcome, total
+from core.lock import held
+from core.manifest import Identity, Manifest, write_manifest
+from core.progress import Display, quiet
+from core.stage import Kind
+from core.storage import Root
+from pipelines.config import EngineConfig, Pipeline
+from pipelines.plan import Planned, Step, artifacts_of, code_of, datasets_of, identity_of, plan_step, steps
+
+FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line adds to a config."""
+
+    run_id: str
+    dataset: str | None = None
+    shards: tuple[int, int] | None = None
+    force: bool = False
+
+
+def new_run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def make_engine(config: EngineConfig, scratch: Path, display: Display) -> Engine:
+    """The engine a config names."""
+    workers = config.workers or len(os.sched_getaffinity(0))
+    if config.name == "local":
+        from core.engines.local import LocalEngine
+
+        return LocalEngine(scratch, workers, config.memory_gb, display)
+    if config.name == "ray":
+        from core.engines.ray import RayEngine
+
+        return RayEngine(scratch, workers, config.memory_gb, display, config.address)
+    from core.engines.spark import SparkEngine
+
+    return SparkEngine(scratch, workers, config.memory_gb, display, config.address)
+
+
+class Runner:
+    """One run of (part of) a pipeline."""
+
+    def __init__(
+        self, pipeline: Pipeline, options: RunOptions, display: Display | None = None, say: Say | None = None
+    ) -> None:
+        self.pipeline, self.options = pipeline, options
+        self.root = Root(pipeline.root)
+        self.display = display or quiet()
+        self.say: Say = say or (lambda line: None)
+        self._engine: Engine | None = None
+        self._scratch = scratch_folder(pipeline, self.root)
+
+    def run(self, chosen: Sequence[Step] | None = None) -> list[Planned]:
+        """Run the chosen steps (default all) and return what was planned for each."""
+        todo = list(steps(self.pipeline) if chosen is None else chosen)
+        if self.options.dataset:
+            todo = [s for s in todo if s.dataset in (None, self.options.dataset)]
+        preflight(self.root)
+        done: list[Planned] = []
+        try:
+            for group in grouped(todo):
+                done += self._annotate(group) if group[0].entry.stage.kind is Kind.ANNOTATE else [self._step(group[0])]
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+        return done
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = make_engine(self.pipeline.engine, self._scratch, self.display)
+        return self._engine
+
+    def _step(self, step: Step) -> Planned:
+        planned = plan_step(self.pipeline, self.root, step)
+        if not planned.run and not self.options.force:
+            self.say(f"{step.name}: up to date")
+            return planned
+        with held(self.root, _lock_name(step), self.options.run_id):
+            planned.identity = planned.identity or identity_of(self.pipeline, self.root, step)
+            self._execute(step, planned.identity)
+        return planned
+
+    def _execute(self, step: Step, identity: Identity) -> None:
+        began, clock = datetime.now(UTC), time.perf_counter()
+        job = self._job(step, identity)
+        scratch = (
+            self._scratch / f"{step.name.replace(' ', '').replace('[', '-').replace(']', '')}-{identity.digest()[:12]}"
+        )
+        self.engine.begin(scratch)
+        outcome = step.entry.stage.fn(job)
+        observed = self._observed(began, clock, outcome.observed)
+        for (dataset, layer), outputs in sorted(outcome.layers.items()):
+            write_manifest(self.root, Manifest(layer, dataset, identity, outputs, _layer_accounts(outputs), observed))
+        manifest = Manifest(
+            step.manifest, step.dataset, identity, outcome.outputs, outcome.accounts, observed, units=outcome.units
+        )
+        write_manifest(self.root, manifest)
+        for name in outcome.cleanup:
+            self.root.remove(name)
+        self.engine.clear()
+        self.say(f"{step.name}: {summary(outcome, observed)}")
+
+    def _job(self, step: Step, identity: Identity) -> Job:
+        entry = step.entry
+        source_kinds = (Kind.CAPTURE, Kind.INGEST)
+        datasets = () if entry.stage.kind in source_kinds else datasets_of(self.pipeline, self.root, entry)
+        return Job(
+            stage=entry.stage,
+            instance=entry.instance,
+            config=entry.config,
+            root=self.root,
+            engine=self.engine,
+            datasets=datasets,
+            identity=identity.digest(),
+            source=self.pipeline.sources.get(step.dataset or ""),
+            source_name=step.dataset or "",
+            artifacts=artifacts_of(entry),
+            display=self.display,
+            options={"policy": self.pipeline.policy, "say": self.say, "code": code_of(identity)},
+        )
+
+    def _annotate(self, group: Sequence[Step]) -> list[Planned]:
+        """One dataset's consecutive annotate stages in one pass."""
+        planned, running = [], set()
+        for step in group:
+            p = plan_step(self.pipeline, self.root, step, running)
+            p.run = p.run or self.options.force
+            planned.append(p)
+            if p.run:
+                running.add((step.dataset, step.manifest))
+            else:
+                self.say(f"{step.name}: up to date")
+        todo = [p for p in planned if p.run]
+        if not todo:
+            return planned
+        name = group[0].dataset or ""
+        dataset = open_dataset(self.root, name, list(self.pipeline.sources).index(name))
+        if dataset is None:
+            raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
+        with contextlib.ExitStack() as locks:
+            for p in todo:
+                locks.enter_context(held(self.root, _lock_name(p.step), self.options.run_id))
+            self._annotate_dataset(dataset, todo)
+        return planned
+
+    def _annotate_dataset(self, dataset: Dataset, todo: Sequence[Planned]) -> None:
+        began, clock = datetime.now(UTC), time.perf_counter()
+        runs = []
+        for p in todo:
+            entry = p.step.entry
+            code = code_of(identity_of(self.pipeline, self.root, p.step, with_inputs=False))
+            runs.append(AnnotateRun(entry.stage, entry.instance, entry.config, artifacts_of(entry), code))
+        part = dataset
+        if self.options.shards:
+            first, last = self.options.shards
+            part = Dataset(dataset.root, dataset.name, dataset.ordinal, dataset.shards[first:last], dataset.generation)
+        reports = annotate(self.engine, part, runs, self.pipeline.engine.stall_s)
+        if len(part.shards) < len(dataset.shards):
+            self.say(
+                f"{dataset.name}: {len(part.shards)} of {len(dataset.shards)} shards done; run without --shards to finish"
+            )
+            return
+        figures = total(reports)
+        for run, p in zip(runs, todo, strict=True):
+            outputs = {r.unit: r.value[run.layer] for r in reports}
+            accounts = _layer_accounts(outputs)
+            check_budget(run.layer, dataset.name, accounts["rejected"], accounts["rows"])
+            identity = identity_of(self.pipeline, self.root, p.step)
+            observed = self._observed(began, clock, {**figures, "fused": [r.layer for r in runs]})
+            write_manifest(self.root, Manifest(run.layer, dataset.name, identity, outputs, accounts, observed))
+            self.say(f"{p.step.name}: {summary(Outcome(accounts=accounts), observed)}")
+
+    def _observed(self, began: datetime, clock: float, figures: dict[str, Any]) -> dict[str, Any]:
+        seconds = time.perf_counter() - clock
+        out = {
+            **figures,
+            "run_id": self.options.run_id,
+            "began": began.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+            "engine": self.pipeline.engine.name,
+        }
+        if figures.get("docs"):
+            out["docs_per_s"] = round(figures["docs"] / max(seconds, 1e-9), 1)
+        if figures.get("bytes"):
+            out["mb_per_s"] = round(figures["bytes"] / 1e6 / max(seconds, 1e-9), 2)
+        out["peak_memory_bytes"] = max(
+            figures.get("peak_memory_bytes", 0), getattr(self._engine, "peak_memory_bytes", 0)
+        )
+        return out
+
+
+def grouped(todo: Sequence[Step]) -> Iterator[list[Step]]:
+    """Runs of annotate stages of the pipeline, regrouped by dataset; every other step by itself."""
+    i = 0
+    while i < len(todo):
+        if todo[i].entry.stage.kind is not Kind.ANNOTATE:
+            yield [todo[i]]
+            i += 1
+            continue
+        j = i
+        while j < len(todo) and todo[j].entry.stage.kind is Kind.ANNOTATE:
+            j += 1
+        for name in dict.fromkeys(s.dataset for s in todo[i:j]):
+            yield [s for s in todo[i:j] if s.dataset == name]
+        i = j
+
+
+def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Step]:
+    """The steps from stage `first` to stage `last`, both included."""
+    names = [e.instance for e in pipeline.stages]
+    begin = names.index(pipeline.entry(first).instance) if first else 0
+    end = names.index(pipeline.entry(last).instance) if last else len(names) - 1
+    if begin > end:
+        raise ConfigError(f"--from {first} stands after --until {last} in {pipeline.path}")
+    inside = set(names[begin : end + 1])
+    return [s for s in steps(pipeline) if s.entry.instance in inside]
+
+
+def preflight(root: Root) -> None:
+    """Everything that can be known before the first byte: the root can be written and has room."""
+    try:
+        root.write_bytes(".writable", b"")
+        root.remove(".writable")
+    except (OSError, PermissionError) as e:
+        raise ConfigError(
+            f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
+        ) from e
+    free = root.free_bytes()
+    if free is not None and free < FREE_BYTES:
+        raise ConfigError(
+            f"root: {free / 1e9:.1f} GB free below {root.url}, expected at least {FREE_BYTES / 1e9:.1f}; make room"
+        )
+
+
+def scratch_folder(pipeline: Pipeline, root: Root) -> Path:
+    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts."""
+    if pipeline.engine.scratch:
+        return Path(pipeline.engine.scratch)
+    if root.is_local:
+        return Path(root.path("exchange"))
+    return Path(tempfile.gettempdir(), "stepwell-exchange")
+
+
+def summary(outcome: Outcome, observed: dict[str, Any]) -> str:
+    """One line for a person."""
+    parts = [f"{k.replace('_', ' ')} {v:,}" for k, v in outcome.accounts.items() if "." not in k and k != "rows"]
+    if observed.get("resumed_units"):
+        parts.append(f"{observed['resumed_units']} units were committed before")
+    if observed.get("docs_per_s"):
+        parts.append(f"{observed['docs_per_s']:,.0f} docs/s")
+    if observed.get("mb_per_s"):
+        parts.append(f"{observed['mb_per_s']:,.1f} MB/s")
+    return ", ".join([*parts, f"{observed['seconds']:.1f} s"])
+
+
+def _layer_accounts(outputs: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {key: sum(out.get(key, 0) for out in outputs.values()) for key in ("rows", "computed", "rejected")}
+
+
+def _lock_name(step: Step) -> str:
+    return f"{step.dataset or 'root'}.{step.entry.instance}"

@@ -1,0 +1,256 @@
+"""Training end to end: exact resume after a real kill, refusals that write nothing, metrics."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe
+from core.errors import ConfigError, StageError
+from moe import checkpoint
+from moe.config import OptimConfig, TrainConfig
+from moe.data import ArrayTokenSource
+from moe.trainer import METRICS, TIME_FIELDS, read_metrics, train
+from tests.moe.conftest import counting_source
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# The child prints each step, so that the parent can kill it in the middle of a chosen one.
+CHILD = """
+import json, sys
+from pathlib import Path
+from moe.config import from_json
+from moe.trainer import train
+from tests.moe.conftest import counting_source
+train(from_json(json.loads(sys.argv[1])), counting_source(), Path(sys.argv[2]), lambda row: print(row["step"], flush=True))
+"""
+
+
+def _without_times(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in read_metrics(folder)]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    path = checkpoint.find(folder)
+    return {name: (path / name).read_bytes() for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)}
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def undisturbed(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> Path:
+    train(train_config, source, tmp_path / "undisturbed")
+    return tmp_path / "undisturbed"
+
+
+def _assert_equal_runs(folder: Path, undisturbed: Path) -> None:
+    assert _bytes(folder) == _bytes(undisturbed)
+    assert _without_times(folder) == _without_times(undisturbed)
+
+
+def test_loss_falls_and_summary_counts(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
+    config = dataclasses.replace(train_config, steps=60, repeat=True, optim=OptimConfig(lr=1e-2, warmup_steps=5))
+    seen: list[dict[str, Any]] = []
+    summary = train(config, source, tmp_path, seen.append)
+    rows = read_metrics(tmp_path)
+    assert rows == seen
+    assert [r["step"] for r in rows] == list(range(1, 61))
+    assert rows[-1]["tokens"] == summary.tokens == 60 * 4 * 64
+    assert rows[0]["loss"] > 3.9
+    assert rows[-1]["loss"] == summary.loss < 2.0
+    assert set(rows[-1]["domain_loss"]) == {"by_one", "by_two"}
+    assert min(rows[-1]["domain_loss"].values()) <= rows[-1]["loss"] <= max(rows[-1]["domain_loss"].values())
+    assert len(rows[-1]["load_violation"]) == 1
+    assert summary.resumed_step is None
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000055", "step-00000060"]
+    logits = moe.load(tmp_path)(torch.from_numpy(source.tokens(0)[None].astype(np.int64)))
+    assert logits.shape == (1, source.length(0), source.vocab_size)
+
+
+def test_same_seed_same_bytes(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(train_config, source, tmp_path / "again")
+    _assert_equal_runs(tmp_path / "again", undisturbed)
+    train(dataclasses.replace(train_config, seed=1), source, tmp_path / "other")
+    assert _bytes(tmp_path / "other") != _bytes(undisturbed)
+
+
+def test_resume_after_kill_9(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed in step 3 (before the first periodic checkpoint) and in step 8 (between two), by the kernel, in another process."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(train_config)), str(folder)]
+    for stop in (3, 8):
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=_environment()) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if int(line) >= stop:
+                    child.send_signal(signal.SIGKILL)
+                    break
+        assert child.returncode == -signal.SIGKILL
+    summary = train(train_config, source, folder)
+    assert summary.resumed_step is not None
+    assert 0 < summary.resumed_step < 12
+    _assert_equal_runs(folder, undisturbed)
+
+
+def test_resume_after_kill_9_at_any_moment(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Checkpoints at every step, and a kill at moments of no known phase: most fall into the writing of one."""
+    config = dataclasses.replace(train_config, checkpoint_steps=1, keep=1)
+    folder = tmp_path / "killed"
+    for round_ in range(int(os.environ.get("STEPWELL_SOAK", "6"))):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(config, source, folder)
+            finally:
+                os._exit(0)
+        time.sleep(0.02 + 0.013 * round_)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    train(config, source, folder)
+    _assert_equal_runs(folder, undisturbed)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_a_finished_run_is_left_alone(train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path) -> None:
+    before = _tree(undisturbed)
+    summary = train(train_config, source, undisturbed)
+    assert summary.resumed_step == summary.steps == 12
+    assert summary.tokens_per_s is None
+    assert _tree(undisturbed) == before
+
+
+def test_leftovers_of_a_kill_are_swept(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A checkpoint renamed but not yet named by `latest`, a half-written one, and metrics cut within a line."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    newer, older = folder / "checkpoints" / "step-00000012", folder / "checkpoints" / "step-00000010"
+    checkpoint.replace_text(folder / checkpoint.LATEST, older.name + "\n")
+    (newer / checkpoint.WEIGHTS).write_bytes(b"half")
+    (folder / "checkpoints" / ("step-00000012" + checkpoint.TEMPORARY)).mkdir()
+    with open(folder / METRICS, "a") as f:
+        f.write('{"step": 13, "lo')
+    train(train_config, source, folder)
+    _assert_equal_runs(folder, undisturbed)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [older.name, newer.name]
+
+
+Change = Callable[[TrainConfig], TrainConfig]
+CHANGES: dict[str, tuple[Change, str]] = {
+    "shape": (
+        lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, dim=48)),
+        "model.dim: the checkpoint has 32",
+    ),
+    "vocabulary": (
+        lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=96)),
+        "model.vocab_size: the checkpoint has 64, this run 96",
+    ),
+    "optimiser": (
+        lambda c: dataclasses.replace(c, optim=OptimConfig(lr=0.5)),
+        "optim.lr: the checkpoint has 0.003, this run 0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_config_is_refused(
+    name: str, train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    before = _tree(undisturbed)
+    change, message = CHANGES[name]
+    with pytest.raises(ConfigError, match=message):
+        train(change(train_config), source, undisturbed)
+    assert _tree(undisturbed) == before
+
+
+def test_another_mixture_or_tokenizer_is_refused(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="mixture: the documents"):
+        train(train_config, counting_source(seed=1), undisturbed)
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer: the checkpoint has None"):
+        train(dataclasses.replace(train_config, tokenizer=str(tmp_path / "t.json")), source, undisturbed)
+
+
+def test_all_is_checked_before_the_first_byte(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    small = dataclasses.replace(train_config.model, vocab_size=40, eos=1)
+    with pytest.raises(ConfigError) as error:
+        train(dataclasses.replace(train_config, model=small, tokenizer="absent.json"), source, tmp_path / "run")
+    assert [p.split(",")[0] for p in error.value.problems] == [
+        "train: the mixture's vocabulary exceeds the embedding",
+        "train: the mixture ends documents differently",
+        "train: no tokenizer file",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"the mixture is too short, got \d+ tokens = \d+ steps of 4 x 64, expected 10000"
+    ):
+        train(dataclasses.replace(train_config, steps=10_000), source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(train_config, optim=OptimConfig(lr=1e38, warmup_steps=0))
+    with pytest.raises(StageError, match=r"update 2 is not finite, got loss \S+ .* step-00000000 stands"):
+        train(config, source, tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
+    assert all(p.isfinite().all() for p in moe.load(tmp_path).parameters())
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE])
+def test_a_truncated_checkpoint_is_named(
+    name: str, train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    path = checkpoint.find(undisturbed) / name
+    path.write_bytes(path.read_bytes()[:-20])
+    before = _tree(undisturbed)
+    for use in (lambda: train(train_config, source, undisturbed), lambda: moe.load(undisturbed)):
+        with pytest.raises(StageError, match=rf"step-00000012/{name}.* write step-00000010 into"):
+            use()
+    assert _tree(undisturbed) == before
+    checkpoint.replace_text(undisturbed / checkpoint.LATEST, "step-00000010\n")
+    assert train(train_config, source, undisturbed).resumed_step == 10
+
+
+def test_lost_metrics_are_noticed(train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path) -> None:
+    (undisturbed / METRICS).write_text("")
+    with pytest.raises(StageError, match="lost rows, got 0, expected 12"):
+        train(train_config, source, undisturbed)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint here"):
+        moe.load(tmp_path)
+
+
+def test_importing_moe_imports_no_torch() -> None:
+    code = "import sys, moe, moe.config, moe.data; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=_environment(), check=True)
