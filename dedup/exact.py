@@ -11,6 +11,8 @@ at 10^11 documents the chance of one false pair anywhere is 10^-17.
 Cost: one pass over the text and one shuffle of 64 bytes a document; no limit on the size of a clique.
 """
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
@@ -24,7 +26,7 @@ from core.engines.contract import Unit
 from core.job import Job, Outcome
 from core.schema import TEXT
 from core.stage import Kind, Stage, StageConfig
-from dedup.scopes import Scopes, read_rows, scope_numbers, source_units
+from dedup.scopes import Scopes, align_all, read_rows, scope_numbers, source_units
 
 BATCH_BYTES = 16 << 20
 
@@ -73,15 +75,10 @@ def cliques(chunk: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=FOUND)
 
 
-def _figures(found: pa.Table) -> tuple[int, int, int]:
-    """(documents in cliques, cliques, most copies) of a piece; a clique counts at its representative's line."""
-    copies = found.column("copies").to_numpy()
-    shares = np.bincount(copies)
-    return len(copies), int(sum(n // c for c, n in enumerate(shares) if n)), int(copies.max(initial=0))
-
-
-def _sum(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, int]:
-    return a[0] + b[0], a[1] + b[1], max(a[2], b[2])
+def _sizes(found: pa.Table) -> Counter[int]:
+    """How many members belong to cliques of each size."""
+    copies, members = np.unique(found.column("copies").to_numpy(), return_counts=True)
+    return Counter(dict(zip(copies.tolist(), members.tolist(), strict=True)))
 
 
 def exact(job: Job) -> Outcome:
@@ -96,8 +93,9 @@ def exact(job: Job) -> Outcome:
         keys, ["high", "low"], cliques, FOUND, order=["doc_id", "row"], label=f"{job.instance}: group equal texts"
     )
     found = engine.persist(found)
-    docs, groups, most = engine.fold(found, _figures, _sum) or (0, 0, 0)
-    layers = {(d.name, job.instance): job.align(found, d, job.instance, LAYER) for d in job.datasets}
+    sizes: Counter[int] = engine.fold(found, _sizes, operator.add) or Counter()
+    docs, groups, most = sizes.total(), sum(n // size for size, n in sizes.items()), max(sizes, default=0)
+    layers = align_all(job, found, LAYER)
     observed = {
         "docs": sum(d.rows for d in job.datasets),
         "copied_docs": docs,

@@ -15,6 +15,7 @@ Traffic per document: 504 bytes of bands, and once about 4 bytes for each distin
 words. Only documents that share a bucket are moved again. Text is read once.
 """
 
+import operator
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from core.schema import TEXT
 from core.stage import Kind, Stage, StageConfig, execution
 from dedup.candidates import BANDS, MEMBER, WANTS, band_rows, distinct, pair_up
 from dedup.components import GIANT_FRACTION, MAX_EDGES, Components, check_ceiling, components
-from dedup.scopes import Scopes, read_rows, scope_numbers, source_units
+from dedup.scopes import Scopes, align_all, read_rows, scope_numbers, source_units
 from dedup.shingles import shingle
 from dedup.signatures import band_keys, signatures
 from dedup.verify import EDGES, NODE, VERIFY, unique_sets, verify
@@ -142,7 +143,7 @@ def _pair_lines(wants: pa.Table) -> pa.Table:
 def collect_edges(engine: Engine, edges: Frame, stage: str, most: int) -> pa.Table:
     """The distinct edges sorted by (a, b), on the driver. StageError above `most`."""
     edges = engine.persist(edges)
-    check_ceiling(stage, engine.fold(edges, _rows_of, _add) or 0, most)
+    check_ceiling(stage, engine.fold(edges, _rows_of, operator.add) or 0, most)
     table = engine.collect(edges).combine_chunks()
     if table.num_rows < 2:
         return table
@@ -153,10 +154,6 @@ def collect_edges(engine: Engine, edges: Frame, stage: str, most: int) -> pa.Tab
 
 def _rows_of(piece: pa.Table) -> int:
     return piece.num_rows
-
-
-def _add(a: int, b: int) -> int:
-    return a + b
 
 
 def components_of(edges: pa.Table) -> tuple[Components, np.ndarray]:
@@ -219,7 +216,7 @@ def minhash(job: Job) -> Outcome:
     job.root.write_table(name, [edges], EDGES, {"unit": job.identity})
     graph, ids = components_of(edges)
     labels = job.engine.persist(label_rows(job, graph, ids, units))
-    layers = {(d.name, job.instance): job.align(labels, d, job.instance, LAYER) for d in job.datasets}
+    layers = align_all(job, labels, LAYER)
     outputs = {name: {"rows": edges.num_rows, "content": table_digest(edges)}}
     return Outcome(outputs=outputs, layers=layers, observed=_observed(job, graph, edges))
 

@@ -1,17 +1,19 @@
-"""Scopes: which datasets are deduplicated against each other, and the reading that every dedup stage begins with."""
+"""Scopes: which datasets are deduplicated against each other; and what every dedup stage begins and ends with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from core.dataset import Dataset
-from core.engines.contract import Unit
+from core.engines.contract import Frame, Unit
 from core.errors import ConfigError
+from core.job import Job
 from core.predicate import Predicate
-from core.rows import pack
+from core.rows import dataset_of, pack
 
 Scopes = tuple[tuple[str, ...], ...]
 
@@ -69,3 +71,19 @@ def read_rows(
             rows, batch = rows[live], batch.filter(pa.array(live))
         if batch.num_rows:
             yield rows, batch.select(list(columns))
+
+
+def align_all(job: Job, found: Frame, own: pa.Schema) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """The layer of every dataset from one frame of `row` + `own` columns over all of them."""
+    layers = {}
+    for dataset in job.datasets:
+        mine = found
+        if len(job.datasets) > 1:
+            label = f"{job.instance}: rows of {dataset.name}"
+            mine = job.engine.map(found, partial(_rows_of_dataset, dataset.ordinal), found.schema, label)
+        layers[dataset.name, job.instance] = job.align(mine, dataset, job.instance, own)
+    return layers
+
+
+def _rows_of_dataset(ordinal: int, piece: pa.Table) -> pa.Table:
+    return piece.filter(pa.array(dataset_of(piece.column("row").to_numpy()) == ordinal))

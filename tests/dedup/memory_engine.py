@@ -36,7 +36,9 @@ class OracleEngine:
         table = pa.concat_tables([schema.empty_table(), *(t.select(schema.names).cast(schema) for t in tables)])
         return Memory(table.take(self.rng.permutation(table.num_rows)).combine_chunks())
 
-    def scan(self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str) -> Memory:
+    def scan(
+        self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
+    ) -> Memory:
         return self.mixed([pa.Table.from_batches([b]) for u in units for b in fn(u)], schema)
 
     def table(self, table: pa.Table) -> Memory:
@@ -48,7 +50,15 @@ class OracleEngine:
         return self.mixed([fn(frame.table.slice(a, b - a)) for a, b in spans], schema)
 
     def shuffle(
-        self, frames: Any, by: Any, fn: Any, schema: Any, order: Any = (), combine: Any = None, max_rows_per_key: Any = None, label="shuffle"
+        self,
+        frames: Any,
+        by: Any,
+        fn: Any,
+        schema: Any,
+        order: Any = (),
+        combine: Any = None,
+        max_rows_per_key: Any = None,
+        label="shuffle",
     ) -> Memory:
         tables = [f.table for f in (frames if isinstance(frames, list) else [frames])]
         table = sorted_table(pa.concat_tables(tables), [*by, *order])
@@ -58,7 +68,7 @@ class OracleEngine:
     def chunks(self, table: pa.Table, by: Sequence[str], most: int | None, label: str) -> Iterator[pa.Table]:
         values = list(zip(*(table.column(c).to_pylist() for c in by), strict=True))
         starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
-        groups = [table.slice(a, b - a) for a, b in zip(starts, [*starts[1:], len(values)], strict=True)]
+        groups = [table.slice(a, b - a) for a, b in zip(starts, [*starts[1:], len(values)], strict=False)]
         self.cut[label] = sum(max(0, g.num_rows - most) for g in groups) if most else 0
         groups = [g.slice(0, most) for g in groups] if most else groups
         for i in range(0, len(groups), self.keys):
@@ -71,8 +81,8 @@ class OracleEngine:
 
     def align(self, frame: Memory, target: Align) -> list[Report]:
         table = sorted_table(frame.table, ["row"])
-        mine = table.filter(pa.array(table.column("row").to_numpy() >> 48 == target.dataset))
-        return target_reports(mine, range(target.shards), target, lambda **_: None)
+        assert set((table.column("row").to_numpy() >> 48).tolist()) <= {target.dataset}
+        return target_reports(table, range(target.shards), target, lambda **_: None)
 
     def fold(self, frame: Memory, fn: Any, merge: Any, label: str = "fold") -> Any:
         n = frame.table.num_rows
