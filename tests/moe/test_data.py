@@ -46,7 +46,9 @@ def test_rows_tile_the_stream(docs: list[list[int]], context: int, count: int) -
     assert seen.tolist() == stream[: len(seen)].tolist()
     assert len(stream) - len(seen) < context * count
     inputs = np.concatenate([b.inputs.ravel() for b in batches])
-    assert inputs.tolist() == [0, *stream[: len(seen) - 1]], "every document ends in EOS, so the shift is the whole story"
+    assert inputs.tolist() == [0, *stream[: len(seen) - 1]], (
+        "every document ends in EOS, so the shift is the whole story"
+    )
 
 
 @given(documents, st.integers(1, 7))
