@@ -51,4 +51,4 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
     """The inverse of `state_tensors`; the caller has checked that the model's shapes are the checkpoint's."""
     if tensors:
         for name, p in model.named_parameters():
-            optimizer.state[p] = {key: tensors[f"{name}.{key}"] for key in STATE}
+            optimizer.state[p] = {key: tensors[f"{name}.{key}"].clone() for key in STATE}
