@@ -22,10 +22,10 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 LAST_WITHOUT_TRAINING = "mix"
 
 
-def prepare(folder: Path, resolver: dict[str, str]) -> Path:
-    """Write what the pipeline reads. Returns the path of the pipeline file. A file whose content stands is not touched."""
-    if not TEMPLATE.exists():
-        raise ConfigError(f"demo: no template, got {TEMPLATE}; run from a clone of the repository")
+def prepare(folder: Path, resolver: dict[str, str], template: Path = TEMPLATE) -> Path:
+    """Write what the pipeline reads and return the pipeline file. A file whose content stands is not touched."""
+    if not template.exists():
+        raise ConfigError(f"demo: no template, got {template}; run from a clone of the repository")
     seeds = []
     for host in sorted(resolver):
         seeds.append(f"http://{host}/")
@@ -34,7 +34,7 @@ def prepare(folder: Path, resolver: dict[str, str]) -> Path:
     pipeline = folder / "pipeline.yaml"
     _write(folder / "seeds.txt", "\n".join(seeds) + "\n")
     _write(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
-    _write(pipeline, TEMPLATE.read_text(encoding="utf-8"))
+    _write(pipeline, template.read_text(encoding="utf-8"))
     return pipeline
 
 
