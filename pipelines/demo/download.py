@@ -54,7 +54,7 @@ def fetch(packages: Sequence[Package], folder: Path, say: Callable[[str], None])
     )
     downloads = folder / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    apt_options = _apt_options(folder / "apt", of["apt"])
+    apt_options = _apt_options(folder / "apt", of["apt"], say)
 
     def one(package: Package) -> tuple[str, str]:
         try:
@@ -143,29 +143,30 @@ def _run(command: Sequence[str], folder: Path, environment: dict[str, str] | Non
         raise InputError(f"demo: {command[0]} ended with {done.returncode}: {last[0]}")
 
 
-def _apt_options(state: Path, packages: Sequence[Package]) -> list[str]:
+def _apt_options(state: Path, packages: Sequence[Package], say: Callable[[str], None]) -> list[str]:
     """Options for apt-get: none where the machine's package lists know a package, else lists of our own in `state`.
 
     Lists of our own need no root. Without network the update fails and each package is then reported absent by itself.
     """
-    if not packages:
+    if (
+        not packages
+        or subprocess.run(["apt-cache", "show", packages[0].name], capture_output=True, check=False).returncode == 0
+    ):
         return []
-    known = subprocess.run(["apt-cache", "show", packages[0].name], capture_output=True, check=False)
-    if known.returncode == 0:
-        return []
+    say("demo: this machine has no Debian package lists; will download 10 MB of them into the demo's own folder")
     for name in ("lists/partial", "cache/archives/partial"):
         (state / name).mkdir(parents=True, exist_ok=True)
-    options = [
-        "-o",
-        f"Dir::State::lists={state / 'lists'}",
-        "-o",
-        f"Dir::Cache={state / 'cache'}",
-        "-o",
-        "APT::Sandbox::User=",
-        "-o",
-        "Debug::NoLocking=1",
-    ]
-    subprocess.run(["apt-get", *options, "update", "-q"], capture_output=True, timeout=TIMEOUT_S, check=False)
+    places = {
+        "Dir::State::lists": state / "lists",
+        "Dir::Cache": state / "cache",
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": 1,
+    }
+    options = [word for name, value in places.items() for word in ("-o", f"{name}={value}")]
+    try:
+        _run(["apt-get", *options, "update", "-q"], state)
+    except (InputError, subprocess.TimeoutExpired) as error:
+        say(f"{error}; goes on with what pip brings")
     return options
 
 

@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 DIRECTIVE = re.compile(r"^[ \t]*\.\. +(?:\|[^|\n]+\| +)?([A-Za-z][\w:.+-]*)::", re.MULTILINE)
 ROLE = re.compile(r":([A-Za-z][\w:.+-]*):`")
 LITERAL = frozenset(
-    ("code", "code-block", "console", "doctest", "ipython", "plot", "prompt", "snippet", "sourcecode", "testcode")
+    ("code", "code-block", "console", "doctest", "ipython", "prompt", "snippet", "sourcecode", "testcode", "testoutput")
 )
 # Sphinx means a Python class where docutils means a CSS one, and gives a block of code options that docutils refuses.
 REDEFINED = frozenset(("class", "code", "code-block", "sourcecode"))

@@ -12,7 +12,7 @@ import pytest
 
 from core.errors import ConfigError, InputError
 from pipelines.demo import corpus, download, render, sites
-from pipelines.demo.__main__ import command, prepare
+from pipelines.demo.__main__ import command, prepare, template_text
 from pipelines.demo.sites import Package, Site
 
 CHANGED_S = 1_600_000_000
@@ -265,16 +265,18 @@ def test_tables_agree_with_each_other_and_with_the_hashes() -> None:
     assert sum(p.download_bytes for p in small) < 42e6
 
 
+def test_missing_template_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no template"):
+        template_text(tmp_path / "demo.yaml")
+
+
 def test_pipeline_files(tmp_path: Path) -> None:
     host = tmp_path / "corpus/hosts/a.example"
     host.mkdir(parents=True)
     (host / "contents.html").write_text("")
-    template = tmp_path / "template.yaml"
-    with pytest.raises(ConfigError, match="no template"):
-        prepare(tmp_path, {}, template)
-    template.write_text("root: ${DEMO_FOLDER}/root\n")
+    template = "root: ${DEMO_FOLDER}/root\n"
     pipeline = prepare(tmp_path, {"b.example": "127.0.0.1:1", "a.example": "127.0.0.1:1"}, template)
-    assert pipeline.read_text() == template.read_text()
+    assert pipeline.read_text() == template
     seeds = (tmp_path / "seeds.txt").read_text().split()
     assert seeds == ["http://a.example/", "http://a.example/contents.html", "http://b.example/"]
     assert json.loads((tmp_path / "resolver.json").read_text())["b.example"] == "127.0.0.1:1"
