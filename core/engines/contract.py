@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 
 PARTITION_BYTES = 128 << 20  # a shuffle has ceil(bytes / this) partitions: a property of the data, not of the cluster
+NO_ROW = -1  # note(row=NO_ROW): the row named last is done, what follows concerns none
 BATCH_BYTES = 64 << 20  # documents handed to a kernel at once, in bytes of text
 
 
