@@ -40,7 +40,7 @@ ROBOTS_IN_THREAD_BYTES = 1 << 16  # 512 kB of wildcard rules compile in 1.2 s
 ROBOTS_IN_MEMORY = 1024
 USE_HEADERS = ("content-usage", "content-signal", "tdm-reservation", "tdm-policy", "x-robots-tag")
 
-Progress = Callable[..., None]
+Progress = Callable[[int, int], None]  # (answers kept, bytes received), both since the crawl began
 
 
 @dataclass
@@ -291,7 +291,7 @@ class Crawler:
         self.frontier.commit([finished.outcome for finished in batch], places, good, self.facts)
         self._good = good  # not before: without the rows, these bytes are to be cut
         if self.progress:
-            self.progress(docs=self.frontier.captured, bytes=int(self.facts["received_bytes"]))
+            self.progress(self.frontier.captured, int(self.facts["received_bytes"]))
 
 
 def redirect_of(capture: Capture) -> str | None:

@@ -162,7 +162,13 @@ def capture(job: Job) -> Outcome:
     """The stage: one source's captures, in `captures/<source>` of a local root. Its WARC files are the log that counts."""
     folder = job.root.local_path(f"captures/{job.source_name}")
     with job.display.task(f"{job.instance}: {job.source_name}", job.source.max_pages, 0) as advance:
-        summary = run_crawl(job.source, folder, lambda pages, size: advance(pages, size, pages))
+        seen = [0, 0]
+
+        def progress(docs: int, bytes: int) -> None:
+            advance(docs - seen[0], bytes - seen[1], docs - seen[0])
+            seen[:] = [docs, bytes]
+
+        summary = run_crawl(job.source, folder, progress)
     files = [path for path, _ in warc_files(folder, folder.name)]
     outputs = {path.name: {"content": file_digest(path), "bytes": path.stat().st_size} for path in files}
     accounts = {"fetched": summary.fetched, "not_fetched": sum(summary.not_fetched.values()), "queued": summary.queued}

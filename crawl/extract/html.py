@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
+from selectolax.lexbor import LexborHTMLParser
 
 from crawl.extract import guard
 from crawl.extract.facts import Facts, read_facts
@@ -37,11 +38,19 @@ class Page:
 def read_page(html: str, url: str | None = None) -> Page:
     """Main text and facts of a page. Never raises for bad markup; an empty page gives empty text."""
     html = guard.trim_attributes(guard.without_surrogates(html))
+<<<<<<< HEAD
     tree = HTMLTree.parse(html)
     facts = read_facts(tree, html, url)
     maths = has_maths(html) and inline_maths(tree) > 0
+=======
+>>>>>>> room/extract
     if guard.too_deep(html):
-        return Page(visible_text(tree), "resiliparse-all", "depth", facts)
+        return Page(visible_text(HTMLTree.parse(html)), "resiliparse-all", "depth")
+    page = LexborHTMLParser(html)
+    facts = read_facts(page, url)
+    if has_maths(html) and inline_maths(page):
+        html = page.html or ""
+    tree = HTMLTree.parse(html)
     main = main_text(tree)
     everything = visible_text(tree)
     main_chars, all_chars = solid(main), solid(everything)
@@ -50,7 +59,7 @@ def read_page(html: str, url: str | None = None) -> Page:
     reason = f"main_share={main_chars / all_chars:.2f}"
     if len(html) > CAREFUL_CHARS or html.count("<") > CAREFUL_TAGS:
         return Page(main or everything, "resiliparse" if main else "resiliparse-all", reason + ",large", facts)
-    careful = careful_text(str(tree) if maths else html)
+    careful = careful_text(html)
     if solid(careful) > main_chars:
         return Page(careful, "trafilatura", reason, facts)
     if main_chars:

@@ -116,8 +116,8 @@ def decode(data: bytes, content_type: str | None = None, markup: bool = True) ->
     try:
         return Decoded(data.decode("utf-8"), "utf-8", "default", 0)
     except UnicodeDecodeError:
-        codec = python_codec(detect_encoding(data, max_len=DETECT_BYTES) or "") or "utf-8"
-        return _decoded(data, codec, "detected")
+        detected = python_codec(detect_encoding(data, max_len=DETECT_BYTES) or "")
+        return _decoded(data, detected or "utf-8", "detected")
 
 
 def python_codec(label: str) -> str | None:

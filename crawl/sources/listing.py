@@ -5,6 +5,7 @@ group that is still too large is cut after its path of the smallest hash, again 
 the group it falls into, where counting to 512 would shift every group behind it.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Folder:
     def __init__(self, path: str) -> None:
         self.path = path
         self.fs, full = fsspec.core.url_to_fs(path)
+        if "file" in self.fs.protocol:
+            full = os.path.abspath(full)  # `find` answers without '..', so the root must not hold any
         self.pattern: str | None = None
         if MAGIC.search(full):
             cut = full.rfind("/", 0, MAGIC.search(full).start())  # type: ignore[union-attr]

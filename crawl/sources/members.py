@@ -51,7 +51,7 @@ class MemberStream:
 
     def __init__(self, file: BinaryIO, at: int = 0) -> None:
         """`at` is where an uncompressed file is entered; positions still count from its beginning."""
-        self._file = file
+        self._file: Any = file
         self.packing = packing(self._file.read(8)) if at == 0 else None
         self._file.seek(at)
         if self.packing == "lz4":

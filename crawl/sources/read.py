@@ -6,6 +6,7 @@ such an OSError is raised by all of them.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -146,11 +147,8 @@ def _parquet_units(folder: Folder, files: list[Input], source: ParquetSource) ->
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with folder.open(files[0].path) as f:
-        try:
-            check_columns(pq.read_schema(f), source, files[0].path)
-        except pa.ArrowInvalid:
-            pass  # not Parquet: `records` counts it
+    with folder.open(files[0].path) as f, suppress(pa.ArrowInvalid):  # not Parquet: `records` counts it
+        check_columns(pq.read_schema(f), source, files[0].path)
     done = []
     for file in files:
         runs = []

@@ -174,8 +174,9 @@ def _origin(stream: MemberStream, path: str, start: int) -> Origin:
         tail = _peek_tail(stream)
         stream.skip(len(tail) - len(tail.lstrip(b"\r\n")))
         if (after := stream.member_end()) is not None:
-            return Origin(path, stream.stored_offset(start), after - stream.stored_offset(start))
-    return Origin(path, stream.stored_offset(start), end - start)
+            at = stream.stored_offset(start)
+            return Origin(path, at, after - at)
+    return Origin(path, start, end - start)
 
 
 def _peek_tail(stream: MemberStream) -> bytes:
