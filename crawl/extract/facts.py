@@ -15,10 +15,6 @@ from datetime import date, datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-<<<<<<< HEAD
-from resiliparse.parse.html import HTMLTree
-=======
->>>>>>> room/extract
 from selectolax.lexbor import LexborHTMLParser
 
 MAX_LINKS = 256
@@ -56,25 +52,6 @@ class Facts:
     links: tuple[str, ...] = ()
 
 
-<<<<<<< HEAD
-def read_facts(tree: HTMLTree, html: str, url: str | None = None) -> Facts:
-    """Facts of one page; relative links are resolved against `<base>` or `url`, and left out where both are missing."""
-    document = tree.document
-    if document is None:
-        return Facts()
-    metas = _metas(document)
-    root = document.query_selector("html")
-    base_tag = document.query_selector("base[href]")
-    base = _join(url, base_tag.getattr("href")) or url if base_tag is not None else url
-    canonical = document.query_selector('link[rel="canonical"]')
-    title = tree.title or metas.get("og:title") or _first_heading(document)
-    return Facts(
-        title=" ".join(title.split())[:MAX_TITLE_CHARS] or None if title else None,
-        date=_date(document, metas),
-        language=(root.getattr("lang") or root.getattr("xml:lang") or None) if root is not None else None,
-        canonical=_join(base, canonical.getattr("href")) if canonical is not None else None,
-        links=_links(html, base),
-=======
 def read_facts(page: LexborHTMLParser, url: str | None = None) -> Facts:
     """Facts of one page; relative links are resolved against `<base>` or `url`, left out where both are missing."""
     metas = _metas(page)
@@ -88,7 +65,6 @@ def read_facts(page: LexborHTMLParser, url: str | None = None) -> Facts:
         language=(root.attributes.get("lang") or root.attributes.get("xml:lang")) if root is not None else None,
         canonical=_join(base, canonical.attributes.get("href")) if canonical is not None else None,
         links=_links(page, base),
->>>>>>> room/extract
     )
 
 
@@ -167,20 +143,10 @@ def _published(text: str) -> Iterator[object]:
     yield from created
 
 
-<<<<<<< HEAD
-def _links(html: str, base: str | None) -> tuple[str, ...]:
-    """The first MAX_LINKS distinct http(s) links, absolute, without fragments, in document order.
-
-    Parsed again by selectolax (1 ms): going through a resiliparse collection costs the square of its length, 160 ms a page.
-    """
-    found: dict[str, None] = {}
-    for tag in LexborHTMLParser(html).css("a[href]"):
-=======
 def _links(page: LexborHTMLParser, base: str | None) -> tuple[str, ...]:
     """The first MAX_LINKS distinct http(s) links, absolute, without fragments, in document order."""
     found: dict[str, None] = {}
     for tag in page.css("a[href]"):
->>>>>>> room/extract
         link = _join(base, tag.attributes.get("href"))
         if link:
             found.setdefault(link.partition("#")[0])

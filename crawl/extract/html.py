@@ -38,12 +38,6 @@ class Page:
 def read_page(html: str, url: str | None = None) -> Page:
     """Main text and facts of a page. Never raises for bad markup; an empty page gives empty text."""
     html = guard.trim_attributes(guard.without_surrogates(html))
-<<<<<<< HEAD
-    tree = HTMLTree.parse(html)
-    facts = read_facts(tree, html, url)
-    maths = has_maths(html) and inline_maths(tree) > 0
-=======
->>>>>>> room/extract
     if guard.too_deep(html):
         return Page(visible_text(HTMLTree.parse(html)), "resiliparse-all", "depth")
     page = LexborHTMLParser(html)
