@@ -100,6 +100,10 @@ def test_the_frontier_says_where_each_response_lies(tmp_path: Path) -> None:
     rows = db.execute("SELECT url, file, offset, length FROM page WHERE state = 'done'").fetchall()
     db.close()
     assert len({file for _, file, _, _ in rows}) > 2
+    found = records(folder)
+    starts = [head["warc-filename"] for kind, _, _, head in found if kind == "warcinfo"]
+    assert starts == sorted(path.name for path in folder.glob("*.warc.gz"))
+    assert len({head["warc-record-id"] for *_, head in found}) == len(found) == len(starts) + 3 * len(rows)
     for i, (url, file, offset, length) in enumerate(rows):
         record = (folder / f"web-{file:05d}.warc.gz").read_bytes()[offset : offset + length]
         alone = tmp_path / f"one-{i}"
