@@ -5,6 +5,7 @@ cluster. Joins a cluster by `address` or RAY_ADDRESS, else starts one on this ma
 what `run_units` and `align` commit stays committed.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ import pyarrow as pa
 import ray
 
 from core.engines.columns import join_tables, sortable, sorted_table
-from core.engines.contract import Align, ChunkFn, Frame, Report, Unit, UnitFn
-from core.engines.pool import measured
+from core.engines.contract import Align, ChunkFn, Frame, Report, Unit, UnitFn, write_shards
+from core.engines.measure import measured
 from core.engines.spill import Cut, chunks, partitions_for, prepared, split
-from core.engines.writing import target_reports
 from core.errors import ConfigError, StageError, StepwellError
 from core.progress import Display, quiet
 
-IN_FLIGHT = 4  # tasks asked for per worker: enough to hide scheduling, few enough to bound what waits in the object store
+IN_FLIGHT = (
+    4  # tasks asked for per worker: enough to hide scheduling, few enough to bound what waits in the object store
+)
 RETRIES = 3  # of a task whose worker or node died; an exception from our own code is not retried
 STORE_SHARE = 0.3  # of memory_gb for the object store, Ray's own default share
 
@@ -47,7 +49,12 @@ class RayEngine:
     name = "ray"
 
     def __init__(
-        self, scratch: str | Path, workers: int = 1, memory_gb: float = 4.0, display: Display | None = None, address: str | None = None
+        self,
+        scratch: str | Path,
+        workers: int = 1,
+        memory_gb: float = 4.0,
+        display: Display | None = None,
+        address: str | None = None,
     ) -> None:
         self.display = display or quiet()
         self.workers = max(1, workers)
@@ -56,7 +63,7 @@ class RayEngine:
         self._ours = not ray.is_initialized()
         if self._ours:
             _start(address or os.environ.get("RAY_ADDRESS"), self.workers, memory_gb)
-        self._task = ray.remote(max_retries=RETRIES)(_call)
+        self._task: Any = ray.remote(max_retries=RETRIES)(_call)
 
     def begin(self, scratch: str | Path) -> None:
         self._dropped, self.peak_memory_bytes = {}, 0
@@ -97,7 +104,9 @@ class RayEngine:
         label: str = "shuffle",
     ) -> RayFrame:
         sources = [_of(f) for f in ([frames] if isinstance(frames, RayFrame) else list(frames))]  # type: ignore[arg-type]
-        cut = Cut(tuple(by), tuple(order), partitions_for(sum(f.bytes for f in sources)), 0, combine, max_rows_per_key)
+        cut = Cut(
+            tuple(by), tuple(order), partitions_for(sum(f.bytes for f in sources)), None, combine, max_rows_per_key
+        )
         slices, lost = self._exchange(sources, cut)
         out = self._frame(_reduce, [(fn, sources[0].schema, schema, cut, *s) for s in slices], schema, label)
         total = sum(ray.get(lost)) + out.cut_rows
@@ -118,14 +127,16 @@ class RayEngine:
     def align(self, frame: Frame, target: Align) -> list[Report]:
         source = _of(frame)
         shards = max(1, target.shards)
-        cut = Cut((), (), min(partitions_for(source.bytes) * 4, shards), shards)
+        cut = Cut((), (), min(partitions_for(source.bytes) * 4, shards), target)
         slices, _ = self._exchange([source], cut)
         mine = [[s for s in range(target.shards) if s * cut.partitions // shards == p] for p in range(cut.partitions)]
         calls = [(source.schema, cut, target, shard, *s) for shard, s in zip(mine, slices, strict=True)]
         names = [str(p) for p in range(cut.partitions)]
         return [r for reports in self._run(_align, calls, target.label, names) for r in reports]
 
-    def fold(self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold") -> Any:
+    def fold(
+        self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold"
+    ) -> Any:
         values = [v for v in self._run(_fold, [(fn, part) for part in _of(frame).parts], label) if v is not None]
         while len(values) > 1:
             pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
@@ -150,13 +161,14 @@ class RayEngine:
 
     def _exchange(self, frames: Sequence[RayFrame], cut: Cut) -> tuple[list[list[Any]], list[Any]]:
         """Slices by partition, and the rows cut by each part, all as references."""
-        task = ray.remote(max_retries=RETRIES, num_returns=cut.partitions + 1)(_cut)
+        task: Any = ray.remote(max_retries=RETRIES, num_returns=cut.partitions + 1)(_cut)
         made = [task.remote(cut, part) for frame in frames for part in frame.parts]
         return [[refs[p] for refs in made] for p in range(cut.partitions)], [refs[-1] for refs in made]
 
     def _frame(self, fn: Any, calls: Sequence[tuple[Any, ...]], schema: pa.Schema, label: str) -> RayFrame:
-        task = ray.remote(max_retries=RETRIES, num_returns=2)(fn)
-        parts, facts = [], []
+        task: Any = ray.remote(max_retries=RETRIES, num_returns=2)(fn)
+        parts: list[Any] = []
+        facts: list[Any] = []
         with self.display.task(label, len(calls), 0) as advance:
             for i, call in enumerate(calls):
                 if i >= IN_FLIGHT * self.workers:
@@ -168,7 +180,9 @@ class RayEngine:
         known = [_get(f, label, str(i)) for i, f in enumerate(facts)]
         return RayFrame(schema, tuple(parts), tuple(size for size, _ in known), sum(lost for _, lost in known))
 
-    def _run(self, fn: Any, calls: Sequence[tuple[Any, ...]], label: str, names: Sequence[str] | None = None) -> Iterable[Any]:
+    def _run(
+        self, fn: Any, calls: Sequence[tuple[Any, ...]], label: str, names: Sequence[str] | None = None
+    ) -> Iterable[Any]:
         """Results in order, with a bounded number of tasks waiting."""
         waiting: list[Any] = []
         done = 0
@@ -186,12 +200,20 @@ def _start(address: str | None, workers: int, memory_gb: float) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no surprise network access
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             store = max(80 << 20, int(memory_gb * 1e9 * STORE_SHARE))
-            ray.init(num_cpus=workers, object_store_memory=store, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                num_cpus=workers,
+                object_store_memory=store,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"ray: cannot reach a cluster at {address or 'this machine'}: {e}; check `engine.address`") from e
+        raise ConfigError(
+            f"ray: cannot reach a cluster at {address or 'this machine'}: {e}; check `engine.address`"
+        ) from e
 
 
 def _get(ref: Any, label: str, name: str) -> Any:
@@ -228,7 +250,9 @@ def _made(table: pa.Table, lost: int = 0) -> tuple[pa.Table, tuple[int, int]]:
     return table, (table.nbytes, lost)
 
 
-def _scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, unit: Unit) -> tuple[pa.Table, tuple[int, int]]:
+def _scan(
+    fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, unit: Unit
+) -> tuple[pa.Table, tuple[int, int]]:
     return _made(pa.Table.from_batches([b.select(schema.names).cast(schema) for b in fn(unit)], schema))
 
 
@@ -237,8 +261,11 @@ def _map(fn: ChunkFn, schema: pa.Schema, table: pa.Table) -> tuple[pa.Table, tup
 
 
 def _cut(cut: Cut, table: pa.Table) -> list[Any]:
+    """One slice a partition, and the rows that were cut."""
     made, lost = prepared(table, cut)
-    return [*split(made, cut), lost]
+    slices = dict(split(made, cut))
+    nothing = made.schema.empty_table()
+    return [*(slices.get(p, nothing) for p in range(cut.partitions)), lost]
 
 
 def _reduce(
@@ -259,7 +286,7 @@ def _join(
 
 def _align(schema: pa.Schema, cut: Cut, target: Align, shards: Sequence[int], *slices: pa.Table) -> list[Report]:
     table, _ = prepared(pa.concat_tables([schema.empty_table(), *slices]), cut)
-    return target_reports(table, shards, target, _quiet_note)
+    return write_shards(target, table, shards, _quiet_note)
 
 
 def _fold(fn: Callable[[pa.Table], Any], table: pa.Table) -> Any:

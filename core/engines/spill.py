@@ -128,21 +128,26 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         pa.ipc.new_file(sink, schema, options=IPC) as out,
     ):
         for run, block in enumerate(_blocks(batches, schema, block_bytes)):
-            table, lost = _prepared(block, cut)
+            table, lost = prepared(block, cut)
             cut_rows += lost
-            partition = cut.partition_of(table)
-            by_partition = np.argsort(partition, kind="stable")  # keeps the key order within a partition
-            table = table.take(pa.array(by_partition))
-            borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
-            for p in np.flatnonzero(np.diff(borders)):
-                piece = table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
+            for p, piece in split(table, cut):
                 parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
                 for batch in parts:
                     out.write_batch(batch)
-                cuts.setdefault(int(p), []).append((run, written, len(parts)))
+                cuts.setdefault(p, []).append((run, written, len(parts)))
                 written += len(parts)
             rows, size = rows + table.num_rows, size + table.nbytes
     return _commit(Part(path, rows, size, cut_rows, cuts))
+
+
+def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:
+    """(partition, its rows) for every partition that has any, each keeping the order of `table`."""
+    partition = cut.partition_of(table)
+    by_partition = np.argsort(partition, kind="stable")
+    table = table.take(pa.array(by_partition))
+    borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
+    for p in np.flatnonzero(np.diff(borders)):
+        yield int(p), table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
 
 
 def read_partition(
@@ -157,7 +162,7 @@ def read_partition(
     for turn in range(passes):
         table = partition_share(parts, p, schema, cut, turn, passes)
         if table.num_rows:
-            yield _prepared(table, cut)
+            yield prepared(table, cut)
 
 
 def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
@@ -194,7 +199,7 @@ def chunks(table: pa.Table, by: Sequence[str], rows: int = CHUNK_ROWS) -> Iterat
         at = end
 
 
-def _prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
+def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
     """Sorted by key and order, combined, and capped per key."""
     table = sorted_table(table, ["row"] if cut.target is not None else [*cut.by, *cut.order])
     if cut.combine is not None:
