@@ -69,6 +69,7 @@ def datatrove_filters() -> dict[str, Callable[[str], object]]:
         GopherQualityFilter,
         GopherRepetitionFilter,
     )
+    from datatrove.pipeline.filters.base_filter import BaseFilter
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Split(WordTokenizer):
@@ -93,7 +94,11 @@ def datatrove_filters() -> dict[str, Callable[[str], object]]:
         "datatrove C4": C4QualityFilter(language=tokenizer),
         "datatrove FineWeb": FineWebQualityFilter(None, -1.0, False, None, never, 30, never, never, language=tokenizer),
     }  # fmt: skip
-    return {name: lambda text, f=f: f.filter(Document(text, "0")) for name, f in made.items()}
+
+    def judge(check: BaseFilter, text: str) -> object:
+        return check.filter(Document(text, "0"))
+
+    return {name: partial(judge, check) for name, check in made.items()}
 
 
 def check_all(check: Callable[[str], object], texts: list[str]) -> None:

@@ -42,7 +42,7 @@ def assert_equals_reference(texts: list[str]) -> None:
         np.testing.assert_allclose(got[name], [w[name] for w in want], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(SAMPLES, min_size=1, max_size=5))
 @example(["a b c d e a b c d e a b c d e f"])
 @example(["", "\n", "x"])
@@ -61,9 +61,9 @@ def test_every_value_equals_the_plain_definition_in_twelve_languages(twelve_lang
 
 def test_every_value_equals_the_plain_definition_on_real_pages(shared_data: Path) -> None:
     """Tag soup read as text: long lines, brackets, repeated attributes, script."""
-    pages = sorted((shared_data / "web-pages" / "html").rglob("*.gz"))[:6]
+    pages = sorted((shared_data / "web-pages" / "html").rglob("*.gz"))[:4]
     assert pages
-    assert_equals_reference([gzip.decompress(p.read_bytes()).decode("utf-8", "replace")[:20_000] for p in pages])
+    assert_equals_reference([gzip.decompress(p.read_bytes()).decode("utf-8", "replace")[:10_000] for p in pages])
 
 
 def test_gopher_repetition_by_hand() -> None:
