@@ -1,7 +1,8 @@
 """What a record is, and its bytes as text.
 
 `media_type` trusts the first bytes before any header: servers send PDFs as text/html and pages as text/plain. `decode`
-tries byte-order mark, HTTP charset, `<meta>`, detector, in that order; what cannot be decoded becomes U+FFFD and is counted.
+tries byte-order mark, HTTP charset, `<meta>`, detector, in that order; what cannot be decoded becomes U+FFFD and is
+counted.
 """
 
 import codecs
@@ -107,10 +108,10 @@ def decode(data: bytes, content_type: str | None = None, markup: bool = True) ->
         if data.startswith(mark):
             return _decoded(data[len(mark) :], codec, "bom")
     for label, source in _declared(data, content_type, markup):
-        codec = python_codec(label)
-        if codec is None:
+        declared = python_codec(label)
+        if declared is None:
             continue
-        result = _decoded(data, codec, source)
+        result = _decoded(data, declared, source)
         if result.replaced <= BAD_SHARE * len(result.text):
             return result
     try:
