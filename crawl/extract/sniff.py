@@ -43,6 +43,7 @@ BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
 )
 # WHATWG names whose Python codec has another name or is narrower than what browsers decode.
 PYTHON_CODEC = {
+    "latin-1": "cp1252",  # not a WHATWG label, but common in mail
     "shift_jis": "cp932",
     "euc-kr": "cp949",
     "gbk": "gb18030",
@@ -118,12 +119,15 @@ def decode(data: bytes, content_type: str | None = None, markup: bool = True) ->
         return Decoded(data.decode("utf-8"), "utf-8", "default", 0)
     except UnicodeDecodeError:
         detected = python_codec(detect_encoding(data, max_len=DETECT_BYTES) or "")
-        return _decoded(data, detected or "utf-8", "detected")
+        result = _decoded(data, detected or "utf-8", "detected")
+        # Few bytes make the detector say UTF-8 of what is none: then the web's default, as in the HTML standard.
+        return result if result.replaced <= BAD_SHARE * len(result.text) else _decoded(data, "cp1252", "default")
 
 
 def python_codec(label: str) -> str | None:
     """The Python codec for a WHATWG encoding label, or None: labels such as 'hex' or 'utf-7' are never looked up."""
-    name = map_encoding_to_html5(label.strip().lower(), fallback_utf8=False)
+    label = label.strip().lower()
+    name = label if label in PYTHON_CODEC else map_encoding_to_html5(label, fallback_utf8=False)
     if not name or name in ("replacement", "x-user-defined"):
         return None
     codec = PYTHON_CODEC.get(name, name)

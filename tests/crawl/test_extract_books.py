@@ -68,7 +68,8 @@ def test_pdf_paper_is_known_by_its_parts():
 
 def test_pdf_drops():
     assert run(make_pdf([[], []])).reason == "scanned"
-    encrypt = f"/Encrypt << /Filter /Standard /V 1 /R 2 /O <{'41' * 32}> /U <{'42' * 32}> /P -4 >> /ID [<{'43' * 16}> <{'43' * 16}>]"
+    keys = f"/O <{'41' * 32}> /U <{'42' * 32}> /P -4"
+    encrypt = f"/Encrypt << /Filter /Standard /V 1 /R 2 {keys} >> /ID [<{'43' * 16}> <{'43' * 16}>]"
     assert run(make_pdf([[body_line(1)]], trailer=encrypt)).reason == "encrypted"
     assert run(b"%PDF-1.4 not really").reason == "damaged"
     assert run(make_pdf([[body_line(1)]] * 3), limits=Limits(pdf_pages=2)).reason == "too_large"
@@ -97,7 +98,10 @@ OPF = """<package xmlns="http://www.idpf.org/2007/opf" xmlns:dc="http://purl.org
 <item id="b" href="ch%202.xhtml" media-type="application/xhtml+xml"/>
 <item id="a" href="../text/ch1.xhtml" media-type="application/xhtml+xml"/></manifest>
 <spine><itemref idref="cover"/><itemref idref="n"/><itemref idref="a"/><itemref idref="b"/></spine></package>"""
-CHAPTER = '<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml"><head><title/></head><body><h1>{0}</h1><p>Text of {0}.</p></body></html>'
+CHAPTER = (
+    '<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml"><head><title/></head>'
+    "<body><h1>{0}</h1><p>Text of {0}.</p></body></html>"
+)
 
 
 def make_epub(extra: dict[str, str | bytes] | None = None, opf: str = OPF, first: str = "mimetype") -> bytes:

@@ -176,8 +176,9 @@ def test_parquet_columns_row_groups_and_damage(tmp_path, monkeypatch):
 
 def test_datatrove_reader(tmp_path):
     pytest.importorskip("datatrove")
-    write_lines(tmp_path / "a.jsonl", [{"text": "one", "id": "i1", "lang": "en"}, {"text": "two", "url": "http://t/"}])
-    source = DatatroveSource(path=str(tmp_path), reader="datatrove.pipeline.readers.JsonlReader")
+    table = pa.table({"text": ["one", "two"], "id": ["i1", "i2"], "lang": ["en", None], "url": [None, "http://t/"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = DatatroveSource(path=str(tmp_path), reader="datatrove.pipeline.readers.ParquetReader")
     (unit,) = units(source)
     parsed = [parse(source, r) for r in records(source, unit)]
     assert [p.text for p in parsed] == ["one", "two"]
