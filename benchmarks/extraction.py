@@ -4,9 +4,10 @@
 
 The folder holds `web-pages` (html/*.html.gz, ground-truth/*.json.gz with main text and snippets) and `web-snippets`
 (html/*.gz, evaldata.json with snippets). F1 is over words as a bag, mean over pages; `with` is the share of must-have
-snippets found, `without` the share of must-not snippets found (lower is better). Speed is pages a second of one process,
-all three in one run over the same decoded pages, libraries loaded before. The doubt threshold was chosen on `web-pages`;
-`--half even|odd` measures on every second page, so that a threshold can be chosen on one half and reported on the other.
+snippets found, `without` the share of must-not snippets found (lower is better). Speed is pages a CPU second of
+one process, all three in one run over the same decoded pages, libraries loaded before. The doubt threshold was chosen on
+`web-pages`; `--half even|odd` measures on every second page, so that a threshold can be chosen on one half
+and reported on the other.
 """
 
 import argparse
@@ -90,9 +91,9 @@ def routed(samples: Sequence[Sample]) -> Counter[str]:
 def measure(name: str, fn: Callable[[str], str], samples: Sequence[Sample]) -> str:
     """One line of the table."""
     fn(samples[0].html)
-    start = time.perf_counter()
+    start = time.process_time()
     texts = [fn(s.html) for s in samples]
-    speed = len(samples) / (time.perf_counter() - start)
+    speed = len(samples) / (time.process_time() - start)
     scores = [word_f1(t, s.gold) for t, s in zip(texts, samples, strict=True) if s.gold is not None]
     f1 = f"{sum(scores) / len(scores):.4f}" if scores else "     -"
     wanted = found_fraction(texts, [s.wanted for s in samples])

@@ -1,9 +1,9 @@
 """ePub to text: container.xml, package (OPF), spine order, each XHTML file's whole body.
 
-In: bytes. Out: `Book`, or the reason of a drop: 'encrypted' (DRM over the text), 'too_large' (entries or unpacked bytes beyond
-the limits), 'damaged' (not a zip, no package, no spine). Navigation and cover pages are skipped. Names are only looked up in
-the archive's own directory, nothing is unpacked to disk, so '..' and absolute names reach no file; archives inside the archive
-are never opened. Own reader because EbookLib is AGPL.
+In: bytes. Out: `Book`, or the reason of a drop: 'encrypted' (DRM over the text), 'too_large' (entries or unpacked
+bytes beyond the limits), 'damaged' (not a zip, no package, no spine). Navigation and cover pages are skipped. Names
+are only looked up in the archive's own directory, nothing is unpacked to disk, so '..' and absolute names reach no
+file; archives inside the archive are never opened. Own reader because EbookLib is AGPL.
 """
 
 import posixpath

@@ -1,13 +1,14 @@
 """HTML to main text: resiliparse first, trafilatura where the first is doubtful, the reason recorded.
 
-In: a page as text. Out: `Page` with the text, which extractor gave it and why, and the page's own facts (`facts.Facts`).
-Lists keep bullets, code its line breaks, table cells are separated by ' | ', maths is LaTeX between dollars.
+In: a page as text. Out: `Page` with the text, which extractor gave it and why, and the page's own facts
+(`facts.Facts`). Lists keep bullets, code its line breaks, table cells are separated by ' | ', maths is LaTeX between
+dollars.
 
-Doubt (measured on 248 pages of seven types with gold text, `benchmarks/extraction.py`): main content below a quarter of the
-visible text is right in only four pages of ten, above it trafilatura is no better on average than resiliparse and twenty
-times slower. Where asked, the longer of the two answers stays: +0.003 F1 over always believing trafilatura.
-Rejected: routing by link density, share of short lines, punctuation (no split of the pages gained), noscript off (-0.004),
-alt texts (-0.012), and all visible text where both are short (-0.0005).
+Doubt (measured on 248 pages of seven types with gold text, `benchmarks/extraction.py`): main content below a quarter
+of the visible text is right in only four pages of ten, above it trafilatura is no better on average than resiliparse
+and twenty times slower. Where asked, the longer of the two answers stays: +0.003 F1 over always believing
+trafilatura. Rejected: routing by link density, share of short lines, punctuation (no split of the pages gained),
+noscript off (-0.004), alt texts (-0.012), and all visible text where both are short (-0.0005).
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
-"""The knobs of every kind of source, told apart by `kind`. `path` is any local path or fsspec URL: a folder, a file or a glob."""
+"""The knobs of every kind of source, told apart by `kind`. `path` is any local path or fsspec URL: a folder, a file
+or a glob."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,7 @@
 """A stored HTTP message to status, headers and decoded body. Lenient: archives hold what servers really sent.
 
-Bodies that a writer had already unchunked or unpacked while it kept the headers are recognised and left alone. Unpacking
-stops at a limit, so a compression bomb costs no more than that.
+Bodies that a writer had already unchunked or unpacked while it kept the headers are recognised and left alone.
+Unpacking stops at a limit, so a compression bomb costs no more than that.
 """
 
 import io

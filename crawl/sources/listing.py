@@ -61,7 +61,8 @@ class Folder:
             self.root = full.rstrip("/")
 
     def inputs(self, globs: Sequence[str]) -> list[Input]:
-        """Matching files sorted by relative path. A path that is a file or glob is taken as it is, whatever `globs` say."""
+        """Matching files sorted by relative path. A path that is a file or glob is taken as it is, whatever `globs`
+        say."""
         wanted = [re.compile(glob_translate(g)) for g in ([self.pattern] if self.pattern else globs)]
         found = []
         for full, info in self._find().items():

@@ -1,8 +1,8 @@
 """A compressed file as one stream that knows where its members lie.
 
-gz, zst, bz2 and xz files are chains of independently compressed members. `MemberStream` gives the decompressed bytes, the
-stored offset of the member at any position, and after a damaged member goes on at the next one. gzip.GzipFile hides the
-offsets, stops at the first damage; fastwarc ends silently when a member is torn within its header.
+gz, zst, bz2 and xz files are chains of independently compressed members. `MemberStream` gives the decompressed bytes,
+the stored offset of the member at any position, and after a damaged member goes on at the next one. gzip.GzipFile
+hides the offsets, stops at the first damage; fastwarc ends silently when a member is torn within its header.
 """
 
 import bz2
@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-# Input bytes fed at once, so that a bomb unpacks to tens of megabytes before the reader's own limits see it: deflate packs
-# 1:1,032, the others far tighter.
+# Input bytes fed at once, so that a bomb unpacks to tens of megabytes before the reader's own limits see it: deflate
+# packs 1:1,032, the others far tighter.
 FEED = {"gz": 16 << 10, "zst": 1 << 10, "bz2": 2 << 10, "xz": 2 << 10}
 MAGIC = {
     "gz": b"\x1f\x8b\x08",

@@ -1,8 +1,8 @@
 """The functions that ingest calls, the same for all kinds of source.
 
-`units` cuts a source into work, `records` reads a unit and survives broken input, `parse` makes one record a document and may
-raise, `input_digest` hashes a unit's input for the identity of the run. A vanished file or a refused access is no bad record:
-such an OSError is raised by all of them.
+`units` cuts a source into work, `records` reads a unit and survives broken input, `parse` makes one record a document
+and may raise, `input_digest` hashes a unit's input for the identity of the run. A vanished file or a refused access
+is no bad record: such an OSError is raised by all of them.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,8 @@ SUFFIX_TYPES = {
 
 
 def units(source: Stored) -> list[Unit]:
-    """The work of a source, sorted by path; ConfigError where it has none. Same files, same units, in any listing order."""
+    """The work of a source, sorted by path; ConfigError where it has none. Same files, same units, in any listing
+    order."""
     if isinstance(source, DatatroveSource):
         files = [Input(path, size) for path, size in datatrove_files(source)]
         return [whole(f) for f in files] or [Unit(unit_name(source.reader), Piece(()))]
@@ -143,7 +144,8 @@ def _jsonl_units(folder: Folder, file: Input) -> list[Unit]:
 
 
 def _parquet_units(folder: Folder, files: list[Input], source: ParquetSource) -> list[Unit]:
-    """Runs of row groups of large files. Footers of small files are left to `records`, but for the first one's columns."""
+    """Runs of row groups of large files. Footers of small files are left to `records`, but for the first one's
+    columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
