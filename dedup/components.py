@@ -39,8 +39,8 @@ def check_ceiling(stage: str, edges: int, most: int = MAX_EDGES) -> None:
 
 
 def components(a: np.ndarray, b: np.ndarray, keys: np.ndarray, doc_id: np.ndarray, copies: np.ndarray) -> Components:
-    """Components of the graph of edges `a[i] - b[i]`. `keys` (any order, repeats allowed) holds every end of an edge, `doc_id` and
-    `copies` belong to `keys`."""
+    """Components of the graph of edges `a[i] - b[i]`. `keys` (any order, repeats allowed) holds every end of an edge; `doc_id`
+    and `copies` belong to `keys`."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,7 +1,7 @@
 """True Jaccard of candidate pairs from sets of shingles, on columns.
 
-In:  groups of lines (`VERIFY`) sorted by hub, block, a, b: member lines (b = MEMBER) bring doc_id, copies, size and set of row a; pair
-     lines name two members of the same group.
+In:  groups of lines (`VERIFY`) sorted by hub, block, a, b: member lines (b = MEMBER) bring doc_id, copies, size and set of row a;
+     pair lines name two members of the same group.
 Out: edges (`EDGES`) of the pairs whose Jaccard reaches the threshold, a before b by doc_id. A pair found in two groups comes
      twice.
 
@@ -24,8 +24,15 @@ _BLOCK_VALUES = 1 << 22  # shingles gathered at once by the numpy path: 64 MB of
 NODE = [("doc_id", pa.large_string()), ("copies", pa.int64()), ("size", pa.int32()), ("set", pa.large_binary())]
 VERIFY = pa.schema([("hub", pa.int64()), ("block", pa.int32()), ("a", pa.int64()), ("b", pa.int64()), *NODE])
 EDGES = pa.schema(
-    [("a", pa.large_string()), ("b", pa.large_string()), ("a_row", pa.int64()), ("b_row", pa.int64())]
-    + [("a_copies", pa.int64()), ("b_copies", pa.int64()), ("jaccard", pa.float32())]
+    [
+        ("a", pa.large_string()),
+        ("b", pa.large_string()),
+        ("a_row", pa.int64()),
+        ("b_row", pa.int64()),
+        ("a_copies", pa.int64()),
+        ("b_copies", pa.int64()),
+        ("jaccard", pa.float32()),
+    ]
 )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engines.columns import sorted_table
-from dedup.candidates import BANDS, BLOCK_ROWS, MEMBER, band_rows, distinct, pair_up, tie_of
+from dedup.candidates import BANDS, BLOCK_ROWS, MEMBER, WANTS, band_rows, group_up, pair_up, tie_of
 
 
 def buckets(*lines: tuple[int, int, int, int, int]) -> pa.Table:
@@ -15,7 +15,9 @@ def buckets(*lines: tuple[int, int, int, int, int]) -> pa.Table:
     return sorted_table(table, ["bucket", "next", "tie", "row"])
 
 
-def split(wants: pa.Table) -> tuple[set, set]:
+def split(pairs: pa.Table) -> tuple[set, set]:
+    """(member lines, pairs) after grouping."""
+    wants = group_up(sorted_table(pairs, WANTS.names))
     lines = list(zip(*(wants.column(c).to_pylist() for c in wants.column_names), strict=True))
     assert len(lines) == len(set(lines))
     return {x[:3] for x in lines if x[3] == MEMBER}, {(x[2], x[3]) for x in lines if x[3] != MEMBER}
@@ -61,7 +63,15 @@ def test_buckets_do_not_depend_on_their_company(lines, window):
     apart = [pair_up(buckets(*part), window, 0.6) for part in (low, high) if part]
     together = pair_up(buckets(*rows), window, 0.6) if rows else None
     if together is not None:
-        assert distinct(pa.concat_tables(apart)).equals(together)
+        assert sorted_table(pa.concat_tables(apart), WANTS.names).equals(sorted_table(together, WANTS.names))
+
+
+def test_pairs_of_several_buckets_are_grouped_once():
+    pair = [(1, 10, 1, 100), (2, 20, 2, 100)]
+    chunk = pair_up(buckets(*[(b, n, t, r, s) for b in range(5) for n, t, r, s in pair]), 32, 0.75)
+    assert chunk.to_pylist() == [{"hub": 1, "block": 0, "a": 1, "b": 2}]
+    again = sorted_table(pa.concat_tables([chunk, chunk]), WANTS.names)
+    assert split(again) == ({(1, 0, 1), (1, 0, 2)}, {(1, 2)})
 
 
 def test_ties_are_in_the_order_of_ids():

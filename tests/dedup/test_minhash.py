@@ -74,7 +74,7 @@ def test_templates_books_chains_and_one_giant_do_not_collapse(corpus):
     giant = " ".join(words(rng, 900_000))  # 10 M characters
     body = words(rng, 400)
     chain = [" ".join(body[i : i + 340]) for i in (0, 24, 48)]  # J(A, B) = J(B, C) = 0.87, J(A, C) = 0.75
-    chain[2] = " ".join(body[52:] + ["end"])
+    chain[2] = " ".join([*body[52:], "end"])
     found, rows = alone([*templated, *books, giant, *chain], corpus)
     a, b, c = true_jaccards(chain, np.array([0, 1, 0]), np.array([1, 2, 2]))
     assert min(a, b) > 0.78 > 0.75 > c
