@@ -16,7 +16,7 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; gains and embeddings are not decayed (spec of nanochat and modded-nanogpt; the paper decays gains too)."""
+    """AdamW; gains and embeddings are not decayed (Step 3.5 Flash decays gains too)."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
