@@ -23,7 +23,7 @@ LAST_WITHOUT_TRAINING = "mix"
 
 
 def template_text(path: Path = TEMPLATE) -> str:
-    """The pipeline file's template. ConfigError where it is not, which an installed package without its clone would be."""
+    """The pipeline file's template. ConfigError where it is not: a package installed without its clone."""
     if not path.exists():
         raise ConfigError(f"demo: no template, got {path}; run from a clone of the repository")
     return path.read_text(encoding="utf-8")

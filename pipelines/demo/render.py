@@ -46,6 +46,8 @@ SETTINGS = {
     "embed_stylesheet": False,
     "_disable_config": True,
     "initial_header_level": 1,
+    # TeX in the page, as most sites have it; docutils' MathML writer raises IndexError on some of sympy's formulas.
+    "math_output": "MathJax",
 }
 
 

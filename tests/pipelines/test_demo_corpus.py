@@ -66,6 +66,12 @@ def test_rst_keeps_what_only_sphinx_knows() -> None:
         assert noise not in article
 
 
+def test_rst_keeps_formulas_as_tex() -> None:
+    _, article = render.from_rst("Title\n=====\n\n.. math:: \\operatorname{_0}(x)\n\nInline :math:`a_1 < b`.\n")
+    assert "\\operatorname{_0}(x)" in article
+    assert "\\(a_1 &lt; b\\)" in article
+
+
 def test_rst_does_not_read_other_files(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("do not show")
