@@ -168,6 +168,19 @@ def test_only_new_or_changed_shards_are_tokenised_again(house: House) -> None:
     assert house.run(STAGE).observed["resumed_units"] == 2  # the fate of s3 alone moved
 
 
+@pytest.mark.parametrize("suffix", ["bin", "idx", "ds", "ds.index"])
+def test_a_shard_that_lost_a_file_is_tokenised_again(house: House, suffix: str) -> None:
+    filled(house).run(STAGE, formats=["megatron", "ds"])
+    before = files(house)
+    name = f"tokens/tokenizer/web/s1.{suffix}"
+    if suffix == "bin":
+        house.root.write_bytes(name, house.root.read_bytes(name)[:-2])
+    else:
+        house.root.remove(name)
+    assert house.run(STAGE, formats=["megatron", "ds"]).observed["resumed_units"] == 1
+    assert files(house) == before
+
+
 def test_another_tokenizer_tokenises_everything_again(house: House) -> None:
     first = filled(house).run(STAGE)
     house.run(tokenizer.STAGE, vocab_size=300)

@@ -126,6 +126,13 @@ def test_digits(encoder: Encoder) -> None:
     assert grouped.encode("1847").tokens == ["184", "7"]
 
 
+def test_keys_and_base64_teach_no_merges() -> None:
+    vocabulary = train(iter(["qwqw" * 100 + " river river"] * 9), TokenizerConfig(vocab_size=400)).get_vocab()
+    assert "Ġriver" in vocabulary
+    assert "qw" not in vocabulary
+    assert "qw" in train(iter(["qwqw" * 60 + " river river"] * 9), TokenizerConfig(vocab_size=400)).get_vocab()
+
+
 def test_long_documents_are_cut_where_no_token_changes(encoder: Encoder) -> None:
     text = "".join(sentence(i, 9) for i in range(40))
     pieces = list(pieces_of(text, 200))
