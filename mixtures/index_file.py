@@ -101,17 +101,25 @@ def read_index(root: Root, phase: str) -> tuple[Entries, dict[str, Any]]:
         )
     table = root.read_table(index_name(phase))
     shards = [(d, s) for d, _, s in (name.partition("/") for name in note["shards"])]
-    pair = pc.binary_join_element_wise(
-        table.column("dataset").cast(TEXT), table.column("shard").cast(TEXT), pa.scalar("/", TEXT)
-    )
     entries = Entries(
         shards,
         note["domains"],
-        _ordinals(pair, list(note["shards"])),
-        _ordinals(table.column("domain"), note["domains"]),
+        _pairs(table.column("dataset"), table.column("shard"), shards),
+        _places(table.column("domain"), note["domains"]),
         *(table.column(c).to_numpy() for c in ("document", "epoch", "tokens", "bytes")),
     )
     return entries, note
+
+
+def _pairs(datasets: pa.ChunkedArray, shards: pa.ChunkedArray, known: list[tuple[str, str]]) -> np.ndarray:
+    """int32 [n]: the place of each (dataset, shard) in `known`."""
+    names = [list(dict.fromkeys(part)) for part in zip(*known, strict=True)] or [[], []]
+    place = [{name: i for i, name in enumerate(part)} for part in names]
+    width = max(1, len(names[1]))
+    numbers = np.array([place[0][d] * width + place[1][s] for d, s in known], dtype=np.int64)
+    order = np.argsort(numbers)
+    wanted = _places(datasets, names[0]).astype(np.int64) * width + _places(shards, names[1])
+    return order[np.searchsorted(numbers[order], wanted)].astype(np.int32) if len(wanted) else wanted.astype(np.int32)
 
 
 def _named(codes: np.ndarray, names: Sequence[str]) -> pa.Array:
@@ -124,6 +132,10 @@ def _named(codes: np.ndarray, names: Sequence[str]) -> pa.Array:
     )
 
 
-def _ordinals(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:
-    """int32 [n]: the place of each value in `names`."""
-    return pc.index_in(column.cast(TEXT), value_set=pa.array(names, TEXT)).to_numpy().astype(np.int32)
+def _places(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:
+    """int32 [n]: the place of each value of a dictionary column in `names`, by its codes: no string per row."""
+    found = [np.zeros(0, dtype=np.int32)]
+    for chunk in column.chunks:
+        place = pc.index_in(chunk.dictionary.cast(TEXT), value_set=pa.array(names, TEXT)).to_numpy()
+        found.append(place[chunk.indices.to_numpy()].astype(np.int32))
+    return np.concatenate(found)

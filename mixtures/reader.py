@@ -80,7 +80,7 @@ class MixtureSource:
         docs = docs_name(self._tokenizer_name, dataset, name)
         note = self._root.note(docs)
         if note is None:
-            raise StageError(f"mixture {self.phase}: {docs} is missing; run tokenize again")
+            raise StageError(f"mixture {self.phase}: {docs} is missing; run tokenize with --force")
         if note["tokenizer"] != self.tokenizer:
             raise StageError(
                 f"mixture {self.phase}: {docs} was made by another tokenizer, got {note['tokenizer'][:8]}, "

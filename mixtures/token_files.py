@@ -74,7 +74,7 @@ def open_shard(prefix: Path) -> TokenShard:
     try:
         raw, size = index_path.read_bytes(), data_path.stat().st_size
     except FileNotFoundError as e:
-        raise StageError(f"tokens: {e.filename} is missing; run tokenize again") from e
+        raise StageError(f"tokens: {e.filename} is missing; run tokenize with --force") from e
     dtype, n = _header(index_path, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, dtype="<i4", count=n, offset=at)
@@ -82,7 +82,7 @@ def open_shard(prefix: Path) -> TokenShard:
     expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if size != expected:
         raise StageError(
-            f"tokens: {data_path} is cut short or overwritten, got {size} bytes, expected {expected}; run tokenize again"
+            f"tokens: {data_path} is cut short or overwritten, got {size} bytes, expected {expected}; run tokenize with --force"
         )
     return TokenShard(np.memmap(data_path, dtype=dtype, mode="r"), pointers // dtype.itemsize, lengths)
 
@@ -96,5 +96,5 @@ def _header(path: Path, raw: bytes) -> tuple[np.dtype, int]:
         if magic == MAGIC and version == VERSION and dtype is not None and boundaries == n + 1 and len(raw) == whole:
             return dtype, n
     raise StageError(
-        f"tokens: {path} is no whole Megatron index, got {len(raw)} bytes that begin {raw[:9]!r}; run tokenize again"
+        f"tokens: {path} is no whole Megatron index, got {len(raw)} bytes that begin {raw[:9]!r}; run tokenize with --force"
     )

@@ -41,6 +41,7 @@ DOCS = pa.schema(
 )
 ABOUT = ("doc_id", "source", "kind")
 DATA = {"megatron": "bin", "ds": "ds"}  # format -> suffix of its tokens
+INDEXES = {"megatron": "idx", "ds": "ds.index"}
 
 
 class TokenizeConfig(StageConfig):
@@ -110,12 +111,20 @@ class TokenizeUnits:
         shard: Shard = unit.payload
         identity = self._identity(shard)
         found = self.dataset.root.note(docs_name(self.tokenizer.name, self.dataset.name, shard.name))
-        resumed = bool(found and found["unit"] == identity)
+        resumed = bool(found and found["unit"] == identity and self._whole(shard, found))
         stored = found if found and resumed else self._write(shard, identity, note)
         value = {key: stored[key] for key in ("content", "rows", "tokens", "bytes", "words")}
         return Report(
             unit.name, docs=value["rows"], bytes=0 if resumed else value["bytes"], resumed=resumed, value=value
         )
+
+    def _whole(self, shard: Shard, stored: dict[str, Any]) -> bool:
+        """Whether the committed token files are still there in full: someone may have removed or cut them."""
+        root, name = self.dataset.root, shard_name(self.tokenizer.name, self.dataset.name, shard.name)
+        data = [f"{name}.{DATA[form]}" for form in self.config.formats if stored["rows"]]
+        indexes = [f"{name}.{INDEXES[form]}" for form in self.config.formats if stored["rows"]]
+        size = stored["tokens"] * self.tokenizer.dtype.itemsize
+        return all(map(root.exists, (*data, *indexes))) and all(root.size(n) == size for n in data)
 
     def _identity(self, shard: Shard) -> str:
         """Code, documents, and the layers read for this shard."""
@@ -178,14 +187,14 @@ class TokenizeUnits:
     def _write_indexes(self, name: str, lengths: np.ndarray) -> None:
         """What stands beside the tokens; without documents nothing does, and the empty token files go."""
         root = self.dataset.root
-        indexes = {"megatron": ("idx", index_bytes), "ds": ("ds.index", lambda n, dtype: ds_index_bytes(n))}
         for form, data in DATA.items():
-            suffix, encode = indexes[form]
             if form in self.config.formats and len(lengths):
-                root.write_bytes(f"{name}.{suffix}", encode(lengths, self.tokenizer.dtype))
+                megatron = form == "megatron"
+                index = index_bytes(lengths, self.tokenizer.dtype) if megatron else ds_index_bytes(lengths)
+                root.write_bytes(f"{name}.{INDEXES[form]}", index)
             else:
                 root.remove(f"{name}.{data}")
-                root.remove(f"{name}.{suffix}")
+                root.remove(f"{name}.{INDEXES[form]}")
 
 
 def _sums(outputs: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -25,7 +25,11 @@ SPLIT = pa.schema([pa.field("split", TEXT)])
 
 def sentence(seed: int, words: int) -> str:
     """Text that BPE can learn something from: the same words in another order."""
-    return " ".join(WORDS[(seed * 7 + i * i * (seed % 5 + 1)) % len(WORDS)] for i in range(words)) + ".\n"
+    return (
+        f"page {seed} "
+        + " ".join(WORDS[(seed * 7 + i * i * (seed % 5 + 1)) % len(WORDS)] for i in range(words))
+        + ".\n"
+    )
 
 
 def documents(source: str, texts: Sequence[str], urls: Sequence[str | None] | None = None) -> pa.Table:

@@ -39,7 +39,7 @@ def filled(house: House, cut: int = 14, texts: list[str] = TEXTS) -> House:
         documents("web", texts[cut:], [f"u{i}" for i in range(len(texts) - cut)]),
     )
     house.add("web", {"s1": first, "s2": second})
-    house.judge("web", drop=["1847 1847"])
+    house.judge("web", drop=["page 13 "])
     house.run(tokenizer.STAGE, vocab_size=400)
     return house
 
@@ -50,14 +50,16 @@ def tokens_of(house: House, shard: str, dataset: str = "web") -> list[list[int]]
 
 
 def files(house: House) -> dict[str, bytes]:
+    """Everything below tokens/, without what a killed process left unnamed."""
     folder = house.root.local_path("tokens")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
 def test_each_kept_document_once_with_its_text(house: House) -> None:
     outcome = filled(house).run(STAGE)
     encoder = open_encoder(house.root.url, read_info(house.root, "tokenizer"))
-    kept = [t for t in TEXTS if "1847 1847" not in t]
+    kept = [t for t in TEXTS if "page 13 " not in t]
     assert len(kept) < len(TEXTS)
     found = [tokens for shard in ("s1", "s2") for tokens in tokens_of(house, shard)]
     assert found == [encoder.encode([t])[0].tolist() for t in kept]
@@ -66,7 +68,7 @@ def test_each_kept_document_once_with_its_text(house: House) -> None:
     assert docs.column("tokens").to_pylist() == [len(t) for t in found]
     assert docs.column("bytes").to_pylist() == [len(t.encode()) for t in kept]
     assert docs.column("row").to_pylist() == [
-        i - (14 if i >= 14 else 0) for i, t in enumerate(TEXTS) if "1847 1847" not in t
+        i - (14 if i >= 14 else 0) for i, t in enumerate(TEXTS) if "page 13 " not in t
     ]
     table = pa.concat_tables(house.root.read_table(f"datasets/web/documents/{s}.parquet") for s in ("s1", "s2"))
     by_text = dict(zip(table.column("text").to_pylist(), table.column("doc_id").to_pylist(), strict=True))
@@ -123,14 +125,16 @@ def test_datatrove_reads_the_shards(house: House) -> None:
     flat = [t for tokens in tokens_of(house, "s2") for t in tokens]
     windows = dataset.DatatroveFileDataset(name, seq_len=9, token_size=2, return_positions=True)
     assert len(windows) == len(flat) // 10
-    assert [t for w in windows for t in w["input_ids"].tolist()] == flat[: len(windows) * 10]
-    positions = [k for tokens in tokens_of(house, "s2") for k in range(len(tokens))]
-    assert [k for w in windows for k in w["positions"].tolist()] == positions[: len(windows) * 10]
-    ends = merger.load_doc_ends(open(name + ".index", "rb"))
+    assert [t for i in range(len(windows)) for t in windows[i]["input_ids"].tolist()] == flat[: len(windows) * 10]
+    within = [k for tokens in tokens_of(house, "s2") for k in range(len(tokens))]
+    positions = [min(k, i % 10) for i, k in enumerate(within)]  # a window starts at position 0
+    assert [k for i in range(len(windows)) for k in windows[i]["positions"].tolist()] == positions[: len(windows) * 10]
+    with open(name + ".index", "rb") as f:
+        ends = merger.load_doc_ends(f)
     assert ends.tolist() == np.cumsum([len(t) for t in tokens_of(house, "s2")]).tolist()
 
 
-@pytest.mark.parametrize(("workers", "batch_bytes"), [(0, 1), (2, 16 << 20), (1, 700)])
+@pytest.mark.parametrize(("workers", "batch_bytes"), [(0, 1), (2, 700)])
 def test_workers_and_batches_change_nothing(make_house: Callable[[str], House], workers: int, batch_bytes: int) -> None:
     a, b = filled(make_house("a")), filled(make_house("b"))
     first = a.run(STAGE, formats=["megatron", "ds"])
@@ -155,13 +159,26 @@ def test_only_new_or_changed_shards_are_tokenised_again(house: House) -> None:
         "web",
         {"s1": documents("web", TEXTS[:14]), "s2": documents("web", TEXTS[14:20]), "s3": documents("web", ["new"])},
     )
-    house.judge("web", drop=["1847 1847"])
+    house.judge("web", drop=["page 13 "])
     changed = house.run(STAGE)
     assert changed.observed["resumed_units"] == 1
     assert changed.outputs["web/s1"] == first.outputs["web/s1"]
     assert changed.outputs["web/s2"] != first.outputs["web/s2"]
-    house.judge("web", drop=["1847 1847", "new"])
+    house.judge("web", drop=["page 13 ", "new"])
     assert house.run(STAGE).observed["resumed_units"] == 2  # the fate of s3 alone moved
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "ds", "ds.index"])
+def test_a_shard_that_lost_a_file_is_tokenised_again(house: House, suffix: str) -> None:
+    filled(house).run(STAGE, formats=["megatron", "ds"])
+    before = files(house)
+    name = f"tokens/tokenizer/web/s1.{suffix}"
+    if suffix == "bin":
+        house.root.write_bytes(name, house.root.read_bytes(name)[:-2])
+    else:
+        house.root.remove(name)
+    assert house.run(STAGE, formats=["megatron", "ds"]).observed["resumed_units"] == 1
+    assert files(house) == before
 
 
 def test_another_tokenizer_tokenises_everything_again(house: House) -> None:
@@ -212,7 +229,7 @@ def test_killed_at_any_rename_then_run_again(make_house: Callable[[str], House],
     clean = filled(make_house("clean"))
     expected, whole = clean.run(STAGE, formats=["megatron", "ds"]).outputs, files(clean)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for step in (1, 3, 5, 6, 8):
+    for step in (3, 5, 8):
         house = filled(make_house(f"killed-{step}"))
         house.run(STAGE, where="fate@final.keep == false")  # other tokens lie there already
         args = [sys.executable, "-c", KILL, house.root.url, str(tmp_path / f"k{step}"), str(step)]

@@ -32,7 +32,7 @@ def encoder() -> Encoder:
 def filled(house: House, order: int = 1) -> House:
     shards = {"s1": documents("web", TEXTS[:15]), "s2": documents("web", TEXTS[15:], [f"u{i}" for i in range(15)])}
     house.add("web", dict(list(shards.items())[::order]))
-    house.judge("web", drop=["1847 1847"])
+    house.judge("web", drop=["page 13 "])
     return house
 
 
@@ -42,7 +42,7 @@ def test_training_does_not_depend_on_order_or_threads(tmp_path: Path) -> None:
         "print(train(iter(TEXTS[::int(sys.argv[1])]), TokenizerConfig(vocab_size=400)).to_str())"
     )
     made = set()
-    for order, threads in ((1, "1"), (-1, "4"), (1, "4")):
+    for order, threads in ((1, "1"), (-1, "4")):
         env = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
             [sys.executable, "-c", script, str(order)], env=env, capture_output=True, text=True, check=True
@@ -62,9 +62,9 @@ def test_shard_order_and_workers_change_nothing(make_house: Callable[[str], Hous
 
 
 def test_special_tokens_come_first_and_info_says_so(house: House) -> None:
-    filled(house).run(STAGE, vocab_size=350, reserved=2)
+    filled(house).run(STAGE, vocab_size=300, reserved=2)
     info = read_info(house.root, "tokenizer")
-    assert (info.eos, info.eos_token, info.vocab_size, info.dtype) == (0, EOS, 350, np.uint16)
+    assert (info.eos, info.eos_token, info.vocab_size, info.dtype) == (0, EOS, 300, np.uint16)
     tokenizer = Tokenizer.from_str(house.root.read_bytes("models/tokenizer/tokenizer.json").decode())
     assert [tokenizer.id_to_token(i) for i in range(4)] == [EOS, PAD, "<|reserved_0|>", "<|reserved_1|>"]
 
@@ -126,6 +126,13 @@ def test_digits(encoder: Encoder) -> None:
     assert grouped.encode("1847").tokens == ["184", "7"]
 
 
+def test_keys_and_base64_teach_no_merges() -> None:
+    vocabulary = train(iter(["qwqw" * 100 + " river river"] * 9), TokenizerConfig(vocab_size=400)).get_vocab()
+    assert "Ġriver" in vocabulary
+    assert "qw" not in vocabulary
+    assert "qw" in train(iter(["qwqw" * 60 + " river river"] * 9), TokenizerConfig(vocab_size=400)).get_vocab()
+
+
 def test_long_documents_are_cut_where_no_token_changes(encoder: Encoder) -> None:
     text = "".join(sentence(i, 9) for i in range(40))
     pieces = list(pieces_of(text, 200))
@@ -138,8 +145,8 @@ def test_long_documents_are_cut_where_no_token_changes(encoder: Encoder) -> None
 
 
 def test_a_huge_line_without_a_break(encoder: Encoder) -> None:
-    text = "é" * 3_000_001
-    assert [len(p) for p in pieces_of(text, 1 << 20)] == [1 << 20, 1 << 20, 3_000_001 - (2 << 20)]
+    text = "é" * 1_100_000
+    assert [len(p) for p in pieces_of(text)] == [1 << 20, 1_100_000 - (1 << 20)]
     tokens, lengths = encoder.encode(["", text, "a"])
     assert lengths[0] == 1
     assert lengths.sum() == len(tokens)
