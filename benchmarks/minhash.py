@@ -73,10 +73,7 @@ def files(data: str) -> list[str]:
 
 
 def text_bytes(data: str) -> int:
-    return sum(
-        pc.sum(pc.binary_length(pq.read_table(f, columns=["text"]).column("text"))).as_py()
-        for f in files(data)
-    )
+    return sum(pc.sum(pc.binary_length(pq.read_table(f, columns=["text"]).column("text"))).as_py() for f in files(data))
 
 
 def documents(data: str) -> Iterator[tuple[str, str]]:
