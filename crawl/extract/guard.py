@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-MAX_DEPTH = 512  # of 413 real pages the deepest count 285; at 512 the quadratic term is about 1 s for each MB
+MAX_DEPTH = 512  # of 413 real pages the deepest count 70; at 512 the quadratic term is about 1 s for each MB
 MAX_ATTRIBUTES = 1_024  # 2.5 ms a tag
 LONG_TAG = 2_048  # characters between two '>' below which a tag cannot hold MAX_ATTRIBUTES of them
 
