@@ -181,7 +181,7 @@ def test_giant_component_is_warned_about(corpus):
     assert "1,100 of 1,100 documents" in observed["warnings"][0]
 
 
-def test_a_large_cluster_leaves_one_survivor_under_any_precedence(corpus):
+def test_a_large_cluster_leaves_one_survivor(corpus):
     """1,500 near-equal documents, each compared with the hub and a few others; every fallen one is truly alike its survivor."""
     rng = np.random.default_rng(14)
     base = words(rng, 200)
