@@ -1,7 +1,8 @@
 """Annotate stages over shards: documents are read once for all stages of a group, each writes its own layer.
 
 A stage's function may raise on a batch: the batch is halved until the one document is found, which is rejected and named. A
-document that kills the worker is found by the engine (see `core.engines.pool`), which then calls the unit with `poison`.
+document that kills the worker is found by the engine (see `core.engines.pool`), which then calls the unit with `poison`: numbers
+of (row, stage) pairs, so that a killer costs the stage it killed and no other of the group.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from core.dataset import Dataset, Shard
-from core.engines.contract import BATCH_BYTES, Engine, Note, Report, Unit
+from core.engines.contract import BATCH_BYTES, NO_ROW, Engine, Note, Report, Unit
+from core.errors import ConfigError, RetryableError, StageError
 from core.hashing import digest
 from core.layer import committed, empty_rows, layer_output, layer_schema, write_layer
 from core.predicate import Predicate
+from core.records import well_formed
 from core.schema import REJECTS
 from core.stage import Artifacts, Reject, Stage
 
@@ -110,10 +113,13 @@ class AnnotateUnits:
         tables: dict[str, list[pa.Table]] = {run.layer: [] for run in todo}
         rejects: dict[str, list[Reject]] = {run.layer: [] for run in todo}
         start = 0
+        for run in todo:
+            opened(run)  # a model that cannot be loaded stops the stage; inside a batch it would cost every document
         for batch in self.dataset.read(shard, stored, self.batch_bytes):
             columns = {name: batch.column(name) for name in batch.schema.names}
             for run in todo:
-                table, bad = _annotate_batch(run, columns, batch.num_rows, start, unit, note)
+                seat = _Seat(start, self.runs.index(run), len(self.runs), unit, note)
+                table, bad = _annotate_batch(run, columns, batch.num_rows, seat)
                 tables[run.layer].append(table)
                 rejects[run.layer] += bad
                 columns.update({f"{run.layer}.{c}": table.column(c).combine_chunks() for c in table.column_names})
@@ -157,22 +163,42 @@ def opened(run: AnnotateRun) -> Any:
     return _states[run.code]
 
 
-def _annotate_batch(
-    run: AnnotateRun, columns: dict[str, Any], rows: int, start: int, unit: Unit, note: Note
-) -> tuple[pa.Table, list[Reject]]:
+@dataclass(frozen=True)
+class _Seat:
+    """Where a batch stands: its first row in the shard, and the number of its stage among the group's."""
+
+    start: int
+    number: int
+    stages: int
+    unit: Unit
+    note: Note
+
+    def poisoned(self) -> set[int]:
+        """Rows of the shard that killed a worker in this stage."""
+        return {p // self.stages for p in self.unit.poison if p % self.stages == self.number}
+
+    def sign(self, row: int) -> None:
+        """Say which row of the batch is next, before it is touched."""
+        self.note(row=(self.start + row) * self.stages + self.number)
+
+
+def _annotate_batch(run: AnnotateRun, columns: dict[str, Any], rows: int, seat: _Seat) -> tuple[pa.Table, list[Reject]]:
     """Layer rows for one batch, and rejects by row of the shard."""
-    live = run.where.holds({c: columns[c] for c in run.where.columns}) if run.where else np.ones(rows, dtype=bool)
+    live = run.where.holds(columns) if run.where else np.ones(rows, dtype=bool)
     errors: dict[int, tuple[str, str]] = {}
-    for row in unit.poison:
-        if start <= row < start + rows and live[row - start]:
-            errors[row - start] = ("worker_lost", "the worker died or hung on this document")
-            live[row - start] = False
+    for row in seat.poisoned():
+        here = row - seat.start
+        if 0 <= here < rows and live[here]:
+            errors[here] = ("worker_lost", "the worker died or hung on this document")
+            live[here] = False
     at = np.flatnonzero(live)
     batch = pa.RecordBatch.from_arrays([columns[c] for c in run.reads], names=list(run.reads))
     batch = batch if len(at) == rows else batch.take(pa.array(at))
-    pieces = list(_guarded(run, batch, at, errors, start, note if unit.cautious else None))
+    pieces = list(_guarded(run, batch, at, errors, seat.sign if seat.unit.cautious else None))
+    if seat.unit.cautious:
+        seat.note(row=NO_ROW)  # whatever kills the worker from here on is not the last row's fault
     table = _scatter(run, pieces, rows, errors)
-    return table, [Reject(start + row, reason, detail) for row, (reason, detail) in sorted(errors.items())]
+    return table, [Reject(seat.start + row, reason, detail) for row, (reason, detail) in sorted(errors.items())]
 
 
 def _guarded(
@@ -180,34 +206,33 @@ def _guarded(
     batch: pa.RecordBatch,
     at: np.ndarray,
     errors: dict[int, tuple[str, str]],
-    start: int,
-    sign: Callable[..., None] | None,
+    sign: Callable[[int], None] | None,
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
     """(rows, layer batch) pieces; rows on which the stage raises go to `errors`. With `sign`, one row at a time."""
     if batch.num_rows == 0:
         return
     if sign is not None and batch.num_rows > 1:
         for i in range(batch.num_rows):
-            yield from _guarded(run, batch.slice(i, 1), at[i : i + 1], errors, start, sign)
+            yield from _guarded(run, batch.slice(i, 1), at[i : i + 1], errors, sign)
         return
     if sign is not None:
-        sign(row=start + int(at[0]))
+        sign(int(at[0]))
     try:
         made, rejects = run.stage.fn(opened(run), batch)
         if made.num_rows != batch.num_rows:
             raise ValueError(f"{run.stage.name}: gave {made.num_rows} rows for {batch.num_rows}")
-    except MemoryError:
-        raise
+    except (MemoryError, ConfigError, StageError, RetryableError):
+        raise  # not one document's doing
     except Exception as e:  # noqa: BLE001 - whatever one document does, it costs that document only
         if batch.num_rows == 1:
-            errors[int(at[0])] = (type(e).__name__, str(e)[:DETAIL_CHARS])
+            errors[int(at[0])] = (type(e).__name__, well_formed(str(e))[0][:DETAIL_CHARS])
             return
         half = batch.num_rows // 2
-        yield from _guarded(run, batch.slice(0, half), at[:half], errors, start, sign)
-        yield from _guarded(run, batch.slice(half), at[half:], errors, start, sign)
+        yield from _guarded(run, batch.slice(0, half), at[:half], errors, sign)
+        yield from _guarded(run, batch.slice(half), at[half:], errors, sign)
         return
     for reject in rejects:
-        errors[int(at[reject.row])] = (reject.reason, reject.detail[:DETAIL_CHARS])
+        errors[int(at[reject.row])] = (reject.reason, well_formed(reject.detail)[0][:DETAIL_CHARS])
     yield at, made
 
 

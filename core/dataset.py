@@ -4,6 +4,7 @@ Columns are asked for by name: `text` is a column of the documents, `language.sc
 checks that a layer was made from just these documents.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ class Dataset:
         own = [c for c in columns if c in DOCUMENTS.names]
         layers = self._layer_columns(shard, [c for c in columns if c not in DOCUMENTS.names])
         if not own:
-            table = pa.table({c: layers[c] for c in columns}) if columns else None
-            if table is not None and table.num_rows:
-                yield from table.combine_chunks().to_batches()
+            table = pa.table({c: layers[c] for c in columns})
+            for batch in table.combine_chunks().to_batches():
+                yield from _bounded(batch, batch_bytes)
             return
         start = 0
         for batch in self._documents(shard, own, batch_bytes):
@@ -74,12 +75,18 @@ class Dataset:
         batches = list(self.read(shard, columns))
         if batches:
             return pa.Table.from_batches(batches)
-        return pa.table(
-            {c: pa.array([], DOCUMENTS.field(c).type if c in DOCUMENTS.names else pa.null()) for c in columns}
-        )
+        layers = self._layer_columns(shard, [c for c in columns if c not in DOCUMENTS.names])
+        types = {c: DOCUMENTS.field(c).type if c in DOCUMENTS.names else layers[c].type for c in columns}
+        return pa.table({c: pa.array([], types[c]) for c in columns})
 
     def _documents(self, shard: Shard, columns: list[str], batch_bytes: int) -> Iterator[pa.RecordBatch]:
         with self.root.parquet(self.documents_name(shard)) as f:
+            stored = json.loads((f.metadata.metadata or {}).get(b"stepwell", b"{}"))
+            if stored.get("content", shard.content) != shard.content:
+                raise StageError(
+                    f"{self.name}: shard {shard.name} is not the one that the documents manifest names (fingerprint "
+                    f"{stored['content'][:8]}, expected {shard.content[:8]}): an ingest was stopped; run it again"
+                )
             for group in range(f.num_row_groups):
                 table = f.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
                 for batch in table.to_batches():
@@ -114,10 +121,10 @@ class Dataset:
                 f"{self.name}: layer {layer!r} of shard {shard.name} was made from other documents "
                 f"(fingerprint {note['documents'][:8]}, expected {shard.content[:8]}); run its stage again"
             )
-        try:
-            return self.root.read_table(name, columns)
-        except (KeyError, pa.ArrowInvalid) as e:
-            raise StageError(f"{self.name}: layer {layer!r}: {e}; it has {note.get('columns')}") from e
+        missing = [c for c in columns or () if c not in note["columns"]]
+        if missing:
+            raise StageError(f"{self.name}: layer {layer!r} has no column {missing[0]!r}; it has {note['columns']}")
+        return self.root.read_table(name, columns)
 
     def layer_columns(self, layer: str) -> list[str]:
         """The stage's own columns of a layer, without `computed` and `error`; empty if the layer is not there."""

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import xxhash
 
 CHUNK_BYTES = 8 << 20
+UNUSED_BITS = 11  # a double holds 53 bits: all 64 would round some hashes up to 1.0
 
 
 def document_id(source: str, url: str, text: str, ordinal: int = 0) -> str:
@@ -34,7 +35,7 @@ def numbered_id(base_id: str, ordinal: int) -> str:
 def digest(value: Any) -> str:
     """Hash of a JSON-like value: sorted keys, no spaces. Floats as repr, so 1 and 1.0 differ."""
     return xxhash.xxh3_128_hexdigest(
-        json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
     )
 
 
@@ -49,13 +50,14 @@ def file_digest(path: str | Path) -> str:
 
 def seeded(seed: int, key: str) -> float:
     """A number in [0, 1) that depends on `seed` and `key` (a doc_id) only: this project's one source of randomness."""
-    return xxhash.xxh3_64_intdigest(key.encode(), seed=seed) / 2.0**64
+    return (xxhash.xxh3_64_intdigest(key.encode(), seed=seed) >> UNUSED_BITS) / 2.0**53
 
 
 def seeded_column(seed: int, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """`seeded` over a column: float64 [n]."""
     intdigest = xxhash.xxh3_64_intdigest
-    return np.array([intdigest(k.encode(), seed=seed) for k in keys.to_pylist()], dtype=np.float64) / 2.0**64
+    words = np.array([intdigest(k.encode(), seed=seed) for k in keys.to_pylist()], dtype=np.uint64)
+    return (words >> np.uint64(UNUSED_BITS)) / 2.0**53
 
 
 class TableHash:
@@ -82,7 +84,7 @@ class TableHash:
         h = xxhash.xxh3_128()
         h.update(str(self._rows).encode())
         for field, parts in zip(self.schema, self._columns, strict=True):
-            h.update(f"\0{field.name}\0{field.type}".encode())
+            h.update(f"\0{field.name}\0{type_name(field.type)}".encode())
             for key in sorted(parts):
                 h.update(key.encode() + parts[key].digest())
         return h.hexdigest()
@@ -95,6 +97,15 @@ def table_digest(table: pa.Table | pa.RecordBatch) -> str:
     return h.hexdigest()
 
 
+def type_name(kind: pa.DataType) -> str:
+    """A type's name without the names of list items, which Parquet does not keep."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"{'large_' if pa.types.is_large_list(kind) else ''}list<{type_name(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{f.name}: {type_name(f.type)}' for f in kind.fields)}>"
+    return str(kind)
+
+
 def _feed(parts: dict[str, Any], path: str, array: pa.Array) -> None:
     """Feed one array into one running hash per leaf (validity, lengths, values), so chunk borders leave no trace."""
     valid = pc.is_valid(array)
@@ -102,7 +113,7 @@ def _feed(parts: dict[str, Any], path: str, array: pa.Array) -> None:
     kind = array.type
     if pa.types.is_struct(kind):
         for i in range(kind.num_fields):
-            _feed(parts, f"{path}.{kind.field(i).name}", pc.struct_field(array, i))
+            _feed(parts, f"{path}.{i}", pc.struct_field(array, i))
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.fill_null(pc.list_value_length(array), 0)
         _hasher(parts, path + "#").update(np.asarray(lengths).astype(np.int64))
@@ -142,6 +153,8 @@ def _fixed_width(array: pa.Array) -> np.ndarray:
         return np.asarray(array).astype(np.uint8)
     if pa.types.is_temporal(kind):
         array = array.cast(pa.int64() if kind.bit_width == 64 else pa.int32())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise TypeError(f"no content hash for columns of type {kind}; store numbers, strings, binary, lists or structs")
     values = np.ascontiguousarray(array.to_numpy(zero_copy_only=False))
     if values.dtype.kind == "f":
         values = np.where(np.isnan(values), np.nan, values) + 0.0  # one NaN, and -0.0 becomes 0.0

@@ -12,6 +12,7 @@ from core.hashing import digest
 from core.storage import Root
 
 FORMAT = 1
+ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Identity:
         lines = []
         for part in ("stage", "version", "config", "inputs", "artifacts", "libraries"):
             old, new = getattr(self, part), getattr(other, part)
-            if old == new:
+            if digest(old) == digest(new):
                 continue
             if not isinstance(old, dict):
                 lines.append(f"{part}: {old} -> {new}")
                 continue
             for key in sorted(set(old) | set(new)):
-                if old.get(key) != new.get(key):
-                    lines.append(f"{part}.{key}: {_short(old.get(key))} -> {_short(new.get(key))}")
+                before, after = old.get(key, ABSENT), new.get(key, ABSENT)
+                if digest(before) != digest(after):  # as the identity sees it: 1 and 1.0 differ
+                    lines.append(f"{part}.{key}: {_short(before)} -> {_short(after)}")
         return lines
 
 

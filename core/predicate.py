@@ -20,7 +20,7 @@ from core.errors import ConfigError
 from core.schema import DOCUMENTS
 
 _TOKENS = re.compile(
-    r"""'[^']*'|"[^"]*"|(?P<column>[A-Za-z_]\w*(?:@\w+)?\.[A-Za-z_]\w*|[A-Za-z_]\w*@\w+)|\b(?P<word>null|true|false)\b"""
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<column>[A-Za-z_]\w*(?:@\w+)?\.[A-Za-z_]\w*|[A-Za-z_]\w*@\w+)|\b(?P<word>null|true|false)\b"""
 )
 _WORDS = {"null": "None", "true": "True", "false": "False"}
 _COMPARE = {
@@ -43,6 +43,9 @@ class Predicate:
     def __post_init__(self) -> None:
         _check(self._tree, self.text)
 
+    def __reduce__(self) -> tuple[type["Predicate"], tuple[str]]:
+        return Predicate, (self.text,)
+
     @cached_property
     def _parsed(self) -> tuple[ast.expr, dict[str, str]]:
         names: dict[str, str] = {}
@@ -54,9 +57,11 @@ class Predicate:
             return _WORDS.get(match.group("word") or "", match.group(0))
 
         try:
-            tree = ast.parse(_TOKENS.sub(substitute, self.text).strip(), mode="eval").body
-        except SyntaxError as e:
-            raise ConfigError(f"predicate {self.text!r}: {e.msg}; expected something like `signals.words < 50`") from e
+            one_line = " ".join(_TOKENS.sub(substitute, self.text).split("\n")).strip()  # YAML blocks keep line ends
+            tree = ast.parse(one_line, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError) as e:  # ValueError: a NUL byte
+            why = e.msg if isinstance(e, SyntaxError) else str(e)
+            raise ConfigError(f"predicate {self.text!r}: {why}; expected something like `signals.words < 50`") from e
         return tree, {v: k for k, v in names.items()}
 
     @property
@@ -82,7 +87,10 @@ class Predicate:
     def evaluate(self, columns: pa.Table | pa.RecordBatch | Mapping[str, Any]) -> pa.Array:
         """bool array with nulls; `columns` must hold all of `self.columns`."""
         names = self._parsed[1]
-        rows = columns.num_rows if isinstance(columns, pa.Table | pa.RecordBatch) else None
+        if isinstance(columns, pa.Table | pa.RecordBatch):
+            rows = columns.num_rows
+        else:
+            rows = len(next(iter(columns.values()), ()))
 
         def column(name: str) -> Any:
             if isinstance(columns, pa.Table | pa.RecordBatch):
@@ -91,10 +99,16 @@ class Predicate:
 
         try:
             value = _evaluate(self._tree, column)
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as e:
             raise ConfigError(f"predicate {self.text!r}: {e}") from e
+        if pa.types.is_null(value.type):
+            value = value.cast(pa.bool_())
+        if not pa.types.is_boolean(value.type):
+            raise ConfigError(
+                f"predicate {self.text!r}: gives {value.type}, expected true or false; compare it to a value"
+            )
         if isinstance(value, pa.Scalar):
-            value = pa.array([value.as_py()] * (rows or 0), pa.bool_())
+            value = pa.repeat(value, rows)
         return value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
 
     def holds(self, columns: pa.Table | pa.RecordBatch | Mapping[str, Any]) -> np.ndarray:
@@ -107,11 +121,33 @@ def _check(node: ast.AST, text: str) -> None:
         ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.BinOp, ast.Name, ast.Load, ast.Constant,
         ast.List, ast.Tuple, ast.In, ast.NotIn, ast.Is, ast.IsNot, *_COMPARE, *_ARITHMETIC,
     )  # fmt: skip
+    lists: set[int] = set()  # those that stand where a list may: right of `in`
     for part in ast.walk(node):
-        if not isinstance(part, allowed):
+        if not isinstance(part, allowed) or (isinstance(part, ast.List | ast.Tuple) and id(part) not in lists):
             raise ConfigError(
                 f"predicate {text!r}: {type(part).__name__} is not allowed; use comparisons, and, or, not, in, is null"
             )
+        if isinstance(part, ast.Constant) and not isinstance(part.value, int | float | str | None):
+            raise ConfigError(f"predicate {text!r}: {part.value!r} is no constant; use numbers, strings, true, false")
+        if not isinstance(part, ast.Compare):
+            continue
+        for op, right in zip(part.ops, part.comparators, strict=True):
+            if isinstance(op, ast.In | ast.NotIn):
+                if len(part.ops) > 1 or not (isinstance(right, ast.List | ast.Tuple) and _are_constants(right.elts)):
+                    raise ConfigError(f"predicate {text!r}: `in` expects a list of constants such as ['en', 'de']")
+                lists.add(id(right))
+            null = isinstance(right, ast.Constant) and right.value is None
+            if isinstance(op, ast.Is | ast.IsNot) and (len(part.ops) > 1 or not null):
+                raise ConfigError(f"predicate {text!r}: `is` expects null; use == for other values")
+
+
+def _are_constants(elements: list[ast.expr]) -> bool:
+    """Constants of one type, numbers with a minus sign included."""
+    try:
+        pa.array([ast.literal_eval(e) for e in elements])
+    except (ValueError, TypeError, OverflowError, pa.ArrowException):
+        return False
+    return True
 
 
 def _evaluate(node: ast.expr, column: Any) -> Any:
@@ -148,8 +184,7 @@ def _compare(op: ast.cmpop, left: ast.expr, right: ast.expr, column: Any) -> Any
     if isinstance(op, ast.Is | ast.IsNot):
         return pc.is_null(value) if isinstance(op, ast.Is) else pc.is_valid(value)
     if isinstance(op, ast.In | ast.NotIn):
-        if not isinstance(right, ast.List | ast.Tuple):
-            raise ConfigError("predicate: `in` expects a list such as ['en', 'de']")
+        assert isinstance(right, ast.List | ast.Tuple)  # _check saw to it
         wanted = pa.array([ast.literal_eval(e) for e in right.elts]).cast(value.type)
         inside = pc.if_else(pc.is_valid(value), pc.is_in(value, value_set=wanted), None)
         return pc.invert(inside) if isinstance(op, ast.NotIn) else inside

@@ -63,3 +63,13 @@ class Failed:
     origin: Origin
     reason: str  # exception class, 'timeout', 'crash', 'torn_record'
     detail: str | None = None
+
+
+def well_formed(text: str) -> tuple[str, int]:
+    """`text` with lone surrogates as U+FFFD, and how many there were: Arrow and every tokenizer refuse them."""
+    try:
+        text.encode("utf-8")
+        return text, 0
+    except UnicodeEncodeError:
+        count = sum("\ud800" <= c <= "\udfff" for c in text)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), count

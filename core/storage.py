@@ -5,6 +5,7 @@ call, which such stores make visible at once. Code asks for names it knows from 
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from core.errors import ConfigError, StageError
 
 ZSTD_LEVEL = 3  # 116 MB/s write, 690 MB/s read, ratio 3.4 on 50 MB of documents (one core)
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 ROW_GROUP_BYTES = 16 << 20  # the unit of reading: small enough for a 1 GB worker, large enough to compress
 
 
@@ -29,7 +31,8 @@ class Root:
     """Files below one URL. Picklable: a worker opens its own connection."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
+        protocol, separator, rest = url.partition("://")
+        self.url = protocol + separator + rest.rstrip("/") if separator else os.path.abspath(os.path.expanduser(url))
 
     def __reduce__(self) -> tuple[type["Root"], tuple[str]]:
         return Root, (self.url,)
@@ -83,24 +86,26 @@ class Root:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[str]:
-        """A local path to write to; on leaving without an exception the file appears under `name`, else it is gone."""
+        """A local path to write to; on leaving without an exception the file appears under `name`, else it is gone.
+        A full or failing disk is a StageError."""
         target = self.path(name)
-        if self.is_local:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp"
-        else:
-            handle, temporary = tempfile.mkstemp(prefix="stepwell-")
-            os.close(handle)
-        try:
-            yield temporary
+        with _disk_faults(target):
             if self.is_local:
-                _sync(temporary)
-                os.replace(temporary, target)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp"
             else:
-                self._fs.put_file(temporary, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+                handle, temporary = tempfile.mkstemp(prefix="stepwell-")
+                os.close(handle)
+            try:
+                yield temporary
+                if self.is_local:
+                    _sync(temporary)
+                    os.replace(temporary, target)
+                else:
+                    self._fs.put_file(temporary, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writing(name) as path, open(path, "wb") as f:
@@ -120,15 +125,17 @@ class Root:
             except FileExistsError:
                 return False
             return True
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-        Path(temporary).write_bytes(data)
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary)
+        with _disk_faults(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                Path(temporary).write_bytes(data)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
         return True
 
     def rename(self, source: str, target: str) -> None:
@@ -203,7 +210,22 @@ class Root:
                 stored = (f.metadata.metadata or {}).get(b"stepwell")
         except (FileNotFoundError, pa.ArrowInvalid):
             return None
+        except OSError as e:
+            if e.errno is not None:  # the disk's fault; Arrow's own complaint about a damaged footer has no number
+                raise
+            return None
         return json.loads(stored) if stored else None
+
+
+@contextlib.contextmanager
+def _disk_faults(target: str) -> Iterator[None]:
+    """A full, read-only or broken disk ends the stage in one line; what was committed stays."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in DISK_FAULTS:
+            raise
+        raise StageError(f"root: cannot write {target}: {e}; mend the disk or make room, then run again") from e
 
 
 def _sync(path: str) -> None:

@@ -6,7 +6,7 @@ the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metri
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,8 +26,8 @@ class TrainStageConfig(StageConfig):
     preset: Literal["ci", "tiny"] = Field(
         default="tiny", description="named model shape; `model` overrides single values"
     )
-    model: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
-    optim: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
+    model: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
+    optim: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
     steps: int | None = Field(default=None, ge=1, description="updates; null: until the phase's tokens are used up")
     max_steps: int = Field(default=400, ge=1, description="cap when `steps` is null")
     rows: int = Field(default=32, ge=1, description="packed rows of `context` tokens an update")
@@ -78,7 +78,7 @@ def train(job: Job) -> Outcome:
     )
     with job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance:
         summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1))
-    figures = asdict(summary)
+    figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
     outputs = {"weights": {"content": weights_digest(job.root.local_path(folder)), "folder": folder}}
     accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)

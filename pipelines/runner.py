@@ -19,7 +19,7 @@ from typing import Any
 from core.annotate import AnnotateRun, annotate
 from core.dataset import Dataset, open_dataset
 from core.engines.contract import Engine
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
 from core.lock import held
@@ -150,7 +150,8 @@ class Runner:
 
     def _annotate(self, group: Sequence[Step]) -> list[Planned]:
         """One dataset's consecutive annotate stages in one pass."""
-        planned, running = [], set()
+        planned: list[Planned] = []
+        running: set[tuple[str | None, str]] = set()
         for step in group:
             p = plan_step(self.pipeline, self.root, step, running)
             p.run = p.run or self.options.force
@@ -252,7 +253,7 @@ def preflight(root: Root) -> None:
     try:
         root.write_bytes(".writable", b"")
         root.remove(".writable")
-    except (OSError, PermissionError) as e:
+    except (OSError, StageError) as e:
         raise ConfigError(
             f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
         ) from e

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from core.errors import StageError
 from core.rows import ROW_BITS, SHARD_MASK
 
 HEAD_BYTES = (
@@ -51,6 +52,11 @@ def partition_hash(table: pa.Table | pa.RecordBatch, by: Sequence[str]) -> np.nd
     """uint64 [n]: equal keys get equal values. Any deterministic spread will do: it decides where a key is worked on,
     never what comes out."""
     h = np.full(table.num_rows, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    floats = [name for name in by if pa.types.is_floating(table.schema.field(name).type)]
+    if floats:
+        raise StageError(
+            f"shuffle: key columns {floats} hold floats, expected integers or strings; keys must compare exactly"
+        )
     for name in by:
         column = table.column(name)
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -101,11 +107,7 @@ def _column_words(array: pa.Array) -> np.ndarray:
     else:
         plain = array.cast(pa.int64()) if pa.types.is_temporal(kind) or pa.types.is_boolean(kind) else array
         values = pc.fill_null(plain, 0).to_numpy(zero_copy_only=False)
-        words = (
-            values.astype(np.float64).view(np.uint64)
-            if values.dtype.kind == "f"
-            else values.astype(np.int64).view(np.uint64)
-        ).copy()
+        words = values.astype(np.int64).view(np.uint64)
     if array.null_count:
         words[np.asarray(pc.is_null(array))] = np.uint64(0x6E756C6C)
     return words

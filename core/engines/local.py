@@ -11,25 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from core.engines.columns import join_tables, sortable, sorted_table
-from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn
-from core.engines.pool import Pool, measured
+from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn, write_shards
+from core.engines.pool import Pool, run_here
 from core.engines.spill import (
     Cut,
     Part,
     chunks,
     committed_part,
+    partition_share,
     partitions_for,
+    passes_for,
     read_partition,
     slices,
     write_exchange,
     write_part,
 )
+from core.errors import StageError
 from core.progress import Display, quiet
-from core.rows import shard_of
 
 MEMORY_SHARE = (
     6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
@@ -75,7 +76,7 @@ class LocalEngine:
             return []
         with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
             if self._pool is None:
-                reports = [measured(fn, u, lambda docs=0, bytes=0, row=None: advance(docs, bytes, 0)) for u in units]
+                reports = run_here(fn, units, label, advance)
             else:
                 reports = self._pool.run(fn, units, label, stall_s, advance)
         self.peak_memory_bytes = max([self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports)])
@@ -107,7 +108,7 @@ class LocalEngine:
     ) -> LocalFrame:
         sources = [frames] if isinstance(frames, LocalFrame) else list(frames)  # type: ignore[arg-type]
         size = sum(f.bytes for f in sources if isinstance(f, LocalFrame))
-        cut = Cut(tuple(by), tuple(order), partitions_for(size), 0, combine, max_rows_per_key)
+        cut = Cut(tuple(by), tuple(order), partitions_for(size), None, combine, max_rows_per_key)
         exchanged = self._exchange(sources, cut, label)
         work = partial(_reduce, fn, exchanged.schema, schema, cut, self.block_bytes)
         return self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
@@ -118,13 +119,17 @@ class LocalEngine:
         cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes)))
         a, b = self._exchange([left], cut, f"{label}: left"), self._exchange([right], cut, f"{label}: right")
         added = [f.with_nullable(True) for f in b.schema if f.name not in on]
+        if twice := sorted({f.name for f in added} & set(a.schema.names)):
+            raise StageError(f"{label}: both sides have columns {twice} besides the keys; rename them before the join")
         schema = pa.schema([*a.schema, *added])
         units = [Unit(str(p), (slices(a.parts, p), slices(b.parts, p), p)) for p in range(cut.partitions)]
-        return self._make(partial(_join, a.schema, b.schema, schema, cut, tuple(on), how), units, schema, label)
+        return self._make(
+            partial(_join, a.schema, b.schema, schema, cut, tuple(on), how, self.block_bytes), units, schema, label
+        )
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
         size = sum(p.bytes for p in _parts(frame))
-        cut = Cut((), (), min(partitions_for(size) * 4, max(1, target.shards)), max(1, target.shards))
+        cut = Cut((), (), min(partitions_for(size) * 4, max(1, target.shards)), target)
         exchanged = self._exchange([frame], cut, f"{target.label}: exchange")
         units = []
         for p in range(cut.partitions):
@@ -221,16 +226,15 @@ def _reduce(
     fn: ChunkFn, schema_in: pa.Schema, schema: pa.Schema, cut: Cut, memory_bytes: int, path: str, unit: Unit, note: Note
 ) -> Part:
     parts, p = unit.payload
-    lost = 0
+    lost: list[int] = []
 
     def results() -> Iterator[pa.Table]:
-        nonlocal lost
         for table, cut_rows in read_partition(parts, p, schema_in, cut, memory_bytes):
-            lost += cut_rows
+            lost.append(cut_rows)
             for piece in chunks(table, cut.by):
                 yield fn(piece)
 
-    return replace(write_part(path, results(), schema), cut_rows=lost)
+    return write_part(path, results(), schema, lost)
 
 
 def _join(
@@ -240,37 +244,30 @@ def _join(
     cut: Cut,
     on: tuple[str, ...],
     how: str,
+    memory_bytes: int,
     path: str,
     unit: Unit,
     note: Note,
 ) -> Part:
     parts_left, parts_right, p = unit.payload
-    a = _whole_partition(parts_left, p, left)
-    b = _whole_partition(parts_right, p, right)
-    return write_part(path, [join_tables(a, b, on, how)] if a.num_rows else [], schema)
 
+    def results() -> Iterator[pa.Table]:
+        passes = passes_for([*parts_left, *parts_right], p, memory_bytes)
+        for turn in range(passes):
+            a = partition_share(parts_left, p, left, cut, turn, passes)
+            b = partition_share(parts_right, p, right, cut, turn, passes)
+            if a.num_rows:
+                yield join_tables(a, b, on, how)
 
-def _whole_partition(parts: Sequence[Part], p: int, schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_batches([b for part in parts for b in part.partition(p)], schema).combine_chunks()
+    return write_part(path, results(), schema)
 
 
 def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -> Report:
     parts, p, shards = unit.payload
     tables = [t for t, _ in read_partition(parts, p, schema, cut, 1 << 62)]
     table = tables[0] if tables else schema.empty_table()
-    reports = target_reports(table, shards, target, note)
+    reports = write_shards(target, table, shards, note)
     return Report(unit.name, docs=sum(r.docs for r in reports), value=reports)
-
-
-def target_reports(table: pa.Table, shards: Sequence[int], target: Align, note: Note) -> list[Report]:
-    """Write the given shards from rows sorted by `row`; every engine's `align` ends here."""
-    at = shard_of(table.column("row").to_numpy())
-    reports = []
-    for shard in shards:
-        first, last = np.searchsorted(at, shard), np.searchsorted(at, shard, side="right")
-        reports.append(target.write(shard, table.slice(int(first), int(last - first))))
-        note(docs=reports[-1].docs)
-    return reports
 
 
 def _fold(fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], unit: Unit, note: Note) -> Report:

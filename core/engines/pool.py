@@ -19,11 +19,13 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from core.engines.contract import Report, Unit, UnitFn
+from core.engines.contract import NO_ROW, Report, Unit, UnitFn
+from core.engines.measure import measured
 from core.errors import ConfigError, RetryableError, StageError
 
 POISON_LIMIT = 20  # rows that may kill a worker in one unit before the stage stops: the reject budget's floor
 RETRIES = 3  # RetryableError from a unit
+FIRST_WAIT_S = 0.5  # before the second try, doubled each time: chosen, untested
 BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
 NOTE_EVERY_S = 0.2
 
@@ -95,6 +97,8 @@ class Pool:
         self._all.remove(worker)
 
     def idle(self) -> list[_Worker]:
+        for worker in [w for w in self._all if w.task is None and not w.process.is_alive()]:
+            self.discard(worker)  # killed between two units: nobody's fault
         return [w for w in self._all if w.task is None]
 
     def busy(self) -> list[_Worker]:
@@ -160,12 +164,13 @@ class _Run:
                 worker.last_sign = time.monotonic()
                 if kind == "note":
                     docs, size, row = payload
-                    worker.row = row if row is not None else worker.row
+                    if row is not None:
+                        worker.row = None if row == NO_ROW else row
                     self.progress(docs, size, 0)
                 else:
                     self._ended(worker, kind, payload)
                     return
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             worker.process.join(timeout=5)
             self._died(worker, _exit_reason(worker.process.exitcode))
             return
@@ -182,13 +187,12 @@ class _Run:
         error, trace = payload
         if isinstance(error, RetryableError) and task.tries < RETRIES:
             task.tries += 1
-            task.not_before = time.monotonic() + 0.5 * 2**task.tries
+            task.not_before = time.monotonic() + FIRST_WAIT_S * 2**task.tries
             self.waiting.append(task)
         elif isinstance(error, ConfigError | StageError):
             self.failure = self.failure or error
         else:
-            message = f"{self.label}: unit {task.unit.name} failed: {type(error).__name__}: {error}"
-            self.failure = self.failure or StageError(message + "\n" + trace)
+            self.failure = self.failure or failed_unit(self.label, task.unit, error, trace)
 
     def _died(self, worker: _Worker, how: str) -> None:
         task = worker.task
@@ -219,6 +223,31 @@ class _Run:
                 worker.process.kill()
                 worker.process.join(timeout=5)
                 self._died(worker, f"gave no sign for {self.stall_s:.0f} s")
+
+
+def failed_unit(label: str, unit: Unit, error: Exception, trace: str) -> StageError:
+    """What a unit's exception becomes: one line, with the worker's traceback as a note for `--debug`."""
+    failure = StageError(f"{label}: unit {unit.name} failed: {type(error).__name__}: {error}")
+    failure.add_note(trace)
+    return failure
+
+
+def run_here(fn: UnitFn, units: Sequence[Unit], label: str, progress: Progress) -> list[Report]:
+    """`fn` on every unit in this process, for debugging and for roots that live in memory; errors and retries as in a pool."""
+    reports = []
+    for unit in units:
+        for tries in range(RETRIES + 1):
+            try:
+                reports.append(measured(fn, unit, lambda docs=0, bytes=0, row=None: progress(docs, bytes, 0)))
+                break
+            except (ConfigError, StageError):
+                raise
+            except Exception as e:
+                if not isinstance(e, RetryableError) or tries == RETRIES:
+                    raise failed_unit(label, unit, e, traceback.format_exc()) from e
+                time.sleep(FIRST_WAIT_S * 2**tries)
+        progress(0, 0, 1)
+    return reports
 
 
 def _exit_reason(code: int | None) -> str:
@@ -256,6 +285,7 @@ def _work(pipe: Connection, parent: int) -> None:
                 known, fn = number, pickle.loads(pickled)
             assert fn is not None
             answer: tuple[str, Any] = ("done", measured(fn, unit, _noter(pipe)))
+            pickle.dumps(answer)  # so that a report that cannot travel is the unit's error, not this worker's end
         except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
             answer = ("error", (_picklable(e), traceback.format_exc()))
         pipe.send(answer)
@@ -275,39 +305,6 @@ def _noter(pipe: Connection) -> Callable[..., None]:
             last[0] = now
 
     return note
-
-
-def measured(fn: UnitFn, unit: Unit, note: Callable[..., None]) -> Report:
-    """`fn(unit)` with its seconds and peak memory filled in."""
-    reset_peak_memory()
-    begin = time.perf_counter()
-    report = fn(unit, note)
-    report.seconds = time.perf_counter() - begin
-    report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
-    return report
-
-
-def reset_peak_memory() -> None:
-    """Let this process's peak start anew; where the kernel does not allow it the peak is since the process began."""
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    except OSError:
-        return
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process since the last reset."""
-    try:
-        with open("/proc/self/status") as f:
-            for line in f:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _die_with(parent: int) -> None:

@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from core.engines.columns import capped, partition_hash, shard_partition, sorted_table
-from core.engines.contract import PARTITION_BYTES, ChunkFn, key_aligned
+from core.engines.columns import capped, key_starts, partition_hash, shard_partition, sorted_table
+from core.engines.contract import PARTITION_BYTES, Align, ChunkFn
+from core.errors import StageError
+from core.rows import dataset_of, shard_of
 
-SLICE_ROWS = 65_536  # rows of one record batch within a run
+SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
+CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested
+SLICE_BYTES = 4 << 20  # a reader holds one batch of every run it reads: chosen, untested
 IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -66,8 +70,10 @@ def committed_part(path: str) -> Part | None:
     return Part(path, cuts=cuts, **stored)
 
 
-def write_part(path: str, batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema) -> Part:
-    """Write rows as one part."""
+def write_part(
+    path: str, batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema, lost: Sequence[int] = ()
+) -> Part:
+    """Write rows as one part. `lost`, read after the last batch, holds the numbers of rows that a cap cut on the way."""
     rows = size = 0
     with (
         _whole_file(path) as temporary,
@@ -78,24 +84,37 @@ def write_part(path: str, batches: Iterable[pa.RecordBatch | pa.Table], schema: 
             table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
             table = table.select(schema.names).cast(schema)
             rows, size = rows + table.num_rows, size + table.nbytes
-            out.write_table(table, max_chunksize=SLICE_ROWS)
-    return _commit(Part(path, rows, size))
+            out.write_table(table, max_chunksize=_slice_rows(table))
+    return _commit(Part(path, rows, size, sum(lost)))
+
+
+def _slice_rows(table: pa.Table) -> int:
+    """Rows of one record batch, so that it holds about SLICE_BYTES."""
+    width = max(1, table.nbytes // max(1, table.num_rows))
+    return max(1, min(SLICE_ROWS, SLICE_BYTES // width))
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How rows are sent to partitions: by key hash, or (shards > 0) by the shard of their `row`."""
+    """How rows are sent to partitions: by key hash, or (with `target`) by the shard of their `row`."""
 
     by: tuple[str, ...]
     order: tuple[str, ...]
     partitions: int
-    shards: int = 0
+    target: Align | None = None
     combine: ChunkFn | None = None
     max_rows_per_key: int | None = None
 
     def partition_of(self, table: pa.Table) -> np.ndarray:
-        if self.shards:
-            return shard_partition(table.column("row").to_numpy(), self.shards, self.partitions)
+        if self.target is not None:
+            rows = table.column("row").to_numpy()
+            strange = (dataset_of(rows) != self.target.dataset) | (shard_of(rows) >= self.target.shards)
+            if np.any(strange):
+                raise StageError(
+                    f"{self.target.label}: {int(strange.sum())} rows are not of dataset number {self.target.dataset} with "
+                    f"{self.target.shards} shards, such as row {int(rows[strange][0])}; filter the frame before align"
+                )
+            return shard_partition(rows, self.target.shards, self.partitions)
         return (partition_hash(table, self.by) % np.uint64(self.partitions)).astype(np.int64)
 
 
@@ -109,21 +128,26 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         pa.ipc.new_file(sink, schema, options=IPC) as out,
     ):
         for run, block in enumerate(_blocks(batches, schema, block_bytes)):
-            table, lost = _prepared(block, cut)
+            table, lost = prepared(block, cut)
             cut_rows += lost
-            partition = cut.partition_of(table)
-            by_partition = np.argsort(partition, kind="stable")  # keeps the key order within a partition
-            table = table.take(pa.array(by_partition))
-            borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
-            for p in np.flatnonzero(np.diff(borders)):
-                piece = table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
-                parts = piece.combine_chunks().to_batches(max_chunksize=SLICE_ROWS)
+            for p, piece in split(table, cut):
+                parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
                 for batch in parts:
                     out.write_batch(batch)
-                cuts.setdefault(int(p), []).append((run, written, len(parts)))
+                cuts.setdefault(p, []).append((run, written, len(parts)))
                 written += len(parts)
             rows, size = rows + table.num_rows, size + table.nbytes
     return _commit(Part(path, rows, size, cut_rows, cuts))
+
+
+def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:
+    """(partition, its rows) for every partition that has any, each keeping the order of `table`."""
+    partition = cut.partition_of(table)
+    by_partition = np.argsort(partition, kind="stable")
+    table = table.take(pa.array(by_partition))
+    borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
+    for p in np.flatnonzero(np.diff(borders)):
+        yield int(p), table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
 
 
 def read_partition(
@@ -134,40 +158,55 @@ def read_partition(
     A partition larger than `memory_bytes` (skew) is read several times, each pass keeping one share of its keys. One key cannot
     be shared out: `combine` or `max_rows_per_key` is what bounds it.
     """
-    total = sum(b.nbytes for part in parts for b in part.partition(p)) if _may_be_large(parts, memory_bytes) else 0
-    passes = 1 if cut.shards else max(1, -(-total // memory_bytes))
+    passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
-        kept = []
-        for part in parts:
-            for batch in part.partition(p):
-                if passes > 1:
-                    share = (partition_hash(batch, cut.by) // np.uint64(cut.partitions)) % np.uint64(passes)
-                    batch = batch.filter(pa.array(share == np.uint64(turn)))
-                if batch.num_rows:
-                    kept.append(batch)
-        if not kept:
-            continue
-        table, lost = _prepared(pa.Table.from_batches(kept, schema), cut)
-        yield table, lost
+        table = partition_share(parts, p, schema, cut, turn, passes)
+        if table.num_rows:
+            yield prepared(table, cut)
 
 
-def chunks(table: pa.Table, by: Sequence[str]) -> Iterator[pa.Table]:
-    """A sorted table in key-aligned pieces."""
-    return key_aligned(iter([table]), by)
+def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
+    """Into how many shares partition `p` must be cut to fit."""
+    if sum(part.bytes for part in parts) <= memory_bytes:
+        return 1
+    size = sum(b.nbytes for part in parts for b in part.partition(p))
+    return max(1, -(-size // memory_bytes))
 
 
-def _prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
+def partition_share(parts: Sequence[Part], p: int, schema: pa.Schema, cut: Cut, turn: int, passes: int) -> pa.Table:
+    """The rows of partition `p` whose keys belong to share `turn` of `passes`."""
+    kept = []
+    for part in parts:
+        for batch in part.partition(p):
+            if passes > 1:
+                share = (partition_hash(batch, cut.by) // np.uint64(cut.partitions)) % np.uint64(passes)
+                batch = batch.filter(pa.array(share == np.uint64(turn)))
+            if batch.num_rows:
+                kept.append(batch)
+    return pa.Table.from_batches(kept, schema).combine_chunks()
+
+
+def chunks(table: pa.Table, by: Sequence[str], rows: int = CHUNK_ROWS) -> Iterator[pa.Table]:
+    """A sorted table in pieces of at least `rows` rows that never split a key."""
+    if table.num_rows <= rows:
+        yield table
+        return
+    starts = np.append(np.flatnonzero(key_starts(table, by)), table.num_rows)
+    at = 0
+    while at < table.num_rows:
+        end = int(starts[np.searchsorted(starts, min(at + rows, table.num_rows))])
+        yield table.slice(at, end - at)
+        at = end
+
+
+def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
     """Sorted by key and order, combined, and capped per key."""
-    table = sorted_table(table, ["row"] if cut.shards else [*cut.by, *cut.order])
+    table = sorted_table(table, ["row"] if cut.target is not None else [*cut.by, *cut.order])
     if cut.combine is not None:
         table = sorted_table(cut.combine(table), [*cut.by, *cut.order])
-    if cut.max_rows_per_key is not None and not cut.shards:
+    if cut.max_rows_per_key is not None:
         return capped(table, cut.by, cut.max_rows_per_key)
     return table, 0
-
-
-def _may_be_large(parts: Sequence[Part], memory_bytes: int) -> bool:
-    return sum(part.bytes for part in parts) > memory_bytes
 
 
 def _blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
