@@ -11,8 +11,9 @@ Settings are FineWeb's: word 5-grams, 14 bands of 8 rows, so a pair with Jaccard
 0.211 at 0.6, 0.565 at 0.7, 0.772 at 0.75, 0.924 at 0.8, 0.988 at 0.85. The threshold of 0.75 is chosen from that curve, just
 above its knee at (1/14)^(1/8) = 0.72: further down the luck of the permutations decides more and more which pairs are found.
 
-Traffic per document: 504 bytes of bands, and once about 4 bytes for each distinct shingle plus 200, 2.5 KB for a page of 600
-words. Only documents that share a bucket are moved again. Text is read once.
+Traffic per document: 504 bytes of bands, and 4 bytes for each distinct shingle plus 200, 2.5 KB for a page of 600 words. Only
+documents that share a bucket are moved again. Text is read once. Measured: 20,500 files of 5.2 KB wrote 7.4 KB each to the
+exchange of `local`, which writes what it shuffles twice.
 """
 
 import operator
