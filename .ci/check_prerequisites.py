@@ -1,9 +1,9 @@
 """Says what this machine lacks before anything is downloaded: `python3 .ci/check_prerequisites.py [--plan STAMP]`.
 
 In: the interpreter that runs it, the environment variables CI, CXX and JAVA_HOME. Out: one line on standard output for
-each thing that is missing; exit 1 when one of them is required. `--plan` adds what `make env` will download when STAMP is
-not there yet; `--compiler` only answers by its exit status whether fasttext can be built. Standard library only, and no
-syntax newer than Python 3.6, so that an old interpreter can still say that it is too old.
+each thing that is missing; exit 1 when one of them is required. `--plan` adds what `make env` will download when STAMP
+is not there yet; `--compiler` only answers by its exit status whether fasttext can be built. Standard library only, and
+no syntax newer than Python 3.6, so that an old interpreter can still say that it is too old.
 """
 
 import os

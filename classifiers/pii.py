@@ -9,8 +9,8 @@ al. 2024, arXiv 2406.17557, 3.7, as published in datatrove), with these differen
 - Letters outside ASCII may adjoin an address: in a page without spaces they often do.
 - Local parts are cut at 64 bytes and domains at 255 (RFC 5321, 4.5.3.1), so a megabyte without a space costs no more.
 
-Telephone numbers, names and keys are not looked for. Cost: only documents with `@` or four dotted numbers are read by Python;
-at about 110 MB/s on one core where addresses are rare, at 80,000 addresses a second where they are not.
+Telephone numbers, names and keys are not looked for. Cost: only documents with `@` or four dotted numbers are read by Python:
+about 110 MB/s on one core where addresses are rare, 80,000 addresses a second where they are not.
 """
 
 import bisect

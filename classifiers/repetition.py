@@ -79,9 +79,10 @@ def word_ngrams(words: Pieces, doc: np.ndarray, groups: Groups) -> dict[str, np.
         if n in TOP:
             out[f"top_{n}gram"] = _top(words, doc, at, found, n, length_to)
         if n in DUPLICATE:
-            again = at[np.arange(len(at)) != found.first[found.member]]
-            out[f"dup_{n}gram"] = _covered(words, again, n, length_to)
-        keep = found.size[found.member] > 1
+            again = np.ones(len(at), dtype=bool)
+            again[found.first] = False
+            out[f"dup_{n}gram"] = _covered(words, at[again], n, length_to)
+        keep = (found.size > 1)[found.member]
         at, name = at[keep], found.member[keep]
     return out
 

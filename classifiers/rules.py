@@ -30,21 +30,29 @@ class _Thresholds(BaseModel):
 class GopherQuality(_Thresholds):
     """Gopher (Rae et al. 2021, arXiv 2112.11446), appendix A1.1, quality filtering."""
 
-    min_words: int = Field(50, ge=0, description="Gopher A1.1: words of symbols only are not counted")
-    max_words: int = Field(100_000, ge=1, description="Gopher A1.1")
-    min_mean_word_length: float = Field(3, ge=0, description="Gopher A1.1; only where words are written with spaces")
-    max_mean_word_length: float = Field(10, ge=0, description="Gopher A1.1; only where words are written with spaces")
-    max_symbol_ratio: float = Field(0.1, ge=0, description="Gopher A1.1: `#` per word, and ellipses per word")
-    max_bullet_lines: float = Field(0.9, ge=0, le=1, description="Gopher A1.1: share of lines that begin with a bullet")
-    max_ellipsis_lines: float = Field(
-        0.3, ge=0, le=1, description="Gopher A1.1: share of lines that end in an ellipsis"
+    min_words: int = Field(default=50, ge=0, description="Gopher A1.1: words of symbols only are not counted")
+    max_words: int = Field(default=100_000, ge=1, description="Gopher A1.1")
+    min_mean_word_length: float = Field(
+        default=3, ge=0, description="Gopher A1.1; only where words are written with spaces"
     )
-    min_alpha_words: float = Field(0.8, ge=0, le=1, description="Gopher A1.1: share of words that have a letter")
+    max_mean_word_length: float = Field(
+        default=10, ge=0, description="Gopher A1.1; only where words are written with spaces"
+    )
+    max_symbol_ratio: float = Field(default=0.1, ge=0, description="Gopher A1.1: `#` per word, and ellipses per word")
+    max_bullet_lines: float = Field(
+        default=0.9, ge=0, le=1, description="Gopher A1.1: share of lines that begin with a bullet"
+    )
+    max_ellipsis_lines: float = Field(
+        default=0.3, ge=0, le=1, description="Gopher A1.1: share of lines that end in an ellipsis"
+    )
+    min_alpha_words: float = Field(
+        default=0.8, ge=0, le=1, description="Gopher A1.1: share of words that have a letter"
+    )
     min_stop_words: int = Field(
-        2, ge=0, le=8, description="Gopher A1.1: of the eight English stop words; 0 turns it off"
+        default=2, ge=0, le=8, description="Gopher A1.1: of the eight English stop words; 0 turns it off"
     )
     stop_word_languages: tuple[str, ...] = Field(
-        ("en",),
+        default=("en",),
         description="languages that the stop-word rule applies to: the eight are English; empty: every document",
     )
 
@@ -52,30 +60,30 @@ class GopherQuality(_Thresholds):
 class GopherRepetition(_Thresholds):
     """Gopher (Rae et al. 2021, arXiv 2112.11446), table A1."""
 
-    max_dup_lines: float = Field(0.30, ge=0, le=1, description="Gopher table A1")
-    max_dup_paragraphs: float = Field(0.30, ge=0, le=1, description="Gopher table A1")
-    max_dup_line_chars: float = Field(0.20, ge=0, le=1, description="Gopher table A1")
-    max_dup_paragraph_chars: float = Field(0.20, ge=0, le=1, description="Gopher table A1")
-    max_top_2gram: float = Field(0.20, ge=0, description="Gopher table A1; can exceed 1 where n-grams overlap")
-    max_top_3gram: float = Field(0.18, ge=0, description="Gopher table A1")
-    max_top_4gram: float = Field(0.16, ge=0, description="Gopher table A1")
-    max_dup_5gram: float = Field(0.15, ge=0, le=1, description="Gopher table A1")
-    max_dup_6gram: float = Field(0.14, ge=0, le=1, description="Gopher table A1")
-    max_dup_7gram: float = Field(0.13, ge=0, le=1, description="Gopher table A1")
-    max_dup_8gram: float = Field(0.12, ge=0, le=1, description="Gopher table A1")
-    max_dup_9gram: float = Field(0.11, ge=0, le=1, description="Gopher table A1")
-    max_dup_10gram: float = Field(0.10, ge=0, le=1, description="Gopher table A1")
+    max_dup_lines: float = Field(default=0.30, ge=0, le=1, description="Gopher table A1")
+    max_dup_paragraphs: float = Field(default=0.30, ge=0, le=1, description="Gopher table A1")
+    max_dup_line_chars: float = Field(default=0.20, ge=0, le=1, description="Gopher table A1")
+    max_dup_paragraph_chars: float = Field(default=0.20, ge=0, le=1, description="Gopher table A1")
+    max_top_2gram: float = Field(default=0.20, ge=0, description="Gopher table A1; can exceed 1 where n-grams overlap")
+    max_top_3gram: float = Field(default=0.18, ge=0, description="Gopher table A1")
+    max_top_4gram: float = Field(default=0.16, ge=0, description="Gopher table A1")
+    max_dup_5gram: float = Field(default=0.15, ge=0, le=1, description="Gopher table A1")
+    max_dup_6gram: float = Field(default=0.14, ge=0, le=1, description="Gopher table A1")
+    max_dup_7gram: float = Field(default=0.13, ge=0, le=1, description="Gopher table A1")
+    max_dup_8gram: float = Field(default=0.12, ge=0, le=1, description="Gopher table A1")
+    max_dup_9gram: float = Field(default=0.11, ge=0, le=1, description="Gopher table A1")
+    max_dup_10gram: float = Field(default=0.10, ge=0, le=1, description="Gopher table A1")
 
 
 class C4(_Thresholds):
     """C4 (Raffel et al. 2020, arXiv 1910.10683), section 2.2. Its line removal is measured, never applied to the text."""
 
-    min_sentences: int = Field(5, ge=0, description="C4 2.2: sentences in the lines that pass the line rules")
+    min_sentences: int = Field(default=5, ge=0, description="C4 2.2: sentences in the lines that pass the line rules")
     require_terminal: bool = Field(
-        True, description="C4 2.2 counts only lines ending in a terminal mark; FineWeb ran C4 without that rule"
+        default=True, description="C4 2.2 counts only lines ending in a terminal mark; FineWeb ran C4 without that rule"
     )
     max_removed_words: float = Field(
-        1.0,
+        default=1.0,
         ge=0,
         le=1,
         description="share of words in lines that C4 would remove; 1 turns it off as in C4 (DCLM: 0.05)",
@@ -85,12 +93,16 @@ class C4(_Thresholds):
 class FineWeb(_Thresholds):
     """FineWeb (Penedo et al. 2024, arXiv 2406.17557), section 3.6: its own three rules and the list rule of its code."""
 
-    min_terminal_lines: float = Field(0.12, ge=0, le=1, description="FineWeb 3.6: share of lines ending in punctuation")
-    max_short_lines: float = Field(0.67, ge=0, le=1, description="FineWeb 3.6: share of lines of at most 30 characters")
-    max_dup_line_chars: float = Field(
-        0.01, ge=0, le=1, description="FineWeb's code: of characters but newlines (paper: 0.1)"
+    min_terminal_lines: float = Field(
+        default=0.12, ge=0, le=1, description="FineWeb 3.6: share of lines ending in punctuation"
     )
-    max_newline_ratio: float = Field(0.3, ge=0, description="datatrove's FineWeb filter: newlines per word")
+    max_short_lines: float = Field(
+        default=0.67, ge=0, le=1, description="FineWeb 3.6: share of lines of at most 30 characters"
+    )
+    max_dup_line_chars: float = Field(
+        default=0.01, ge=0, le=1, description="FineWeb's code: of characters but newlines (paper: 0.1)"
+    )
+    max_newline_ratio: float = Field(default=0.3, ge=0, description="datatrove's FineWeb filter: newlines per word")
 
 
 def _number(value: float) -> str:

@@ -84,7 +84,7 @@ class TableHash:
         h = xxhash.xxh3_128()
         h.update(str(self._rows).encode())
         for field, parts in zip(self.schema, self._columns, strict=True):
-            h.update(f"\0{field.name}\0{field.type}".encode())
+            h.update(f"\0{field.name}\0{type_name(field.type)}".encode())
             for key in sorted(parts):
                 h.update(key.encode() + parts[key].digest())
         return h.hexdigest()
@@ -95,6 +95,15 @@ def table_digest(table: pa.Table | pa.RecordBatch) -> str:
     h = TableHash(table.schema)
     h.update(table)
     return h.hexdigest()
+
+
+def type_name(kind: pa.DataType) -> str:
+    """A type's name without the names of list items, which Parquet does not keep."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"{'large_' if pa.types.is_large_list(kind) else ''}list<{type_name(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{f.name}: {type_name(f.type)}' for f in kind.fields)}>"
+    return str(kind)
 
 
 def _feed(parts: dict[str, Any], path: str, array: pa.Array) -> None:

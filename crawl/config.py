@@ -1,32 +1,35 @@
 """The knobs of a crawl, each declared once. Times in seconds, sizes in bytes."""
 
 import ipaddress
-from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from core.stage import StageConfig, execution
+from core.stage import ConfigPath, execution
 
 from .addresses import Network, parse_entry
 from .fetch import DOCUMENT_BYTES, TEXT_BYTES
 from .robots import product_token
 from .warc import ROLL_BYTES
 
-Kind = Literal["html", "pdf", "epub", "txt"]
+BodyKind = Literal["html", "pdf", "epub", "txt"]
 
 
-class CrawlConfig(StageConfig):
+class CrawlConfig(BaseModel):
     """What to crawl, how politely, and where to stop."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     seeds: tuple[str, ...] = Field(default=(), description="URLs to begin with")
-    seeds_file: Path | None = Field(default=None, description="a file of seed URLs, one a line, # for comments")
+    seeds_file: ConfigPath | None = execution(None, "a file of seed URLs, one a line, # for comments")
     user_agent: str = Field(
         description="`name/version (+contact)`: the product token of robots.txt files, and a URL or mail address"
     )
     scope: Literal["seeds", "listed", "any"] = Field(default="seeds", description="hosts that links may lead to")
     hosts: tuple[str, ...] = Field(default=(), description="for scope `listed`; `.example.org` stands for all below it")
-    kinds: tuple[Kind, ...] = Field(default=("html", "pdf", "epub", "txt"), description="types whose bodies are kept")
+    kinds: tuple[BodyKind, ...] = Field(
+        default=("html", "pdf", "epub", "txt"), description="types whose bodies are kept"
+    )
 
     max_pages: int = Field(default=1000, ge=1, description="answers kept, of any status, without robots.txt")
     max_bytes: int = Field(default=10_000_000_000, ge=1, description="bytes received, robots.txt included")
@@ -87,6 +90,8 @@ class CrawlConfig(StageConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.concurrency < 1:
+            raise ValueError(f"crawl: concurrency is too small, got {self.concurrency}, expected at least 1; raise it")
         if not self.seeds and self.seeds_file is None:
             raise ValueError("crawl: nothing to begin with, got neither seeds nor seeds_file; name one")
         if (self.scope == "listed") != bool(self.hosts):

@@ -11,7 +11,6 @@ the host's delay.
 
 import asyncio
 import email.utils
-import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from typing import Any
 
 import xxhash
 
-from core.errors import StageError
 from core.hashing import seeded
 
 from .addresses import RefusedError
@@ -38,10 +36,11 @@ MAX_BACKOFF_S = 3600.0
 MAX_RETRY_AFTER_S = 86_400.0  # a host that asks for more is asked again after a day
 MAX_ADAPTIVE_DELAY_S = 30.0  # Heritrix maxDelayMs
 IN_THREAD_BYTES = 1 << 18  # parsing more than this would hold the loop for over 10 ms
+ROBOTS_IN_THREAD_BYTES = 1 << 16  # 512 kB of wildcard rules compile in 1.2 s
 ROBOTS_IN_MEMORY = 1024
 USE_HEADERS = ("content-usage", "content-signal", "tdm-reservation", "tdm-policy", "x-robots-tag")
 
-Progress = Callable[..., None]
+Progress = Callable[[int, int], None]  # (answers kept, bytes received), both since the crawl began
 
 
 @dataclass
@@ -66,7 +65,6 @@ class Crawler:
         self._good = frontier.good_position()
         self._outbox: asyncio.Queue[_Finished] = asyncio.Queue()
         self._parsed: OrderedDict[str, tuple[float, Robots]] = OrderedDict()
-        self._broken: StageError | None = None
 
     @property
     def facts(self) -> dict[str, float]:
@@ -75,7 +73,7 @@ class Crawler:
         return {"run_s": run_s, "received_bytes": self._received_bytes + self.fetcher.budget.received_bytes}
 
     async def run(self) -> str:
-        """Crawl until `complete`, `max_pages`, `max_bytes` or `max_s`, and say which. StageError if the disk fails."""
+        """Crawl until `complete`, `max_pages`, `max_bytes` or `max_s`, and say which."""
         tasks: set[asyncio.Task[None]] = set()
         committer = asyncio.create_task(self._commit_all())
         try:
@@ -85,12 +83,13 @@ class Crawler:
                 self._start(tasks)
                 if not tasks and self.frontier.next_ready() is None:
                     return "complete"
-                await self._wait(tasks)
+                await self._wait(tasks, committer)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._outbox.join()
+            if not committer.done():
+                await self._outbox.join()
             committer.cancel()
             self.frontier.commit([], [], self._good, self.facts)
 
@@ -111,15 +110,12 @@ class Crawler:
         while self._has_room and (lease := self.frontier.lease(time.time())):
             tasks.add(asyncio.create_task(self._visit(lease)))
 
-    async def _wait(self, tasks: set[asyncio.Task[None]]) -> None:
+    async def _wait(self, tasks: set[asyncio.Task[None]], committer: asyncio.Task[None]) -> None:
         """Until a page is finished, another host may be asked, or the time is up. Faults of the program are raised."""
         wait_s = self.config.max_s - self.facts["run_s"]
         if self._has_room and (ready := self.frontier.next_ready()) is not None:
             wait_s = min(wait_s, ready - time.time())
-        if not tasks:
-            await asyncio.sleep(max(wait_s, 0.0))
-            return
-        done, _ = await asyncio.wait(tasks, timeout=max(wait_s, 0.0), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*tasks, committer}, timeout=max(wait_s, 0.0), return_when=asyncio.FIRST_COMPLETED)
         tasks -= done
         for task in done:
             task.result()
@@ -128,10 +124,10 @@ class Crawler:
         try:
             found = await self._attempt(lease)
         except BudgetSpent:
-            self.frontier.release(lease)
+            self.frontier.release(lease, self._next_at(None, 0.0))
             return
         except asyncio.CancelledError:
-            self.frontier.release(lease)
+            self.frontier.release(lease, self._next_at(None, 0.0))
             raise
         if found:
             finished = _Finished(*found, asyncio.get_running_loop().create_future())
@@ -140,7 +136,10 @@ class Crawler:
 
     async def _attempt(self, lease: Lease) -> tuple[Outcome, Entry | None] | None:
         """One try at a page; None where the page went back to the queue."""
-        robots = await self._robots(lease)
+        try:
+            robots = await self._robots(lease)
+        except RefusedError as e:
+            return Outcome(lease, "refused", reason=e.reason), None
         if robots is None:
             return None
         if not robots.allows(lease.url):
@@ -221,10 +220,9 @@ class Crawler:
         if row is None or row.expires_at <= now:
             await self._fetch_robots(lease, origin, row)
             return None
-        if len(row.body) > IN_THREAD_BYTES:
-            robots = (await asyncio.to_thread(verdict, row.status, row.body, self.token))[0]
-        else:
-            robots = verdict(row.status, row.body, self.token)[0]
+        robots, _ = verdict(row.status, row.body, self.token)
+        if len(row.body) > ROBOTS_IN_THREAD_BYTES:
+            await asyncio.to_thread(robots.allows, lease.url)  # the first question compiles the rules
         self._parsed[origin] = (row.expires_at, robots)
         if len(self._parsed) > ROBOTS_IN_MEMORY:
             self._parsed.popitem(last=False)
@@ -249,17 +247,24 @@ class Crawler:
         self.frontier.release(lease, next_at)
 
     async def _robots_answer(self, url: str) -> Capture | None:
-        """The answer after at most five redirects, to whatever authority; None where there was none."""
-        for _ in range(MAX_REDIRECTS + 1):
+        """The answer after at most five redirects, to whatever authority; None where there was none.
+
+        `RefusedError` where the origin itself lies at an address out of bounds, and so all its pages.
+        """
+        for hop in range(MAX_REDIRECTS + 1):
             try:
                 capture = await self.fetcher.fetch(url, None, MAX_BYTES + 1)
-            except (RefusedError, UnfetchedError):
+            except UnfetchedError:
+                return None
+            except RefusedError:
+                if hop == 0:
+                    raise
                 return None
             target = redirect_of(capture)
             if target is None:
                 break
             url = target
-        if capture.truncated in ("time", "disconnect", "unspecified"):
+        if capture.garbled or capture.truncated in ("time", "disconnect", "unspecified"):
             return None  # half a file could lack the rule that shuts us out
         return capture
 
@@ -269,29 +274,24 @@ class Crawler:
             batch = [await self._outbox.get()]
             while not self._outbox.empty():
                 batch.append(self._outbox.get_nowait())
-            try:
-                await self._commit(batch)
-            except (OSError, sqlite3.Error) as e:
-                self._broken = StageError(f"crawl: cannot write, got {e!r}; free the disk and start again")
+            await self._commit(batch)
             for finished in batch:
                 self._outbox.task_done()
-                if not finished.committed.done():
-                    error = self._broken
-                    finished.committed.set_exception(error) if error else finished.committed.set_result(None)
+                finished.committed.set_result(None)
 
     async def _commit(self, batch: list[_Finished]) -> None:
-        if self._broken:
-            return
         places: list[Location | None] = [None] * len(batch)
         written = [i for i, finished in enumerate(batch) if finished.entry]
+        good = self._good
         if written:
             entries = [entry for finished in batch if (entry := finished.entry)]
-            found, self._good = await asyncio.to_thread(self.warc.append, entries)
+            found, good = await asyncio.to_thread(self.warc.append, entries)
             for i, place in zip(written, found, strict=True):
                 places[i] = place
-        self.frontier.commit([finished.outcome for finished in batch], places, self._good, self.facts)
+        self.frontier.commit([finished.outcome for finished in batch], places, good, self.facts)
+        self._good = good  # not before: without the rows, these bytes are to be cut
         if self.progress:
-            self.progress(docs=self.frontier.captured, bytes=int(self.facts["received_bytes"]))
+            self.progress(self.frontier.captured, int(self.facts["received_bytes"]))
 
 
 def redirect_of(capture: Capture) -> str | None:
@@ -328,6 +328,7 @@ def _metadata(lease: Lease, capture: Capture, page: PageLinks, robots: Robots) -
         "hops": lease.hops,
         "tries": lease.tries + 1,
         "kind": capture.kind,
+        "garbled": capture.garbled,
         "fetch_ms": round(capture.fetch_s * 1000),
         "links": len(page.links),
         "use": said,

@@ -13,7 +13,6 @@ compressed bytes only) and CVE-2025-6176 (decompression bombs) are why both side
 import asyncio
 import ssl
 import time
-import zlib
 from dataclasses import dataclass, field
 
 import h11
@@ -21,6 +20,7 @@ import h11
 from core.errors import RetryableError
 
 from .addresses import Addresses, RefusedError, Target
+from .content import SNIFF_BYTES, TYPES, UNTOLD, Decoder, sniff
 from .urls import host_of, path_of, port_of
 
 CHUNK_BYTES = 1 << 16
@@ -29,17 +29,7 @@ TEXT_BYTES = 5 << 20
 DOCUMENT_BYTES = 50 << 20
 RATIO = 100  # decoded over received bytes; deflate reaches 1000, real pages 10 to 20
 RATIO_FROM_BYTES = 1 << 20  # small pages of one repeated line pass the ratio honestly
-
-TYPES = {
-    "text/html": "html",
-    "application/xhtml+xml": "html",
-    "application/pdf": "pdf",
-    "application/x-pdf": "pdf",
-    "application/epub+zip": "epub",
-    "text/plain": "txt",
-}
 ACCEPT = "text/html,application/xhtml+xml,application/pdf,application/epub+zip,text/plain;q=0.9,*/*;q=0.1"
-UNTOLD = frozenset({"", "application/octet-stream", "binary/octet-stream", "unknown/unknown", "application/download"})
 
 
 class UnfetchedError(RetryableError):
@@ -120,6 +110,7 @@ class Capture:
     headers: list[tuple[str, str]] = field(default_factory=list)  # names in lower case, values latin-1
     kind: str | None = None  # html, pdf, epub, txt; None: not one of these, or not a 2xx answer
     content: bytearray = field(default_factory=bytearray)  # decoded body; empty for pdf and epub
+    garbled: bool = False  # whole as received, but its content coding is unknown or broken: `content` lacks something
     truncated: str | None = None  # length, time, disconnect, as in WARC-Truncated
     fetch_s: float = 0.0
 
@@ -143,7 +134,7 @@ class Fetcher:
         host, started = host_of(url), time.monotonic()
         target = await self._target(host, port_of(url))
         await self._pace(target.addresses[0])
-        reader, writer, ip = await self._connect(target, host if url.startswith("https:") else None)
+        reader, writer, ip = await self._connect(target, host.strip("[]") if url.startswith("https:") else None)
         try:
             exchange = _Exchange(url, ip, self._headers(url), self.limits, self.budget, kinds, cap_bytes)
             await exchange.run(reader, writer)
@@ -189,10 +180,7 @@ class Fetcher:
         return [
             ("Host", host),
             ("User-Agent", self.user_agent),
-            (
-                "Accept",
-                "text/html,application/xhtml+xml,application/pdf,application/epub+zip,text/plain;q=0.9,*/*;q=0.1",
-            ),
+            ("Accept", ACCEPT),
             ("Accept-Encoding", "gzip, deflate"),  # brotli and zstd need decoders with an output cap
             ("Connection", "close"),
         ]
@@ -217,12 +205,20 @@ class _Exchange:
         self.capture = Capture(url, ip, time.time(), sent)
         self.limits, self.budget, self.kinds, self.fixed_cap = limits, budget, kinds, cap_bytes
         self.cap_bytes = cap_bytes or limits.text_bytes
-        self.decoder: _Decoder | None = None
+        self.decoder: Decoder | None = None
         self.body_bytes = 0  # received after transfer decoding
         self.ended = False  # the server closed the connection
+        self.judged = False  # the kind is settled
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Drive the exchange to its end or to a limit."""
+        await self._drive(reader, writer)
+        if not self.judged:
+            self._judge()
+        if self.decoder and self.body_bytes and not self.capture.truncated:
+            self.capture.garbled = not self.decoder.is_whole
+
+    async def _drive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(self.limits.total_s):
                 writer.write(self.capture.request)
@@ -277,7 +273,7 @@ class _Exchange:
             raise h11.RemoteProtocolError(f"{capture.header_bytes} bytes of headers")
         capture.status = head.status_code
         capture.headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in head.headers]
-        self.decoder = _Decoder(capture.header("content-encoding"))
+        self.decoder = Decoder(capture.header("content-encoding"))
         named = capture.header("content-type").partition(";")[0].strip().lower()
         if self._filters and named not in UNTOLD and named not in TYPES:
             raise RefusedError("type", named)
@@ -289,25 +285,27 @@ class _Exchange:
     def _on_body(self, data: bytes) -> bool:
         """Count, decode and judge one piece of the body; True where a cap was reached."""
         assert self.decoder is not None  # the head came first
-        first = self.body_bytes == 0
         self.body_bytes += len(data)
         decoded = self.decoder.decode(data, max(self.cap_bytes - self.decoder.decoded_bytes, 1) + CHUNK_BYTES)
-        if first:
-            self._on_first(decoded)
         if self.capture.kind not in ("pdf", "epub"):
             self.capture.content += decoded
+        if not self.judged and len(self.capture.content) >= SNIFF_BYTES:
+            self._judge()
         bomb = self.decoder.decoded_bytes > max(RATIO_FROM_BYTES, RATIO * self.body_bytes)
         if bomb or max(self.body_bytes, self.decoder.decoded_bytes) > self.cap_bytes:
             self._clip()
             return True
         return False
 
-    def _on_first(self, head: bytes) -> None:
-        capture = self.capture
+    def _judge(self) -> None:
+        """Settle the kind, once the first bytes are there or no more will come."""
+        capture, self.judged = self.capture, True
         if 200 <= capture.status < 300:
-            capture.kind = sniff(capture.header("content-type"), head)
-        if self._filters and self.kinds is not None and capture.kind not in self.kinds:
+            capture.kind = sniff(capture.header("content-type"), bytes(capture.content[:SNIFF_BYTES]))
+        if self.body_bytes and self.kinds is not None and self._filters and capture.kind not in self.kinds:
             raise RefusedError("type", capture.header("content-type") or "unknown")
+        if capture.kind in ("pdf", "epub"):
+            capture.content.clear()  # nobody reads links there
         self.cap_bytes = self.fixed_cap or self.limits.cap(capture.kind)
         declared = capture.header("content-length")
         if capture.kind in ("pdf", "epub") and declared.isdigit() and int(declared) > self.cap_bytes:
@@ -318,56 +316,3 @@ class _Exchange:
         del capture.raw[capture.header_bytes + self.cap_bytes :]
         del capture.content[self.cap_bytes :]
         capture.truncated = "length"
-
-
-class _Decoder:
-    """Content decoding with a bound on each output. An unknown coding or broken stream passes bytes through or ends."""
-
-    def __init__(self, coding: str) -> None:
-        self.coding = coding.strip().lower()
-        self.decoded_bytes = 0
-        self._zlib = zlib.decompressobj(wbits=47) if self.coding in ("gzip", "x-gzip", "deflate") else None
-        self._fresh = True  # nothing decoded yet
-        self._broken = False
-
-    def decode(self, data: bytes, room_bytes: int) -> bytes:
-        """At most `room_bytes` of output; the rest of this input is dropped, for the caller stops at the cap anyway."""
-        if self._zlib is None:
-            out = data if self.coding in ("", "identity") else b""
-        else:
-            out = self._inflate(data, room_bytes)
-        self.decoded_bytes += len(out)
-        return out
-
-    def _inflate(self, data: bytes, room_bytes: int) -> bytes:
-        assert self._zlib is not None
-        out = bytearray()
-        while data and not self._broken and len(out) < room_bytes:
-            try:
-                out += self._zlib.decompress(data, room_bytes - len(out))
-            except zlib.error:
-                if self._fresh and self.coding == "deflate":  # many servers mean raw deflate by it
-                    self._zlib, self._fresh = zlib.decompressobj(wbits=-15), False
-                    continue
-                self._broken = True
-            self._fresh = False
-            data = self._zlib.unused_data
-            if data:  # several gzip members in one body
-                self._zlib = zlib.decompressobj(wbits=47)
-        return bytes(out)
-
-
-def sniff(content_type: str, head: bytes) -> str | None:
-    """html, pdf, epub, txt or None from the first bytes, then the header: magic numbers beat what servers claim."""
-    if head[:1024].lstrip(b"\0\t\r\n ").startswith(b"%PDF-"):
-        return "pdf"
-    if head.startswith(b"PK\x03\x04") and b"mimetypeapplication/epub+zip" in head[:100]:
-        return "epub"
-    named = content_type.partition(";")[0].strip().lower()
-    start = head[:512].lstrip(b"\xef\xbb\xbf\t\r\n ").lower()
-    if named in UNTOLD:
-        return "html" if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) else None
-    if named == "text/plain" and start.startswith((b"<!doctype html", b"<html")):
-        return "html"
-    kind = TYPES.get(named)
-    return None if kind in ("pdf", "epub") else kind  # named so, but the bytes say otherwise

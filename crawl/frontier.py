@@ -18,7 +18,7 @@ however many hosts wait.
 Crash safety: a commit marks pages done, queues their links and moves the WARC position in one transaction, after the
 WARC was synced. `synchronous=NORMAL` may lose the last commits at a power cut, never their order; the WARC is cut to
 match. Leases do not outlive the process: `open` returns them to the queue. A lock file keeps a second process out.
-Cost: about 60 us a lease or commit of one page on a laptop disk, 300 bytes a page.
+Measured (2 busy cores): 0.1 ms a link added, 0.3 ms a lease, 0.1 ms a page committed 20 at a time; 190 bytes a page.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 
 from core.errors import StageError
 
-from .urls import clean, host_of, key_of, path_key, trap
+from .urls import exact_key_of, host_of, key_of, path_key, trap
 from .warc import Location, Position
 
 MAX_QUERIES_PER_PATH = 200  # distinct query strings; beyond it a path is a calendar, a search or a shop filter
@@ -119,13 +119,16 @@ class RobotsRow(NamedTuple):
 class Frontier:
     """The frontier of one crawl folder, for one process and one thread."""
 
-    def __init__(self, path: Path, scope: Scope, year: int) -> None:
+    def __init__(self, path: Path, scope: Scope, year: int, rested_at: float = 0.0) -> None:
+        """Hosts that were being asked when the last run died are not asked before `rested_at` (epoch seconds)."""
         self.scope = scope
         self._lock = _locked(path.with_suffix(".lock"))
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-65536;" + SCHEMA)
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO fact VALUES ('year', ?)", (year,))
+            leased = "SELECT host FROM page WHERE state = 'leased'"
+            self._db.execute(f"UPDATE host SET next_at = max(next_at, ?) WHERE id IN ({leased})", (rested_at,))
             self._db.execute("UPDATE page SET state = 'queued' WHERE state = 'leased'")
             self._db.execute(REFRESH, {"cap": scope.max_pages_per_host})
         self.year = int(self.fact("year"))
@@ -141,7 +144,7 @@ class Frontier:
     def add_seeds(self, urls: Iterable[str]) -> None:
         """Queue cleaned URLs at depth 0; known ones stay as they are."""
         with self._transaction():
-            for host in {self._add(url, 0, 0, None) for url in urls}:
+            for host in {self._add(url, 0, 0, None, key_of(url)) for url in urls}:
                 self._refresh(host)
 
     def lease(self, now: float) -> Lease | None:
@@ -163,8 +166,8 @@ class Frontier:
 
     def next_ready(self) -> float | None:
         """Epoch seconds at which some host may be asked; None where no page waits."""
-        value: float | None = self._db.execute("SELECT min(ready_at) FROM host").fetchone()[0]
-        return value
+        row = self._db.execute("SELECT ready_at FROM host WHERE ready_at IS NOT NULL ORDER BY ready_at").fetchone()
+        return row[0] if row else None
 
     def release(self, lease: Lease, next_at: float | None = None) -> None:
         """Back to the queue as if it had not been leased, save that the host waits until `next_at`."""
@@ -253,18 +256,26 @@ class Frontier:
             self._refresh(host)
 
     def _redirect(self, outcome: Outcome) -> int | None:
-        """Queue the target. A target of the same key (a session added, a tracker dropped) takes the page's place."""
+        """Queue the target, at the same depth. With an equal canonical URL (a session added) it is its own page."""
         lease, url = outcome.lease, outcome.redirect
         assert url is not None
         if lease.hops >= self.scope.max_hops:
             self._count_refused("redirects")
-        elif url != lease.url and key_of(url) == key_of(lease.url):
-            self._db.execute(
-                "UPDATE page SET state = 'queued', url = ?, hops = hops + 1 WHERE id = ?", (url, lease.page)
-            )
-        else:
+        elif key_of(url) != key_of(lease.url):
             return self._consider(url, lease.depth, lease.hops + 1, lease.page)
+        elif url not in self._chain(lease.page):
+            return self._add(url, lease.depth, lease.hops + 1, lease.page, exact_key_of(url))
         return None
+
+    def _chain(self, page: int) -> set[str]:
+        """The URL of a page and of those that redirected to it."""
+        rows = self._db.execute(
+            "WITH RECURSIVE up(url, parent, hops) AS (SELECT url, parent, hops FROM page WHERE id = ? UNION ALL"
+            " SELECT p.url, p.parent, p.hops FROM page AS p JOIN up ON p.id = up.parent WHERE up.hops > 0)"
+            " SELECT url FROM up",
+            (page,),
+        )
+        return {url for (url,) in rows}
 
     def _consider(self, url: str, depth: int, hops: int, parent: int) -> int | None:
         """Queue a link unless it is known or refused; the id of the host that got it."""
@@ -275,11 +286,10 @@ class Frontier:
         elif rule := trap(url, self.year):
             self._count_refused(f"trap_{rule}")
         else:
-            return self._add(url, depth, hops, parent)
+            return self._add(url, depth, hops, parent, key_of(url))
         return None
 
-    def _add(self, url: str, depth: int, hops: int, parent: int | None) -> int | None:
-        key = key_of(url)
+    def _add(self, url: str, depth: int, hops: int, parent: int | None, key: bytes) -> int | None:
         if self._db.execute("SELECT 1 FROM page WHERE key = ?", (key,)).fetchone():
             return None
         if "?" in url and not self._admit_query(url):
@@ -336,17 +346,6 @@ class Frontier:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
-
-
-def read_seeds(lines: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(cleaned URLs, lines that are none). Empty lines and lines that begin with '#' count as neither."""
-    good, bad = [], []
-    for line in lines:
-        text = line.strip()
-        if text and not text.startswith("#"):
-            url = clean(text)
-            good.append(url) if url else bad.append(text)
-    return good, bad
 
 
 def _locked(path: Path) -> IO[str]:

@@ -3,7 +3,7 @@
 In: decoded body (bytes) and the charset the server named. Out: cleaned URLs in the order of the page, each once, and
 the `meta` elements that say how the page may be used. `base href` is respected; `rel=nofollow` links are left out,
 and all of them where the page says nofollow. Broken markup is what browsers make of it (lexbor follows the HTML
-standard). Cost: 20 MB/s.
+standard). 54 MB/s on 248 real pages of 103 links each (2 busy cores).
 """
 
 import codecs

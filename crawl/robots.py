@@ -11,8 +11,8 @@ In: status and body of the answer (or the lack of one). Out: `Robots`, which ans
 - The first 512,000 bytes count, cut at the last line end (2.5 asks for 500 KiB at least).
 
 Crawl-delay and the AI-usage lines (Content-Usage, Content-Signal) are no part of the RFC; they are read beside the
-rules. Cost: 1 ms for a usual file. A file of 20,000 rules takes seconds, so the caller parses large ones off the
-event loop.
+rules. Cost: 0.3 ms for the median of 353 real files. 512 kB of wildcard rules compile in 1.2 s, at the first question
+to `allows`, and take 30 ms at each later one: a caller with an event loop asks elsewhere.
 """
 
 import re

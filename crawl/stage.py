@@ -10,20 +10,25 @@ its record.
 """
 
 import asyncio
+import sqlite3
+import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
-from core.stage import Kind, Stage
+from core.errors import ConfigError, StageError
+from core.hashing import file_digest
+from core.job import Job, Outcome
+from core.stage import Kind, Stage, StageConfig
 
 from .addresses import Addresses
 from .config import CrawlConfig
 from .crawler import Crawler, Progress
 from .fetch import Budget, Fetcher, Limits
-from .frontier import Frontier, Scope, read_seeds
-from .urls import host_of
+from .frontier import Frontier, Scope
+from .urls import clean, host_of
 from .warc import WarcWriter, warc_files
 
 __all__ = ["STAGE", "CrawlConfig", "CrawlSummary", "crawl", "run_crawl"]
@@ -51,25 +56,30 @@ class CrawlSummary:
 
 
 async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
-    """Crawl into `folder` until nothing is left or a limit is reached. ConfigError before the first request."""
+    """Crawl into `folder` until nothing is left or a limit is reached.
+
+    ConfigError before the first request; StageError where the disk fails, after which the same call goes on.
+    """
     seeds = _seeds(config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "frontier.sqlite"
     if not path.exists() and warc_files(folder, folder.name):
         raise ConfigError(f"crawl: {folder} holds WARC files but no frontier.sqlite; restore it, or use a new folder")
-    frontier = Frontier(path, _scope(config, seeds), datetime.now(UTC).year)
     try:
-        frontier.add_seeds(seeds)
-        warc = WarcWriter(folder, folder.name, frontier.good_position(), _warcinfo(config), config.warc_bytes)
-        try:
-            crawler = Crawler(config, frontier, warc, _fetcher(config, frontier), progress)
-            before, before_s = frontier.captured, frontier.fact("run_s")
-            stopped = await crawler.run()
-            return _summary(frontier, warc, stopped, before, before_s)
-        finally:
-            warc.close()
-    finally:
-        frontier.close()
+        with closing(_frontier(config, path, seeds)) as frontier:
+            return await _crawl(config, folder, frontier, progress)
+    except (OSError, sqlite3.Error) as e:
+        raise StageError(
+            f"crawl: cannot write to {folder}, got {e!r}, expected a sound disk with room; mend and start again"
+        ) from e
+
+
+async def _crawl(config: CrawlConfig, folder: Path, frontier: Frontier, progress: Progress | None) -> CrawlSummary:
+    good = frontier.good_position()
+    with closing(WarcWriter(folder, folder.name, good, _warcinfo(config), config.warc_bytes)) as warc:
+        before, before_s = frontier.captured, frontier.fact("run_s")
+        stopped = await Crawler(config, frontier, warc, _fetcher(config, frontier), progress).run()
+        return _summary(frontier, warc, stopped, before, before_s)
 
 
 def run_crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
@@ -78,23 +88,28 @@ def run_crawl(config: CrawlConfig, folder: Path, progress: Progress | None = Non
 
 
 def _seeds(config: CrawlConfig) -> list[str]:
+    """Cleaned seeds of the config and its file, where empty lines and lines that begin with '#' say nothing."""
     lines = list(config.seeds)
     if config.seeds_file is not None:
         try:
-            lines += config.seeds_file.read_text(encoding="utf-8").splitlines()
+            lines += Path(config.seeds_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"crawl: seeds_file cannot be read, got {e}") from e
-    good, bad = read_seeds(lines)
-    problems = [f"crawl: seed is no http(s) URL, got {line!r}" for line in bad]
-    if problems or not good:
-        raise ConfigError(*(problems or ["crawl: seeds hold no URL, expected at least one"]))
-    return good
+            raise ConfigError(f"crawl: seeds_file cannot be read, got {e}; expected UTF-8 text, one URL a line") from e
+    wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    cleaned = [(line, clean(line)) for line in wanted]
+    problems = [f"crawl: seed is no http(s) URL, got {line!r}; mend or remove it" for line, url in cleaned if not url]
+    if problems or not cleaned:
+        raise ConfigError(*(problems or ["crawl: seeds hold no URL, got none, expected at least one; name one"]))
+    return [url for _, url in cleaned if url]
 
 
-def _scope(config: CrawlConfig, seeds: list[str]) -> Scope:
+def _frontier(config: CrawlConfig, path: Path, seeds: list[str]) -> Frontier:
     hosts = {"seeds": [host_of(url) for url in seeds], "listed": list(config.hosts), "any": []}[config.scope]
     names = None if config.scope == "any" else frozenset(host.lower().removeprefix("www.") for host in hosts)
-    return Scope(names, config.max_depth, config.max_redirects, config.max_pages_per_host)
+    scope = Scope(names, config.max_depth, config.max_redirects, config.max_pages_per_host)
+    frontier = Frontier(path, scope, datetime.now(UTC).year, rested_at=time.time() + config.delay_s)
+    frontier.add_seeds(seeds)
+    return frontier
 
 
 def _fetcher(config: CrawlConfig, frontier: Frontier) -> Fetcher:
@@ -139,16 +154,32 @@ def _summary(frontier: Frontier, warc: WarcWriter, stopped: str, before: int, be
     )
 
 
-def _capture(job: Any) -> dict[str, Any]:
-    """The stage: captures of the job's dataset lie in `captures/<dataset>` of the root."""
-    folder = Path(job.root.local_path(f"captures/{job.datasets[0].name}"))
-    return run_crawl(job.config, folder, job.progress).to_json()
+class CrawlStageConfig(StageConfig):
+    """What and how to crawl is said by each source of kind `crawl`; nothing is left to say here."""
+
+
+def capture(job: Job) -> Outcome:
+    """The stage: one source's captures, in `captures/<source>` of a local root. Its WARC files are the log that counts."""
+    folder = job.root.local_path(f"captures/{job.source_name}")
+    with job.display.task(f"{job.instance}: {job.source_name}", job.source.max_pages, 0) as advance:
+        seen = [0, 0]
+
+        def progress(docs: int, bytes: int) -> None:
+            advance(docs - seen[0], bytes - seen[1], docs - seen[0])
+            seen[:] = [docs, bytes]
+
+        summary = run_crawl(job.source, folder, progress)
+    files = [path for path, _ in warc_files(folder, folder.name)]
+    outputs = {path.name: {"content": file_digest(path), "bytes": path.stat().st_size} for path in files}
+    accounts = {"fetched": summary.fetched, "not_fetched": sum(summary.not_fetched.values()), "queued": summary.queued}
+    observed = {**summary.to_json(), "docs": summary.run_fetched, "bytes": summary.received_bytes}
+    return Outcome(outputs=outputs, accounts=accounts, observed=observed)
 
 
 STAGE = Stage(
     name="crawl",
     kind=Kind.CAPTURE,
-    config=CrawlConfig,
-    fn=_capture,
+    config=CrawlStageConfig,
+    fn=capture,
     libraries=("protego", "h11", "can_ada", "selectolax", "resiliparse"),
 )

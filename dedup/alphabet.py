@@ -38,8 +38,9 @@ _SEPARATORS = """
     1d18c-1d1a9 1d1ae-1d241 1d300-1d35f 1d800-1da9a 1ecac 1ecb0 1ed2e 1eef0-1f0ff 1f10d-1fbef e0000-10ffff
 """
 
-# Thai, Lao, Myanmar, Khmer, Tai Le, New Tai Lue, Tai Tham, Balinese, CJK radicals to Bopomofo, Kanbun, Bopomofo extended, Katakana
-# phonetic, Han A, Han, Javanese, Myanmar extended, Tai Viet, Han compatibility, half-width Katakana, Kana supplement, Han B to H.
+# Thai, Lao, Myanmar, Khmer, Tai Le, New Tai Lue, Tai Tham, Balinese, CJK radicals to Bopomofo, Kanbun, Bopomofo extended,
+# Katakana phonetic, Han A, Han, Javanese, Myanmar extended, Tai Viet, Han compatibility, half-width Katakana, Kana supplement,
+# Han B to H.
 _ALONE = """
     e01-e7f e81-eff 1000-109f 1780-17ff 1950-197f 1980-19df 1a20-1aaf 1b00-1b7f 2e80-312f 3190-319f 31a0-31bf 31f0-31ff
     3400-4dbf 4e00-9fff a980-a9df a9e0-a9ff aa60-aa7f aa80-aadf f900-faff ff66-ff9f 1aff0-1b16f 20000-323af

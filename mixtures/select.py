@@ -31,8 +31,10 @@ from core.predicate import Predicate
 from core.rows import dataset_of, pack
 from core.schema import FATE, TEXT
 from core.stage import Kind, Stage, StageConfig
+from core.storage import Root
 from mixtures.elect import CANDIDATES, LOSERS, edges_frame, elect
 
+WITHDRAWN = "withdrawn.txt"  # in the root
 SURVIVORS = pa.schema([("survivor", TEXT), ("through", TEXT)])
 
 
@@ -111,7 +113,8 @@ class Judge:
             fell = np.asarray(pc.invert(pc.fill_null(table.column(f"{a}.keep"), True)))
             verdict.carry(fell, *(table.column(f"{a}.{c}") for c in ("reason", "stage", "detail")))
         if self.withdrawn:
-            verdict.fall(self._withdrawn_rows(table), "withdrawn", "policy", None)
+            listed = pa.array(sorted(self.withdrawn), TEXT)
+            verdict.fall(withdrawn_rows(table, listed), "withdrawn", "policy", None)
         for layer in self.layers:
             error = table.column(f"{layer}.error")
             verdict.fall(np.asarray(pc.is_valid(error)), "rejected", layer, error)
@@ -124,14 +127,6 @@ class Judge:
             hit = np.asarray(pc.fill_null(value, False))
             verdict.fall(hit, rule.reason, rule.stage, _measured(table, rule.predicate.columns))
         return verdict.table(), table, int((unjudged & verdict.open).sum())
-
-    def _withdrawn_rows(self, table: pa.Table) -> np.ndarray:
-        hosts = [urlsplit(u).hostname if u else None for u in table.column("url").to_pylist()]
-        listed = pa.array(sorted(self.withdrawn), TEXT)
-        found = [
-            pc.is_in(c, value_set=listed) for c in (table.column("doc_id"), table.column("url"), pa.array(hosts, TEXT))
-        ]
-        return np.logical_or.reduce([np.asarray(f) for f in found])
 
     def candidates(self, datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBatch]:
         """Rows of one shard that passed everything else and have a possible duplicate (see `mixtures.elect`)."""
@@ -204,7 +199,14 @@ def select(job: Job) -> Outcome:
     policy = job.options["policy"]
     rules = tuple(rules_of(policy.get(job.instance.partition("@")[2]) or ()))
     priority = tuple(policy.get("priority") or ())
-    judge = Judge(job.instance, job.config, rules, priority, read_withdrawn(job), digest([job.identity, "fate"]))
+    judge = Judge(
+        job.instance,
+        job.config,
+        rules,
+        priority,
+        read_withdrawn(job.root, policy.get("withdrawn")),
+        digest([job.identity, "fate"]),
+    )
     outcome = Outcome()
     if job.config.duplicates:
         _write_duplicates(job, judge, outcome)
@@ -261,18 +263,19 @@ def duplicates_layer(instance: str) -> str:
     return f"duplicates@{instance.partition('@')[2]}"
 
 
-def read_withdrawn(job: Job) -> frozenset[str]:
+def withdrawn_rows(table: pa.Table, listed: pa.Array) -> np.ndarray:
+    """bool [n]: rows whose doc_id, URL or host is listed."""
+    hosts = pa.array([urlsplit(u).hostname if u else None for u in table.column("url").to_pylist()], TEXT)
+    found = [pc.is_in(c, value_set=listed) for c in (table.column("doc_id"), table.column("url"), hosts)]
+    return np.logical_or.reduce([np.asarray(f) for f in found])
+
+
+def read_withdrawn(root: Root, path: str | None) -> frozenset[str]:
     """doc_ids, URLs and hosts that were taken down: the policy's file and what `pipelines forget` recorded in the root."""
-    lines: list[str] = []
-    path = job.options["policy"].get("withdrawn")
-    if path:
-        lines += Path(path).read_text("utf-8").splitlines()
-    if job.root.exists(WITHDRAWN):
-        lines += job.root.read_bytes(WITHDRAWN).decode().splitlines()
+    lines = Path(path).read_text("utf-8").splitlines() if path else []
+    if root.exists(WITHDRAWN):
+        lines += root.read_bytes(WITHDRAWN).decode().splitlines()
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-
-
-WITHDRAWN = "withdrawn.txt"
 
 
 def _with_duplicates(fate: pa.Table, duplicates: pa.Table) -> pa.Table:

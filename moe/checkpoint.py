@@ -54,7 +54,7 @@ def save(
     tokenizer: str | None,
 ) -> Path:
     """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder."""
-    name = f"step-{step:08d}"
+    name = _name(step)
     final, temporary = folder / CHECKPOINTS / name, folder / CHECKPOINTS / (name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -70,7 +70,7 @@ def save(
     os.replace(temporary, final)
     _sync(folder / CHECKPOINTS)
     replace_text(folder / LATEST, name + "\n")
-    _remove_old(folder, name, config.keep)
+    remove_old(folder, name, config.keep)
     return final
 
 
@@ -81,6 +81,16 @@ def find(folder: Path) -> Path:
     if (folder / STATE).is_file():
         return folder
     raise ConfigError(f"moe: no checkpoint here, got {folder}, expected a folder that training wrote; train first")
+
+
+def check_empty(folder: Path) -> None:
+    """Raises where checkpoints lie without a `latest`; a kill in the first `save` may leave that for step 0 alone."""
+    names = sorted(p.name for p in (folder / CHECKPOINTS).glob("step-*"))
+    if names and not names[-1].startswith(_name(0)):
+        raise StageError(
+            f"checkpoint: {folder / LATEST} is missing, got {names[-1]} beside it, expected a file that names it; "
+            "write its name into that file, or use a new folder"
+        )
 
 
 def load(folder: Path) -> Decoder:
@@ -98,7 +108,7 @@ def restore(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Non
     `read` has been called and its config compared.
     """
     _load_weights(path, model)
-    optim.load_state_tensors(optimizer, model, _tensors(path / OPTIMIZER))
+    optim.load_state_tensors(optimizer, model, load_file(path / OPTIMIZER))
 
 
 def read(path: Path) -> tuple[TrainConfig, State]:
@@ -148,8 +158,21 @@ def replace_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def remove_old(folder: Path, newest: str, keep: int) -> None:
+    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too."""
+    names = sorted(p.name for p in (folder / CHECKPOINTS).iterdir())
+    stay = [n for n in names if n <= newest and not n.endswith(TEMPORARY)][-keep:]
+    for name in names:
+        if name not in stay:
+            shutil.rmtree(folder / CHECKPOINTS / name)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _load_weights(path: Path, model: Decoder) -> None:
-    tensors, wanted = _tensors(path / WEIGHTS), model.state_dict()
+    tensors, wanted = load_file(path / WEIGHTS), model.state_dict()
     problems = [
         f"{name} {tuple(tensors[name].shape) if name in tensors else 'absent'} instead of "
         f"{tuple(wanted[name].shape) if name in wanted else 'nothing'}"
@@ -162,10 +185,6 @@ def _load_weights(path: Path, model: Decoder) -> None:
             "expected the shapes of its config; use the config that it was trained with"
         )
     model.load_state_dict(tensors)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,15 +201,6 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _remove_old(folder: Path, newest: str, keep: int) -> None:
-    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too."""
-    names = sorted(p.name for p in (folder / CHECKPOINTS).iterdir())
-    stay = [n for n in names if n <= newest and not n.endswith(TEMPORARY)][-keep:]
-    for name in names:
-        if name not in stay:
-            shutil.rmtree(folder / CHECKPOINTS / name)
 
 
 def _fall_back(path: Path) -> str:

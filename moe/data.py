@@ -25,9 +25,14 @@ FEISTEL_ROUNDS = 4  # Luby and Rackoff 1988: four rounds make a strong pseudo-ra
 class TokenSource(Protocol):
     """A mixture's documents, in order. A document that the mixture repeats has several entries."""
 
-    vocab_size: int
-    eos: int
-    domains: Sequence[str]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def domains(self) -> Sequence[str]: ...
 
     def __len__(self) -> int:
         """Documents in the mixture's index."""

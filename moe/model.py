@@ -135,13 +135,9 @@ class Decoder(nn.Module):
         position_BT, mask = _layout(tokens_BT, segments_BT, seen)
         rope = rope_tables(position_BT, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.model["embed_tokens"](tokens_BT)
-        for layer in self.layers:
+        for layer in self.model["layers"].children():
             x_BTD = layer(x_BTD, rope, mask, cache)
         return self.model["norm"](x_BTD)
-
-    @property
-    def layers(self) -> list[Layer]:
-        return [m for m in self.modules() if isinstance(m, Layer)]
 
     @property
     def routed(self) -> list[MoE]:

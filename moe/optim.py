@@ -16,7 +16,7 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; gains and embeddings are not decayed (spec of nanochat and modded-nanogpt; the paper decays gains too)."""
+    """AdamW; gains and embeddings are not decayed (Step 3.5 Flash decays gains too)."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -51,4 +51,4 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
     """The inverse of `state_tensors`; the caller has checked that the model's shapes are the checkpoint's."""
     if tensors:
         for name, p in model.named_parameters():
-            optimizer.state[p] = {key: tensors[f"{name}.{key}"] for key in STATE}
+            optimizer.state[p] = {key: tensors[f"{name}.{key}"].clone() for key in STATE}

@@ -98,6 +98,7 @@ class _Run:
         Returns the step it goes on from, None for a fresh run.
         """
         if not (self.folder / checkpoint.LATEST).is_file():
+            checkpoint.check_empty(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.tokenizer:
                 shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
@@ -118,6 +119,7 @@ class _Run:
         checkpoint.restore(path, self.model, self.optimizer)
         self.step = self.started_at_step = state.step
         _cut_metrics(self.folder / METRICS, state.step)
+        checkpoint.remove_old(self.folder, path.name, self.config.keep)
         return state.step
 
     def update(self, batch: Batch) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metri
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,8 +26,8 @@ class TrainStageConfig(StageConfig):
     preset: Literal["ci", "tiny"] = Field(
         default="tiny", description="named model shape; `model` overrides single values"
     )
-    model: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
-    optim: dict[str, int | float] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
+    model: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
+    optim: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
     steps: int | None = Field(default=None, ge=1, description="updates; null: until the phase's tokens are used up")
     max_steps: int = Field(default=400, ge=1, description="cap when `steps` is null")
     rows: int = Field(default=32, ge=1, description="packed rows of `context` tokens an update")

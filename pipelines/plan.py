@@ -4,7 +4,7 @@ A stage's identity is known once everything it reads is committed. Where somethi
 the runner decides again when it gets there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -96,10 +96,8 @@ def plan(pipeline: Pipeline, root: Root, chosen: Iterable[Step] | None = None) -
     return out
 
 
-def plan_step(
-    pipeline: Pipeline, root: Root, step: Step, running: set[tuple[str | None, str]] = frozenset()
-) -> Planned:  # type: ignore[assignment]
-    """Compare one step's identity with its manifest."""
+def plan_step(pipeline: Pipeline, root: Root, step: Step, running: Collection[tuple[str | None, str]] = ()) -> Planned:
+    """Compare one step's identity with its manifest. `running`: what steps before it will write anew."""
     waits = [name for where, name in _inputs(pipeline, step) if (where, name) in running]
     before = read_manifest(root, step.manifest, step.dataset)
     if waits:
@@ -117,10 +115,13 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
     entry = step.entry
     config = identity_fields(entry.config)
     if entry.stage.kind is Kind.DECIDE:
-        config["policy"] = policy_identity(pipeline, entry.instance)
-    inputs = {}
+        config["policy"] = policy_identity(pipeline, root, entry.instance)
+    inputs: dict[str, str] = {}
     if entry.stage.kind in (Kind.CAPTURE, Kind.INGEST):
         config["source"] = identity_fields(pipeline.sources[step.dataset or ""])
+    seeds_file = getattr(pipeline.sources.get(step.dataset or ""), "seeds_file", None)
+    if entry.stage.kind is Kind.CAPTURE and seeds_file:
+        inputs["seeds_file"] = file_digest(seeds_file)
     if entry.stage.kind is Kind.INGEST and with_inputs:
         inputs = source_inputs(pipeline, root, step.dataset or "")
     for where, name in _inputs(pipeline, step) if with_inputs else ():
@@ -147,14 +148,15 @@ def library_version(name: str) -> str:
         return "absent"
 
 
-def policy_identity(pipeline: Pipeline, instance: str) -> dict[str, Any]:
+def policy_identity(pipeline: Pipeline, root: Root, instance: str) -> dict[str, Any]:
     """The part of the policy that a select reads, as JSON-like values."""
+    from mixtures.select import read_withdrawn
+
     rules = pipeline.policy.get(instance.partition("@")[2]) or ()
-    withdrawn = pipeline.policy.get("withdrawn")
     return {
         "rules": [r.model_dump(mode="json") for r in rules],
         "priority": list(pipeline.policy["priority"] or ()),
-        "withdrawn": file_digest(withdrawn) if withdrawn else None,
+        "withdrawn": digest(sorted(read_withdrawn(root, pipeline.policy.get("withdrawn")))),
     }
 
 

@@ -150,7 +150,8 @@ class Runner:
 
     def _annotate(self, group: Sequence[Step]) -> list[Planned]:
         """One dataset's consecutive annotate stages in one pass."""
-        planned, running = [], set()
+        planned: list[Planned] = []
+        running: set[tuple[str | None, str]] = set()
         for step in group:
             p = plan_step(self.pipeline, self.root, step, running)
             p.run = p.run or self.options.force

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
+
+from core.rows import shard_of
 
 PARTITION_BYTES = 128 << 20  # a shuffle has ceil(bytes / this) partitions: a property of the data, not of the cluster
 NO_ROW = -1  # note(row=NO_ROW): the row named last is done, what follows concerns none
@@ -68,6 +71,17 @@ class Align:
     shards: int  # number of shards; each is written, those without rows all null
     dataset: int  # ordinal of the dataset within `row`
     label: str = ""
+
+
+def write_shards(target: Align, table: pa.Table, shards: Sequence[int], note: Note) -> list[Report]:
+    """Write the given shards of a target from rows sorted by `row`: where every engine's `align` ends."""
+    at = shard_of(table.column("row").to_numpy())
+    reports = []
+    for shard in shards:
+        first, last = np.searchsorted(at, shard), np.searchsorted(at, shard, side="right")
+        reports.append(target.write(shard, table.slice(int(first), int(last - first))))
+        note(docs=reports[-1].docs)
+    return reports
 
 
 class Engine(Protocol):

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from core.engines.columns import join_tables, sortable, sorted_table
-from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn
+from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn, write_shards
 from core.engines.pool import Pool, run_here
 from core.engines.spill import (
     Cut,
@@ -32,7 +31,6 @@ from core.engines.spill import (
 )
 from core.errors import StageError
 from core.progress import Display, quiet
-from core.rows import shard_of
 
 MEMORY_SHARE = (
     6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
@@ -269,19 +267,8 @@ def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -
     parts, p, shards = unit.payload
     tables = [t for t, _ in read_partition(parts, p, schema, cut, 1 << 62)]
     table = tables[0] if tables else schema.empty_table()
-    reports = target_reports(table, shards, target, note)
+    reports = write_shards(target, table, shards, note)
     return Report(unit.name, docs=sum(r.docs for r in reports), value=reports)
-
-
-def target_reports(table: pa.Table, shards: Sequence[int], target: Align, note: Note) -> list[Report]:
-    """Write the given shards from rows sorted by `row`; every engine's `align` ends here."""
-    at = shard_of(table.column("row").to_numpy())
-    reports = []
-    for shard in shards:
-        first, last = np.searchsorted(at, shard), np.searchsorted(at, shard, side="right")
-        reports.append(target.write(shard, table.slice(int(first), int(last - first))))
-        note(docs=reports[-1].docs)
-    return reports
 
 
 def _fold(fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], unit: Unit, note: Note) -> Report:

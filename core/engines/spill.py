@@ -129,23 +129,28 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
     ):
         blocks = _blocks(batches, schema, block_bytes)
         while (table := next(blocks, None)) is not None:
-            table, lost = _prepared(table, cut)
+            table, lost = prepared(table, cut)
             cut_rows += lost
-            partition = cut.partition_of(table)
-            by_partition = np.argsort(partition, kind="stable")  # keeps the key order within a partition
-            table = table.take(pa.array(by_partition))
-            borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
-            for p in np.flatnonzero(np.diff(borders)):
-                piece = table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
+            for p, piece in split(table, cut):
                 parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
                 for batch in parts:
                     out.write_batch(batch)
-                cuts.setdefault(int(p), []).append((written, len(parts)))
+                cuts.setdefault(p, []).append((written, len(parts)))
                 written += len(parts)
             rows, size = rows + table.num_rows, size + table.nbytes
             table = piece = parts = batch = None  # or this block would stay while the next is read
             pa.default_memory_pool().release_unused()
     return _commit(Part(path, rows, size, cut_rows, cuts))
+
+
+def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:
+    """(partition, its rows) for every partition that has any, each keeping the order of `table`."""
+    partition = cut.partition_of(table)
+    by_partition = np.argsort(partition, kind="stable")
+    table = table.take(pa.array(by_partition))
+    borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
+    for p in np.flatnonzero(np.diff(borders)):
+        yield int(p), table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
 
 
 def read_partition(
@@ -158,7 +163,7 @@ def read_partition(
     """
     passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
-        sorted_share = _prepared(partition_share(parts, p, schema, cut, turn, passes), cut)
+        sorted_share = prepared(partition_share(parts, p, schema, cut, turn, passes), cut)
         if sorted_share[0].num_rows:
             yield sorted_share
         del sorted_share  # or it would stay while the next one is read
@@ -199,7 +204,7 @@ def chunks(table: pa.Table, by: Sequence[str], rows: int = CHUNK_ROWS) -> Iterat
         at = end
 
 
-def _prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
+def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
     """Sorted by key and order, combined, and capped per key."""
     table = sorted_table(table, ["row"] if cut.target is not None else [*cut.by, *cut.order])
     if cut.combine is not None:

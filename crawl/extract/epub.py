@@ -1,9 +1,9 @@
 """ePub to text: container.xml, package (OPF), spine order, each XHTML file's whole body.
 
-In: bytes. Out: `Book`, or the reason of a drop: 'encrypted' (DRM over the text), 'too_large' (entries or unpacked bytes beyond
-the limits), 'damaged' (not a zip, no package, no spine). Navigation and cover pages are skipped. Names are only looked up in
-the archive's own directory, nothing is unpacked to disk, so '..' and absolute names reach no file; archives inside the archive
-are never opened. Own reader because EbookLib is AGPL.
+In: bytes. Out: `Book`, or the reason of a drop: 'encrypted' (DRM over the text), 'too_large' (entries or unpacked
+bytes beyond the limits), 'damaged' (not a zip, no package, no spine). Navigation and cover pages are skipped. Names
+are only looked up in the archive's own directory, nothing is unpacked to disk, so '..' and absolute names reach no
+file; archives inside the archive are never opened. Own reader because EbookLib is AGPL.
 """
 
 import posixpath
@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from lxml import etree
 from resiliparse.parse.html import HTMLTree
+from selectolax.lexbor import LexborHTMLParser
 
 from crawl.extract import guard
 from crawl.extract.facts import iso_date
@@ -54,7 +55,7 @@ class NoBook:
     detail: str | None = None
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The archive does not hold what an ePub must."""
 
 
@@ -67,7 +68,7 @@ def read_epub(data: bytes, limits: Limits) -> Book | NoBook:
             if len(entries) > limits.epub_entries or total > limits.epub_bytes:
                 return NoBook("too_large", f"{len(entries)} entries, {total} bytes unpacked")
             return _read(archive, limits)
-    except (zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError, _Damaged, EOFError, NotImplementedError) as e:
+    except (zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError, _DamagedError, EOFError, NotImplementedError) as e:
         return NoBook("damaged", f"{type(e).__name__}: {e}")
     except RuntimeError as e:  # zipfile's word for an entry with a password
         return NoBook("encrypted", str(e))
@@ -79,7 +80,7 @@ def _read(archive: zipfile.ZipFile, limits: Limits) -> Book | NoBook:
     folder = posixpath.dirname(package_path)
     chapters = [posixpath.normpath(posixpath.join(folder, href)) for href in _spine(package)]
     if not chapters:
-        raise _Damaged("the spine names no text")
+        raise _DamagedError("the spine names no text")
     locked = _encrypted(archive).intersection(chapters)
     if locked:
         return NoBook("encrypted", f"{len(locked)} of {len(chapters)} chapters")
@@ -103,10 +104,11 @@ def chapter_text(xhtml: str) -> str:
     xhtml = re.sub(r"^\s*<\?xml[^>]*\?>", "", guard.trim_attributes(guard.without_surrogates(xhtml)), count=1)
     # HTML parsers take `<title/>` and `<script .../>` for start tags and swallow the book.
     xhtml = re.sub(r"<(title|script|style|textarea|iframe|a|p|div|span|i|b|em)\b([^<>]*)/>", r"<\1\2></\1>", xhtml)
-    tree = HTMLTree.parse(xhtml)
-    if has_maths(xhtml):
-        inline_maths(tree)
-    return visible_text(tree)
+    if has_maths(xhtml) and not guard.too_deep(xhtml):
+        page = LexborHTMLParser(xhtml)
+        if inline_maths(page):
+            xhtml = page.html or ""
+    return visible_text(HTMLTree.parse(xhtml))
 
 
 def _entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -115,9 +117,9 @@ def _entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
         with archive.open(name) as f:
             data = f.read(limit + 1)
     except KeyError:
-        raise _Damaged(f"no entry {name!r}") from None
+        raise _DamagedError(f"no entry {name!r}") from None
     if len(data) > limit:
-        raise _Damaged(f"entry {name!r} is larger than {limit} bytes")
+        raise _DamagedError(f"entry {name!r} is larger than {limit} bytes")
     return data
 
 
@@ -126,7 +128,7 @@ def _package_path(archive: zipfile.ZipFile, limits: Limits) -> str:
     for rootfile in root.iter("{*}rootfile"):
         if path := rootfile.get("full-path"):
             return posixpath.normpath(unquote(path))
-    raise _Damaged("container.xml names no package")
+    raise _DamagedError("container.xml names no package")
 
 
 def _spine(package: Any) -> list[str]:
@@ -154,7 +156,7 @@ def _encrypted(archive: zipfile.ZipFile) -> set[str]:
     if ENCRYPTION not in archive.namelist():
         return set()
     root = _xml(_entry(archive, ENCRYPTION, PACKAGE_BYTES))
-    covered = set()
+    covered: set[str] = set()
     for block in root.iter("{*}EncryptedData"):
         method = block.find("{*}EncryptionMethod")
         if method is not None and method.get("Algorithm") in FONT_ALGORITHMS:
@@ -175,5 +177,5 @@ def _xml(data: bytes) -> Any:
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, recover=True)
     root = etree.fromstring(data, parser)
     if root is None:
-        raise _Damaged("empty XML")
+        raise _DamagedError("empty XML")
     return root

@@ -1,7 +1,10 @@
 """What a page says about itself: title, date, language, canonical URL, links. All cheap look-ups in a parsed tree.
 
-Dates are ISO 8601 as far as the page gives them ('2024-05-01' or with time); a date that does not parse is None. htmldate
-finds more dates, at 5 to 30 ms a page; this costs well under one.
+Dates are ISO 8601 as far as the page gives them ('2024-05-01' or with time); a date that does not parse is None.
+htmldate finds more dates, at 5 to 30 ms a page; this costs well under one.
+
+Read with selectolax: walking a node list of resiliparse 2.0.1 takes 4 ms a node on a page of 3,000 links (12 s for the
+first 256), selectolax 33 ms for all. On a tree 100,000 deep its selectors need 100 s, so deep pages have no facts.
 """
 
 import json
@@ -12,7 +15,7 @@ from datetime import date, datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from resiliparse.parse.html import HTMLTree
+from selectolax.lexbor import LexborHTMLParser
 
 MAX_LINKS = 256
 MAX_TITLE_CHARS = 1_000
@@ -49,28 +52,25 @@ class Facts:
     links: tuple[str, ...] = ()
 
 
-def read_facts(tree: HTMLTree, url: str | None = None) -> Facts:
-    """Facts of one page; relative links are resolved against `<base>` or `url`, and left out where both are missing."""
-    document = tree.document
-    if document is None:
-        return Facts()
-    metas = _metas(document)
-    root = document.query_selector("html")
-    base_tag = document.query_selector("base[href]")
-    base = _join(url, base_tag.getattr("href")) or url if base_tag is not None else url
-    canonical = document.query_selector('link[rel="canonical"]')
-    title = tree.title or metas.get("og:title") or _first_heading(document)
+def read_facts(page: LexborHTMLParser, url: str | None = None) -> Facts:
+    """Facts of one page; relative links are resolved against `<base>` or `url`, left out where both are missing."""
+    metas = _metas(page)
+    root = page.css_first("html")
+    base_tag = page.css_first("base[href]")
+    base = (_join(url, base_tag.attributes.get("href")) or url) if base_tag is not None else url
+    canonical = page.css_first('link[rel="canonical"]')
     return Facts(
-        title=" ".join(title.split())[:MAX_TITLE_CHARS] or None if title else None,
-        date=_date(document, metas),
-        language=(root.getattr("lang") or root.getattr("xml:lang") or None) if root is not None else None,
-        canonical=_join(base, canonical.getattr("href")) if canonical is not None else None,
-        links=_links(document, base),
+        title=_title(page, metas),
+        date=_date(page, metas),
+        language=(root.attributes.get("lang") or root.attributes.get("xml:lang")) if root is not None else None,
+        canonical=_join(base, canonical.attributes.get("href")) if canonical is not None else None,
+        links=_links(page, base),
     )
 
 
 def iso_date(value: object) -> str | None:
-    """`value` as an ISO date or date-time, or None. Accepts ISO 8601 and any text that begins with y-m-d, y/m/d or y.m.d."""
+    """`value` as an ISO date or date-time, or None. Accepts ISO 8601 and any text that begins with y-m-d, y/m/d or
+    y.m.d."""
     if not isinstance(value, str):
         return None
     value = value.strip()
@@ -88,31 +88,37 @@ def iso_date(value: object) -> str | None:
     return stamp.date().isoformat() if bare else stamp.replace(microsecond=0).isoformat()
 
 
-def _metas(document: Any) -> dict[str, str]:
+def _metas(page: LexborHTMLParser) -> dict[str, str]:
     """Lower-case name or property of each `<meta>` to its content; the first wins."""
     metas: dict[str, str] = {}
-    for tag in document.query_selector_all("meta[content]"):
-        name = tag.getattr("property") or tag.getattr("name") or tag.getattr("itemprop")
+    for tag in page.css("meta[content]"):
+        attributes = tag.attributes
+        name = attributes.get("property") or attributes.get("name") or attributes.get("itemprop")
         if name:
-            metas.setdefault(name.lower(), tag.getattr("content") or "")
+            metas.setdefault(name.lower(), attributes.get("content") or "")
     return metas
 
 
-def _first_heading(document: Any) -> str | None:
-    heading = document.query_selector("h1")
-    return heading.text if heading is not None else None
+def _title(page: LexborHTMLParser, metas: dict[str, str]) -> str | None:
+    """`<title>` of the head (not of an SVG), else Open Graph's, else the first heading; white space collapsed."""
+    for tag in (page.css_first("head > title"), page.css_first("h1")):
+        if tag is not None and (title := " ".join(tag.text().split())):
+            return title[:MAX_TITLE_CHARS]
+        if title := " ".join(metas.get("og:title", "").split()):
+            return title[:MAX_TITLE_CHARS]
+    return None
 
 
-def _date(document: Any, metas: dict[str, str]) -> str | None:
+def _date(page: LexborHTMLParser, metas: dict[str, str]) -> str | None:
     for name in DATE_META:
         if found := iso_date(metas.get(name)):
             return found
-    for script in document.query_selector_all('script[type="application/ld+json"]'):
-        for value in _published(script.text or ""):
+    for script in page.css('script[type="application/ld+json"]'):
+        for value in _published(script.text()):
             if found := iso_date(value):
                 return found
-    for tag in document.query_selector_all("time[datetime]"):
-        if found := iso_date(tag.getattr("datetime")):
+    for tag in page.css("time[datetime]"):
+        if found := iso_date(tag.attributes.get("datetime")):
             return found
     return None
 
@@ -138,11 +144,11 @@ def _published(text: str) -> Iterator[object]:
     yield from created
 
 
-def _links(document: Any, base: str | None) -> tuple[str, ...]:
+def _links(page: LexborHTMLParser, base: str | None) -> tuple[str, ...]:
     """The first MAX_LINKS distinct http(s) links, absolute, without fragments, in document order."""
     found: dict[str, None] = {}
-    for tag in document.query_selector_all("a[href]"):
-        link = _join(base, tag.getattr("href"))
+    for tag in page.css("a[href]"):
+        link = _join(base, tag.attributes.get("href"))
         if link:
             found.setdefault(link.partition("#")[0])
             if len(found) == MAX_LINKS:

@@ -20,39 +20,11 @@ TAG_START = re.compile(r"<[a-zA-Z]")
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 # Elements without content, and those whose end tag may be left out: the parser closes them, so they do not add depth.
 FLAT = frozenset(
-    [
-        "area",
-        "base",
-        "br",
-        "col",
-        "embed",
-        "hr",
-        "img",
-        "input",
-        "link",
-        "meta",
-        "param",
-        "source",
-        "track",
-        "wbr",
-        "p",
-        "li",
-        "dt",
-        "dd",
-        "option",
-        "optgroup",
-        "tr",
-        "td",
-        "th",
-        "thead",
-        "tbody",
-        "tfoot",
-        "rt",
-        "rp",
-        "html",
-        "head",
-        "body",
-    ]
+    re.findall(
+        r"\w+",
+        "area base br col embed hr img input link meta param source track wbr p li dt dd option optgroup tr td th "
+        "thead tbody tfoot rt rp html head body",
+    )
 )
 RAW_TEXT = frozenset(("script", "style", "textarea", "title", "noscript", "xmp", "iframe"))
 _LETTER = np.zeros(256, dtype=np.int64)

@@ -1,19 +1,21 @@
 """HTML to main text: resiliparse first, trafilatura where the first is doubtful, the reason recorded.
 
-In: a page as text. Out: `Page` with the text, which extractor gave it and why, and the page's own facts (`facts.Facts`).
-Lists keep bullets, code its line breaks, table cells are separated by ' | ', maths is LaTeX between dollars.
+In: a page as text. Out: `Page` with the text, which extractor gave it and why, and the page's own facts
+(`facts.Facts`). Lists keep bullets, code its line breaks, table cells are separated by ' | ', maths is LaTeX between
+dollars.
 
-Doubt (measured on 248 pages of seven types with gold text, `benchmarks/extraction.py`): main content below a quarter of the
-visible text is right in only four pages of ten, above it trafilatura is no better on average than resiliparse and twenty
-times slower. Where asked, the longer of the two answers stays: +0.003 F1 over always believing trafilatura.
-Rejected: routing by link density, share of short lines, punctuation (no split of the pages gained), noscript off (-0.004),
-alt texts (-0.012), and all visible text where both are short (-0.0005).
+Doubt (measured on 248 pages of seven types with gold text, `benchmarks/extraction.py`): main content below a quarter
+of the visible text is right in only four pages of ten, above it trafilatura is no better on average than resiliparse
+and twenty times slower. Where asked, the longer of the two answers stays: +0.003 F1 over always believing
+trafilatura. Rejected: routing by link density, share of short lines, punctuation (no split of the pages gained),
+noscript off (-0.004), alt texts (-0.012), and all visible text where both are short (-0.0005).
 """
 
 from dataclasses import dataclass, field
 
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
+from selectolax.lexbor import LexborHTMLParser
 
 from crawl.extract import guard
 from crawl.extract.facts import Facts, read_facts
@@ -37,11 +39,13 @@ class Page:
 def read_page(html: str, url: str | None = None) -> Page:
     """Main text and facts of a page. Never raises for bad markup; an empty page gives empty text."""
     html = guard.trim_attributes(guard.without_surrogates(html))
-    tree = HTMLTree.parse(html)
-    facts = read_facts(tree, url)
-    maths = has_maths(html) and inline_maths(tree) > 0
     if guard.too_deep(html):
-        return Page(visible_text(tree), "resiliparse-all", "depth", facts)
+        return Page(visible_text(HTMLTree.parse(html)), "resiliparse-all", "depth")
+    page = LexborHTMLParser(html)
+    facts = read_facts(page, url)
+    if has_maths(html) and inline_maths(page):
+        html = page.html or ""
+    tree = HTMLTree.parse(html)
     main = main_text(tree)
     everything = visible_text(tree)
     main_chars, all_chars = solid(main), solid(everything)
@@ -50,7 +54,7 @@ def read_page(html: str, url: str | None = None) -> Page:
     reason = f"main_share={main_chars / all_chars:.2f}"
     if len(html) > CAREFUL_CHARS or html.count("<") > CAREFUL_TAGS:
         return Page(main or everything, "resiliparse" if main else "resiliparse-all", reason + ",large", facts)
-    careful = careful_text(str(tree) if maths else html)
+    careful = careful_text(html)
     if solid(careful) > main_chars:
         return Page(careful, "trafilatura", reason, facts)
     if main_chars:

@@ -6,35 +6,36 @@ MathML without TeX is left alone, and `$..$` that the page already shows passes 
 
 import re
 
-from resiliparse.parse.html import HTMLTree
+from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-HINT = re.compile(r"<math\b|class=[\"'][^\"']*\bkatex\b|type=[\"']?math/tex|<mjx-container", re.I)
+HINTS = ("<math", "katex", "math/tex", "mjx-container")
 DISPLAYSTYLE = re.compile(r"^\{\\displaystyle\s?(.*)\}$", re.S)
 TEX_ANNOTATION = 'annotation[encoding="application/x-tex"]'
 
 
 def has_maths(html: str) -> bool:
     """Cheap test on the markup; only pages that pass are worth `inline_maths`."""
-    return HINT.search(html) is not None
+    return any(hint in html for hint in HINTS)
 
 
-def inline_maths(tree: HTMLTree) -> int:
+def inline_maths(page: LexborHTMLParser) -> int:
     """Replace every formula with known TeX by `$tex$` (`$$tex$$` for display); returns how many."""
-    document = tree.document
-    if document is None:
-        return 0
     done = 0
-    for node in document.query_selector_all(".katex"):
-        annotation = node.query_selector(TEX_ANNOTATION)
-        done += annotation is not None and _replace(tree, node, annotation.text, display=False)
-    for node in document.query_selector_all("math"):
-        annotation = node.query_selector(TEX_ANNOTATION)
-        tex = annotation.text if annotation is not None else node.getattr("alttext")
-        done += _replace(tree, node, tex, display=node.getattr("display") == "block")
-    for node in document.query_selector_all(".MathJax_Preview, .MathJax, .MathJax_Display, mjx-container"):
-        _remove(node)
-    for node in document.query_selector_all('script[type^="math/tex"]'):
-        done += _replace(tree, node, node.text, display="mode=display" in (node.getattr("type") or ""))
+    for node in page.css(".katex"):
+        annotation = node.css_first(TEX_ANNOTATION)
+        parent = node.parent
+        display = parent is not None and "katex-display" in (parent.attributes.get("class") or "")
+        done += annotation is not None and _replace(node, annotation.text(), display)
+    for node in page.css("math"):
+        annotation = node.css_first(TEX_ANNOTATION)
+        tex = annotation.text() if annotation is not None else node.attributes.get("alttext")
+        done += _replace(node, tex, display=node.attributes.get("display") == "block")
+    scripts = page.css('script[type^="math/tex"]')
+    if scripts:  # what MathJax rendered stands beside its source
+        for node in page.css(".MathJax_Preview, .MathJax, .MathJax_Display, mjx-container"):
+            node.decompose()
+    for node in scripts:
+        done += _replace(node, node.text(), display="mode=display" in (node.attributes.get("type") or ""))
     return done
 
 
@@ -45,16 +46,10 @@ def clean_tex(tex: str) -> str:
     return wrapped[1].strip() if wrapped else tex
 
 
-def _replace(tree: HTMLTree, node, tex: str | None, display: bool) -> bool:  # type: ignore[no-untyped-def]
+def _replace(node: LexborNode, tex: str | None, display: bool) -> bool:
     tex = clean_tex(tex or "")
-    parent = node.parent
-    if not tex or parent is None:
+    if not tex:
         return False
     mark = "$$" if display else "$"
-    parent.replace_child(tree.create_text_node(f"{mark}{tex}{mark}"), node)
+    node.replace_with(f"{mark}{tex}{mark}")
     return True
-
-
-def _remove(node) -> None:  # type: ignore[no-untyped-def]
-    if node.parent is not None:
-        node.parent.remove_child(node)

@@ -1,8 +1,9 @@
 """PDF to text with pypdfium2 (BSD-3/Apache-2; 97-98% on py-pdf's benchmark, PyMuPDF is AGPL).
 
-In: bytes. Out: `Pdf`, or the reason of a drop: 'encrypted', 'scanned' (no text layer), 'too_large', 'damaged'. Lines are joined
-into paragraphs, words broken at line ends are mended, running heads and page numbers go. Columns stay in the file's own order,
-which is reading order for nearly all typeset papers; formulas and tables come out as pdfium spells them.
+In: bytes. Out: `Pdf`, or the reason of a drop: 'encrypted', 'scanned' (no text layer), 'too_large', 'damaged'. Lines
+are joined into paragraphs, words broken at line ends are mended, running heads and page numbers go. Columns stay in
+the file's own order, which is reading order for nearly all typeset papers; formulas and tables come out as pdfium
+spells them.
 """
 
 import re
@@ -97,7 +98,7 @@ def paragraphs(pages: Sequence[Sequence[str]]) -> list[str]:
             if not line:
                 ended = True
             else:
-                ended = bool(last) and (len(last) < short or LIST_START.match(line) is not None)
+                ended = bool(last) and (len(last) < short or _starts_block(last, line, short))
             if current and ended:
                 done.append(current)
                 current = ""
@@ -127,6 +128,13 @@ def pdf_date(value: str | None) -> str | None:
     """`D:20240131120000Z` as '2024-01-31'; None where month or day is missing or impossible."""
     m = PDF_DATE.match(value or "")
     return iso_date(f"{m[1]}-{m[2]}-{m[3]}") if m and m[2] and m[3] else None
+
+
+def _starts_block(last: str, line: str, short: float) -> bool:
+    """Whether `line` opens a list item, or is a heading behind a full last line."""
+    if LIST_START.match(line):
+        return True
+    return len(line) < short and bool(SENTENCE_END.search(last)) and not SENTENCE_END.search(line)
 
 
 def _page_lines(document, index: int) -> list[str]:  # type: ignore[no-untyped-def]

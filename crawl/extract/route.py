@@ -1,8 +1,8 @@
 """One raw record to a document: sniff the type, call its reader, name the drop.
 
-Out: `Found` whose metadata holds title, date, language, canonical, links, media_type, encoding, replaced_chars, extractor and
-extractor_reason as far as they are known, or `Dropped` with one of 'empty', 'too_short', 'too_large', 'unsupported',
-'encrypted', 'scanned', 'damaged'.
+Out: `Found` whose metadata holds title, date, language, canonical, links, media_type, encoding, replaced_chars,
+extractor and extractor_reason as far as they are known, or `Dropped` with one of 'empty', 'too_short', 'too_large',
+'unsupported', 'encrypted', 'scanned', 'damaged'.
 """
 
 import re

@@ -1,7 +1,8 @@
 """What a record is, and its bytes as text.
 
 `media_type` trusts the first bytes before any header: servers send PDFs as text/html and pages as text/plain. `decode`
-tries byte-order mark, HTTP charset, `<meta>`, detector, in that order; what cannot be decoded becomes U+FFFD and is counted.
+tries byte-order mark, HTTP charset, `<meta>`, detector, in that order; what cannot be decoded becomes U+FFFD and is
+counted.
 """
 
 import codecs
@@ -42,6 +43,7 @@ BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
 )
 # WHATWG names whose Python codec has another name or is narrower than what browsers decode.
 PYTHON_CODEC = {
+    "latin-1": "cp1252",  # not a WHATWG label, but common in mail
     "shift_jis": "cp932",
     "euc-kr": "cp949",
     "gbk": "gb18030",
@@ -107,22 +109,25 @@ def decode(data: bytes, content_type: str | None = None, markup: bool = True) ->
         if data.startswith(mark):
             return _decoded(data[len(mark) :], codec, "bom")
     for label, source in _declared(data, content_type, markup):
-        codec = python_codec(label)
-        if codec is None:
+        declared = python_codec(label)
+        if declared is None:
             continue
-        result = _decoded(data, codec, source)
+        result = _decoded(data, declared, source)
         if result.replaced <= BAD_SHARE * len(result.text):
             return result
     try:
         return Decoded(data.decode("utf-8"), "utf-8", "default", 0)
     except UnicodeDecodeError:
-        codec = python_codec(detect_encoding(data, max_len=DETECT_BYTES) or "") or "utf-8"
-        return _decoded(data, codec, "detected")
+        detected = python_codec(detect_encoding(data, max_len=DETECT_BYTES) or "")
+        result = _decoded(data, detected or "utf-8", "detected")
+        # Few bytes make the detector say UTF-8 of what is none: then the web's default, as in the HTML standard.
+        return result if result.replaced <= BAD_SHARE * len(result.text) else _decoded(data, "cp1252", "default")
 
 
 def python_codec(label: str) -> str | None:
     """The Python codec for a WHATWG encoding label, or None: labels such as 'hex' or 'utf-7' are never looked up."""
-    name = map_encoding_to_html5(label.strip().lower(), fallback_utf8=False)
+    label = label.strip().lower()
+    name = label if label in PYTHON_CODEC else map_encoding_to_html5(label, fallback_utf8=False)
     if not name or name in ("replacement", "x-user-defined"):
         return None
     codec = PYTHON_CODEC.get(name, name)

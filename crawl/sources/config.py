@@ -1,10 +1,12 @@
-"""The knobs of every kind of source, told apart by `kind`. `path` is any local path or fsspec URL: a folder, a file or a glob."""
+"""The knobs of every kind of source, told apart by `kind`. `path` is any local path or fsspec URL: a folder, a file
+or a glob."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.stage import execution
+from core.stage import ConfigPath, execution
+from crawl.config import CrawlConfig
 from crawl.extract.limits import Limits
 
 DocumentKind = Literal["web", "book", "paper", "code", "mail", "reference", "pull_request", "other"]
@@ -22,7 +24,7 @@ TEXT_FILES = tuple(f"**/*.{suffix}" for suffix in ("html", "htm", "xhtml", "pdf"
 class _Common(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = execution(..., "local path or fsspec URL of a folder, a file or a glob")
+    path: ConfigPath = execution(..., "local path or fsspec URL of a folder, a file or a glob")
     document_kind: DocumentKind | None = Field(default=None, description="kind of every document; null: by its type")
     license: str | None = Field(
         default=None, description="licence of every document, an SPDX identifier where there is one"
@@ -40,13 +42,23 @@ class WarcSource(_Common):
     limits: Limits = Limits()
 
 
-class CrawlSource(_Common):
-    """The captures folder of one of our crawls, read like any WARCs."""
+class CrawlSource(CrawlConfig):
+    """A crawl of ours: what the stage `crawl` fetches, and how its captures become documents."""
 
     kind: Literal["crawl"] = "crawl"
-    files: tuple[str, ...] = Field(default=WARC_FILES, description="globs below `path`")
-    types: tuple[RecordType, ...] = Field(default=("response",), description="record types read")
+    document_kind: DocumentKind | None = Field(default=None, description="kind of every document; null: by its type")
+    license: str | None = Field(default=None, description="licence of every document")
     limits: Limits = Limits()
+
+    def captures(self, path: str) -> WarcSource:
+        """The WARC files that the crawl left in `path`, as a source."""
+        return WarcSource(
+            path=path,
+            types=("response",),
+            document_kind=self.document_kind,
+            license=self.license,
+            limits=self.limits,
+        )
 
 
 class FilesSource(_Common):
@@ -89,6 +101,9 @@ class DatatroveSource(_Common):
     reader: str = Field(description="import path of the reader class")
     arguments: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
 
+
+# What the readers read; a crawl is turned into the WARC files it left.
+Stored = WarcSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
     WarcSource | CrawlSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource, Field(discriminator="kind")

@@ -1,7 +1,7 @@
 """A stored HTTP message to status, headers and decoded body. Lenient: archives hold what servers really sent.
 
-Bodies that a writer had already unchunked or unpacked while it kept the headers are recognised and left alone. Unpacking
-stops at a limit, so a compression bomb costs no more than that.
+Bodies that a writer had already unchunked or unpacked while it kept the headers are recognised and left alone.
+Unpacking stops at a limit, so a compression bomb costs no more than that.
 """
 
 import io
@@ -72,7 +72,7 @@ def parse_headers(head: bytes) -> dict[str, str]:
 
 def unchunk(body: bytes) -> bytes:
     """The body without chunk framing. Not chunked after all: unchanged. Framing that breaks off: what came before."""
-    parts = []
+    parts: list[bytes] = []
     position = 0
     while m := CHUNK_SIZE.match(body, position):
         size = int(m[1], 16)
@@ -114,7 +114,8 @@ def unpack(body: bytes, coding: str, limit: int) -> bytes:
 
 def _inflate(body: bytes, wbits: int, limit: int) -> bytes:
     decompressor = zlib.decompressobj(wbits=wbits)
-    parts, size, data = [], 0, body
+    parts: list[bytes] = []
+    size, data = 0, body
     while data and size <= limit and not decompressor.eof:
         try:
             out = decompressor.decompress(data[: 64 << 10], limit + 1 - size)
@@ -129,7 +130,8 @@ def _inflate(body: bytes, wbits: int, limit: int) -> bytes:
 
 
 def _read_to_limit(read: Callable[[int], bytes], limit: int, coding: str) -> bytes:
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while size <= limit:
         try:
             chunk = read(min(1 << 16, limit + 1 - size))

@@ -1,7 +1,7 @@
 """JSONL to raw records: one object a line, plain (by byte ranges) or compressed.
 
-A line belongs to the range in which its first byte lies. The payload is the object; the origin's offset and length are those
-of the line, in the decompressed stream where the file is compressed.
+A line belongs to the range in which its first byte lies. The payload is the object; the origin's offset and length
+are those of the line, in the decompressed stream where the file is compressed.
 """
 
 import json

@@ -5,6 +5,7 @@ group that is still too large is cut after its path of the smallest hash, again 
 the group it falls into, where counting to 512 would shift every group behind it.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Folder:
     def __init__(self, path: str) -> None:
         self.path = path
         self.fs, full = fsspec.core.url_to_fs(path)
+        if "file" in self.fs.protocol:
+            full = os.path.abspath(full)  # `find` answers without '..', so the root must not hold any
         self.pattern: str | None = None
         if MAGIC.search(full):
             cut = full.rfind("/", 0, MAGIC.search(full).start())  # type: ignore[union-attr]
@@ -58,7 +61,8 @@ class Folder:
             self.root = full.rstrip("/")
 
     def inputs(self, globs: Sequence[str]) -> list[Input]:
-        """Matching files sorted by relative path. A path that is a file or glob is taken as it is, whatever `globs` say."""
+        """Matching files sorted by relative path. A path that is a file or glob is taken as it is, whatever `globs`
+        say."""
         wanted = [re.compile(glob_translate(g)) for g in ([self.pattern] if self.pattern else globs)]
         found = []
         for full, info in self._find().items():

@@ -1,8 +1,8 @@
 """A compressed file as one stream that knows where its members lie.
 
-gz, zst, bz2 and xz files are chains of independently compressed members. `MemberStream` gives the decompressed bytes, the
-stored offset of the member at any position, and after a damaged member goes on at the next one. gzip.GzipFile hides the
-offsets, stops at the first damage; fastwarc ends silently when a member is torn within its header.
+gz, zst, bz2 and xz files are chains of independently compressed members. `MemberStream` gives the decompressed bytes,
+the stored offset of the member at any position, and after a damaged member goes on at the next one. gzip.GzipFile
+hides the offsets, stops at the first damage; fastwarc ends silently when a member is torn within its header.
 """
 
 import bz2
@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-# Input bytes fed at once, so that a bomb unpacks to tens of megabytes before the reader's own limits see it: deflate packs
-# 1:1,032, the others far tighter.
+# Input bytes fed at once, so that a bomb unpacks to tens of megabytes before the reader's own limits see it: deflate
+# packs 1:1,032, the others far tighter.
 FEED = {"gz": 16 << 10, "zst": 1 << 10, "bz2": 2 << 10, "xz": 2 << 10}
 MAGIC = {
     "gz": b"\x1f\x8b\x08",
@@ -51,7 +51,7 @@ class MemberStream:
 
     def __init__(self, file: BinaryIO, at: int = 0) -> None:
         """`at` is where an uncompressed file is entered; positions still count from its beginning."""
-        self._file = file
+        self._file: Any = file
         self.packing = packing(self._file.read(8)) if at == 0 else None
         self._file.seek(at)
         if self.packing == "lz4":

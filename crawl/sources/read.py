@@ -1,11 +1,12 @@
 """The functions that ingest calls, the same for all kinds of source.
 
-`units` cuts a source into work, `records` reads a unit and survives broken input, `parse` makes one record a document and may
-raise, `input_digest` hashes a unit's input for the identity of the run. A vanished file or a refused access is no bad record:
-such an OSError is raised by all of them.
+`units` cuts a source into work, `records` reads a unit and survives broken input, `parse` makes one record a document
+and may raise, `input_digest` hashes a unit's input for the identity of the run. A vanished file or a refused access
+is no bad record: such an OSError is raised by all of them.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -16,12 +17,11 @@ from core.hashing import CHUNK_BYTES
 from core.records import Dropped, Failed, Found, Origin, Raw
 from crawl.extract import extract
 from crawl.sources.config import (
-    CrawlSource,
     DatatroveSource,
     FilesSource,
     JsonlSource,
     ParquetSource,
-    Source,
+    Stored,
     WarcSource,
 )
 from crawl.sources.jsonl import parse_row, read_jsonl
@@ -42,8 +42,9 @@ SUFFIX_TYPES = {
 }
 
 
-def units(source: Source) -> list[Unit]:
-    """The work of a source, sorted by path; ConfigError where it has none. Same files, same units, in any listing order."""
+def units(source: Stored) -> list[Unit]:
+    """The work of a source, sorted by path; ConfigError where it has none. Same files, same units, in any listing
+    order."""
     if isinstance(source, DatatroveSource):
         files = [Input(path, size) for path, size in datatrove_files(source)]
         return [whole(f) for f in files] or [Unit(unit_name(source.reader), Piece(()))]
@@ -58,7 +59,7 @@ def units(source: Source) -> list[Unit]:
     return [whole(f) for f in files]
 
 
-def records(source: Source, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
+def records(source: Stored, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
     """The records of a unit in file order. Broken input gives Failed, never an exception."""
     piece: Piece = unit.payload
     if isinstance(source, DatatroveSource):
@@ -78,9 +79,9 @@ def records(source: Source, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
             yield from read_warc(f, piece.paths[0], source.types, source.limits.record_bytes)
 
 
-def parse(source: Source, raw: Raw) -> Found | Dropped:
+def parse(source: Stored, raw: Raw) -> Found | Dropped:
     """The document in a record. May raise InputError or what a parser raises: that costs this record only."""
-    if isinstance(source, WarcSource | CrawlSource | FilesSource):
+    if isinstance(source, WarcSource | FilesSource):
         return extract(raw, source.limits, source.document_kind, source.license)
     if isinstance(source, DatatroveSource):
         row: dict[str, Any] = {**raw.payload["metadata"], "source_id": raw.payload["id"], "text": raw.payload["text"]}
@@ -92,7 +93,7 @@ def parse(source: Source, raw: Raw) -> Found | Dropped:
     return replace(found, kind=source.document_kind or found.kind, license=source.license, fetched_at=raw.fetched_at)
 
 
-def input_digest(source: Source, unit: Unit) -> str:
+def input_digest(source: Stored, unit: Unit) -> str:
     """xxh3_128 of the bytes that the unit reads: its files with their relative paths, or its range of one file."""
     piece: Piece = unit.payload
     h = xxhash.xxh3_128()
@@ -143,15 +144,13 @@ def _jsonl_units(folder: Folder, file: Input) -> list[Unit]:
 
 
 def _parquet_units(folder: Folder, files: list[Input], source: ParquetSource) -> list[Unit]:
-    """Runs of row groups of large files. Footers of small files are left to `records`, but for the first one's columns."""
+    """Runs of row groups of large files. Footers of small files are left to `records`, but for the first one's
+    columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with folder.open(files[0].path) as f:
-        try:
-            check_columns(pq.read_schema(f), source, files[0].path)
-        except pa.ArrowInvalid:
-            pass  # not Parquet: `records` counts it
+    with folder.open(files[0].path) as f, suppress(pa.ArrowInvalid):  # not Parquet: `records` counts it
+        check_columns(pq.read_schema(f), source, files[0].path)
     done = []
     for file in files:
         runs = []

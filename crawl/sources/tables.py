@@ -1,7 +1,7 @@
 """Parquet files and datatrove readers to raw records whose payload is a row.
 
-Rows have no byte offset: the origin's offset is the number of the row in its file (Parquet) or of the document as the reader
-counts them (datatrove), its length null.
+Rows have no byte offset: the origin's offset is the number of the row in its file (Parquet) or of the document as the
+reader counts them (datatrove), its length null.
 """
 
 import importlib
@@ -30,7 +30,8 @@ def check_columns(schema: pa.Schema, source: ParquetSource, path: str) -> None:
     missing = [c for c in wanted_columns(source) if c not in schema.names]
     if missing:
         raise ConfigError(
-            f"source: {path} lacks columns {missing}, got {schema.names}; name existing ones in `text`, `url`, `id`, `metadata`"
+            f"source: {path} lacks columns {missing}, got {schema.names}; "
+            "name existing ones in `text`, `url`, `id`, `metadata`"
         )
     kind = schema.field(source.text).type
     if pa.types.is_dictionary(kind):

@@ -1,16 +1,16 @@
 """WARC and ARC files to raw records, surviving what real archives hold.
 
-Out, in file order: `Raw` for each document-like record (payload: body bytes, HTTP coding undone), `Dropped` for content that is
-rightly no document ('http_status', 'record_type', 'too_large'), `Failed` for what cannot be read. Requests, warcinfo and
-metadata records are not content and are passed over. Garbage or damage costs one `Failed('torn_record')` at its offset, then
-reading goes on at the next record or member.
+Out, in file order: `Raw` for each document-like record (payload: body bytes, HTTP coding undone), `Dropped` for
+content that is rightly no document ('http_status', 'record_type', 'too_large'), `Failed` for what cannot be read.
+Requests, warcinfo and metadata records are not content and are passed over. Garbage or damage costs one
+`Failed('torn_record')` at its offset, then reading goes on at the next record or member.
 
-The origin's offset and length are those of the compressed member that holds the record; in a file that is one big member (or
-plain), they are positions in the decompressed stream.
+The origin's offset and length are those of the compressed member that holds the record; in a file that is one big
+member (or plain), they are positions in the decompressed stream.
 
-Framing is our own. fastwarc 2.0.1 reads faster (zlib-bound either way, and extraction is forty times slower), but it stops for
-good at the first bad byte, ends silently where a member is torn within its header, takes a record without Content-Length
-for an empty one, gives all records of a single-member file one position, and does not know ARC.
+Framing is our own. fastwarc 2.0.1 reads faster (zlib-bound either way, and extraction is forty times slower), but it
+stops for good at the first bad byte, ends silently where a member is torn within its header, takes a record without
+Content-Length for an empty one, gives all records of a single-member file one position, and does not know ARC.
 """
 
 import re
@@ -144,6 +144,7 @@ def _arc_head(stream: MemberStream, line: bytes) -> Head:
     """An ARC record's one line, as the WARC header it would have. `filedesc:` is the file's own description."""
     m = ARC_LINE_V2.match(line) or ARC_LINE.match(line)
     if m is None:
+        stream.back(len(line))  # the next record may begin within this very line
         raise _BadHeadError(f"no WARC or ARC record begins with {line[:40]!r}")
     url, stamp, declared = m[1].decode("utf-8", "replace"), m[3].decode(), m[4].decode("latin-1")
     if url.startswith("filedesc:"):
@@ -168,14 +169,16 @@ def _resync(stream: MemberStream) -> bool:
 
 
 def _origin(stream: MemberStream, path: str, start: int) -> Origin:
-    """Stored offset and length: of the member where the record is one, else of the record in the decompressed stream."""
+    """Stored offset and length: of the member where the record is one, else of the record in the decompressed
+    stream."""
     end = stream.tell()
     if stream.begins_member(start):
         tail = _peek_tail(stream)
         stream.skip(len(tail) - len(tail.lstrip(b"\r\n")))
         if (after := stream.member_end()) is not None:
-            return Origin(path, stream.stored_offset(start), after - stream.stored_offset(start))
-    return Origin(path, stream.stored_offset(start), end - start)
+            at = stream.stored_offset(start)
+            return Origin(path, at, after - at)
+    return Origin(path, start, end - start)
 
 
 def _peek_tail(stream: MemberStream) -> bytes:

@@ -22,10 +22,15 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 LAST_WITHOUT_TRAINING = "mix"
 
 
-def prepare(folder: Path, resolver: dict[str, str]) -> Path:
-    """Write what the pipeline reads. Returns the path of the pipeline file. A file whose content stands is not touched."""
-    if not TEMPLATE.exists():
-        raise ConfigError(f"demo: no template, got {TEMPLATE}; run from a clone of the repository")
+def template_text(path: Path = TEMPLATE) -> str:
+    """The pipeline file's template. ConfigError where it is not: a package installed without its clone."""
+    if not path.exists():
+        raise ConfigError(f"demo: no template, got {path}; run from a clone of the repository")
+    return path.read_text(encoding="utf-8")
+
+
+def prepare(folder: Path, resolver: dict[str, str], template: str) -> Path:
+    """Write what the pipeline reads and return the pipeline file. A file whose content stands is not touched."""
     seeds = []
     for host in sorted(resolver):
         seeds.append(f"http://{host}/")
@@ -34,7 +39,7 @@ def prepare(folder: Path, resolver: dict[str, str]) -> Path:
     pipeline = folder / "pipeline.yaml"
     _write(folder / "seeds.txt", "\n".join(seeds) + "\n")
     _write(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
-    _write(pipeline, TEMPLATE.read_text(encoding="utf-8"))
+    _write(pipeline, template)
     return pipeline
 
 
@@ -54,12 +59,13 @@ def command(pipeline: Path, train: bool) -> list[str]:
 
 def demo(folder: Path, large: bool, train: bool) -> int:
     """The whole demo; the pipeline's exit status."""
+    template = template_text()  # before the first download
     folder = folder.resolve()
     manifest = build(folder / "corpus", large, print)
     print(summary(manifest))
     with serve(folder / "corpus" / "hosts") as (port, resolver):
         print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
-        pipeline = prepare(folder, resolver)
+        pipeline = prepare(folder, resolver, template)
         environment = os.environ | {"DEMO_FOLDER": str(folder)}
         done = subprocess.run(command(pipeline, train), env=environment, check=False)
     if done.returncode == 0:

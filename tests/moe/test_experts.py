@@ -1,6 +1,7 @@
 """Router against numbers worked out by hand; experts against the plain definition."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_weights_stay_finite_when_all_scores_underflow(config: ModelConfig) -> N
 
 
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
-def test_output_is_the_weighted_sum_of_experts(config: ModelConfig, backend: str) -> None:
+def test_output_is_the_weighted_sum_of_experts(config: ModelConfig, backend: Literal["grouped", "loop"]) -> None:
     moe = _moe(dataclasses.replace(config, experts_backend=backend))
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     chosen, weight = moe.route(x.flatten(0, 1))
@@ -77,8 +78,9 @@ def test_output_is_the_weighted_sum_of_experts(config: ModelConfig, backend: str
 @pytest.mark.parametrize("crowded", [False, True], ids=["spread", "experts without tokens"])
 def test_loop_and_grouped_give_the_same_bits(config: ModelConfig, crowded: bool) -> None:
     x = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(2))
+    backends: tuple[Literal["grouped", "loop"], ...] = ("grouped", "loop")
     results = []
-    for backend in ("grouped", "loop"):
+    for backend in backends:
         moe = _moe(dataclasses.replace(config, experts_backend=backend))
         if crowded:
             moe.router_bias.copy_(torch.tensor([0.0, 9.0, 0.0, 9.0]))

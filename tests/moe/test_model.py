@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_no_token_sees_a_later_one(model_config: ModelConfig) -> None:
 @pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 20), tuple(range(21))], ids=["at once", "two parts", "one by one"])
 def test_cached_decode_equals_the_full_forward(model_config: ModelConfig, cuts: tuple[int, ...]) -> None:
     model, tokens, cache = Decoder(model_config).eval(), _tokens(2, 20), KVCache()
-    parts = [model(tokens[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
     assert cache.length == 20
 

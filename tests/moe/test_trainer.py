@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from pathlib import Path
 from moe.config import from_json
 from moe.trainer import train
 from tests.moe.conftest import counting_source
-train(from_json(json.loads(sys.argv[1])), counting_source(), Path(sys.argv[2]), lambda row: print(row["step"], flush=True))
+config, folder = from_json(json.loads(sys.argv[1])), Path(sys.argv[2])
+train(config, counting_source(), folder, lambda row: print(row["step"], flush=True))
 """
 
 
@@ -91,7 +91,7 @@ def test_same_seed_same_bytes(
 def test_resume_after_kill_9(
     train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Killed in step 3 (before the first periodic checkpoint) and in step 8 (between two), by the kernel, in another process."""
+    """Killed by the kernel in another process: after step 3, before the first periodic checkpoint, and after step 8."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(train_config)), str(folder)]
     for stop in (3, 8):
@@ -108,25 +108,46 @@ def test_resume_after_kill_9(
     _assert_equal_runs(folder, undisturbed)
 
 
-def test_resume_after_kill_9_at_any_moment(
-    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+def test_resume_after_a_kill_at_each_file_operation(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
 ) -> None:
-    """Checkpoints at every step, and a kill at moments of no known phase: most fall into the writing of one."""
-    config = dataclasses.replace(train_config, checkpoint_steps=1, keep=1)
-    folder = tmp_path / "killed"
-    for round_ in range(int(os.environ.get("STEPWELL_SOAK", "6"))):
-        child = os.fork()
-        if child == 0:
-            try:
-                train(config, source, folder)
-            finally:
-                os._exit(0)
-        time.sleep(0.02 + 0.013 * round_)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    train(config, source, folder)
-    _assert_equal_runs(folder, undisturbed)
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000012"]
+    """A forked child kills itself at its n-th open, mkdir, rename or removal; n grows until it outlives the run.
+
+    Every third operation, every one under STEPWELL_SOAK.
+    """
+    config = dataclasses.replace(train_config, steps=2, checkpoint_steps=1, keep=1)
+    train(config, source, tmp_path / "undisturbed")
+    stride, operation = (1 if "STEPWELL_SOAK" in os.environ else 3), 1
+    while _killed_at(operation, config, source, folder := tmp_path / f"killed-{operation}"):
+        train(config, source, folder)
+        _assert_equal_runs(folder, tmp_path / "undisturbed")
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+        operation += stride
+    assert operation > 30, "three checkpoints of four files each, and the pointer"
+
+
+def _killed_at(operation: int, config: TrainConfig, source: ArrayTokenSource, folder: Path) -> bool:
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal count
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(folder) in str(arguments):
+                count += 1
+                if count == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        code = 1
+        try:
+            train(config, source, folder)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
 
 
 def _environment() -> dict[str, str]:
@@ -244,6 +265,16 @@ def test_lost_metrics_are_noticed(train_config: TrainConfig, source: ArrayTokenS
     (undisturbed / METRICS).write_text("")
     with pytest.raises(StageError, match="lost rows, got 0, expected 12"):
         train(train_config, source, undisturbed)
+
+
+def test_a_lost_pointer_is_not_a_fresh_run(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    (undisturbed / checkpoint.LATEST).unlink()
+    before = _tree(undisturbed)
+    with pytest.raises(StageError, match="latest is missing, got step-00000012"):
+        train(train_config, source, undisturbed)
+    assert _tree(undisturbed) == before
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

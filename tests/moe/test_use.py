@@ -74,10 +74,8 @@ def test_generate_stops_at_eos_and_at_its_limits() -> None:
     assert len(list(generate(model, [1, 2], max_tokens=5, seed=1))) <= 5
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits: greedy takes token 0
-    assert list(generate(model, [1, 2], max_tokens=5, temperature=0)) == [0] * 5
+    assert list(generate(model, [1, 2], max_tokens=8, temperature=0)) == [0] * 5
     assert list(generate(model, [1] * 60, temperature=0)) == [0] * 4, "EOS, 60 and all but the last new token fill 64"
-    with torch.no_grad():
-        model.model["norm"].weight.fill_(-1.0)  # gain 0: the state is 0 whatever came before
     eos_first = Decoder(dataclasses.replace(config, eos=0)).eval()
     with torch.no_grad():
         eos_first.lm_head.weight.zero_()
@@ -143,8 +141,9 @@ def test_sampling(temperature: float, top_k: int | None, top_p: float, expected:
 
 @pytest.fixture
 def text_run(tmp_path: Path) -> tuple[Path, Tokenizer]:
-    """A run on a short real text: the Apache licence that this repository carries."""
-    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
+    """A run that has learnt the three paragraphs by heart with which this repository's licence ends."""
+    licence = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
+    paragraphs = [" ".join(p.split()) for p in licence.strip().split("\n\n")[-3:]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -154,17 +153,17 @@ def text_run(tmp_path: Path) -> tuple[Path, Tokenizer]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.train_from_iterator(paragraphs, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ids = [np.array([*tokenizer.encode(p).ids, 0]) for p in text.split("\n\n")]
+    ids = [np.array([*tokenizer.encode(p).ids, 0]) for p in paragraphs]
     source = ArrayTokenSource(
-        ids, vocab_size=400, eos=0, text_bytes=[len(p.encode()) for p in text.split("\n\n")], domains=("licence",)
+        ids, vocab_size=400, eos=0, text_bytes=[len(p.encode()) for p in paragraphs], domains=("licence",)
     )
     config = TrainConfig(
         model=preset("ci", vocab_size=400, eos=0),
         optim=OptimConfig(lr=1e-2, warmup_steps=5),
-        steps=120,
-        rows=8,
+        steps=100,
+        rows=2,
         repeat=True,
         threads=1,
         tokenizer=str(tmp_path / "tokenizer.json"),
@@ -176,9 +175,9 @@ def text_run(tmp_path: Path) -> tuple[Path, Tokenizer]:
 def test_text_is_continued(text_run: tuple[Path, Tokenizer]) -> None:
     folder, _ = text_run
     (tokenizer_json := folder.parent / "tokenizer.json").unlink()
-    answer = generate_text(folder, "Unless required by applicable", max_tokens=12, temperature=0)
-    assert answer.startswith(" law or agreed to in writing")
-    assert read_metrics(folder)[-1]["loss"] < 2.0
+    answer = generate_text(folder, "Unless required by applicable", max_tokens=8, temperature=0)
+    assert answer.startswith(" law or agreed")
+    assert read_metrics(folder)[-1]["loss"] < 0.5
     assert generate_text(folder, "Licensé 許 \x00", max_tokens=3, temperature=0) is not None
     tokenizer_json.write_text("{}")
     (folder / "tokenizer.json").write_text("{}")

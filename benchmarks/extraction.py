@@ -1,0 +1,128 @@
+"""Extraction quality and speed beside its two parts: resiliparse alone, trafilatura (fast) alone, and the router.
+
+    python benchmarks/extraction.py ../shared/data
+
+The folder holds `web-pages` (html/*.html.gz, ground-truth/*.json.gz with main text and snippets) and `web-snippets`
+(html/*.gz, evaldata.json with snippets). F1 is over words as a bag, mean over pages; `with` is the share of must-have
+snippets found, `without` the share of must-not snippets found (lower is better). Speed is pages a CPU second of
+one process, all three in one run over the same decoded pages, libraries loaded before. The doubt threshold was chosen on
+`web-pages`; `--half even|odd` measures on every second page, so that a threshold can be chosen on one half
+and reported on the other.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resiliparse.parse.html import HTMLTree
+
+from crawl.extract.html import careful_text, main_text, read_page
+from crawl.extract.sniff import decode
+
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One page: HTML, gold main text (None where there are snippets only), snippets that must and must not appear."""
+
+    html: str
+    gold: str | None
+    wanted: Sequence[str]
+    unwanted: Sequence[str]
+    page_type: str
+
+
+def word_f1(text: str, gold: str) -> float:
+    """F1 of two bags of lower-case words; 1 where both are empty."""
+    a, b = Counter(WORD.findall(text.lower())), Counter(WORD.findall(gold.lower()))
+    if not a and not b:
+        return 1.0
+    return 2 * (a & b).total() / (a.total() + b.total())
+
+
+def found_fraction(texts: Sequence[str], snippets: Sequence[Sequence[str]]) -> float:
+    """Share of snippets that stand in their page's text, white space aside."""
+    found = total = 0
+    for text, wanted in zip(texts, snippets, strict=True):
+        flat = " ".join(text.split())
+        total += len(wanted)
+        found += sum(" ".join(s.split()) in flat for s in wanted)
+    return found / total if total else 0.0
+
+
+def load_pages(folder: Path) -> list[Sample]:
+    samples = []
+    for path in sorted((folder / "ground-truth").glob("*.json.gz")):
+        entry = json.loads(gzip.decompress(path.read_bytes()))
+        truth = entry["ground_truth"]
+        html = gzip.decompress((folder / "html" / path.name.replace(".json.gz", ".html.gz")).read_bytes())
+        kind = entry["_internal"]["page_type"]["primary"]
+        wanted, unwanted = truth.get("with") or [], truth.get("without") or []
+        samples.append(Sample(decode(html).text, truth.get("main_content") or "", wanted, unwanted, kind))
+    return samples
+
+
+def load_snippets(folder: Path) -> list[Sample]:
+    entries = json.loads((folder / "evaldata.json").read_text(encoding="utf-8")).values()
+    samples = []
+    for entry in entries:
+        html = decode(gzip.decompress((folder / "html" / f"{entry['file']}.gz").read_bytes())).text
+        samples.append(Sample(html, None, entry.get("with") or [], entry.get("without") or [], "snippets"))
+    return samples
+
+
+def routed(samples: Sequence[Sample]) -> Counter[str]:
+    """How many pages each extractor and reason answered."""
+    counts: Counter[str] = Counter()
+    for s in samples:
+        page = read_page(s.html)
+        counts["asked trafilatura" if page.reason.startswith("main_share") else "default"] += 1
+        counts[f"answered by {page.extractor}"] += 1
+    return counts
+
+
+def measure(name: str, fn: Callable[[str], str], samples: Sequence[Sample]) -> str:
+    """One line of the table."""
+    fn(samples[0].html)
+    start = time.process_time()
+    texts = [fn(s.html) for s in samples]
+    speed = len(samples) / (time.process_time() - start)
+    scores = [word_f1(t, s.gold) for t, s in zip(texts, samples, strict=True) if s.gold is not None]
+    f1 = f"{sum(scores) / len(scores):.4f}" if scores else "     -"
+    wanted = found_fraction(texts, [s.wanted for s in samples])
+    unwanted = found_fraction(texts, [s.unwanted for s in samples])
+    by_type: dict[str, list[float]] = {}
+    for t, s in zip(texts, samples, strict=True):
+        if s.gold is not None:
+            by_type.setdefault(s.page_type, []).append(word_f1(t, s.gold))
+    types = "  ".join(f"{k} {sum(v) / len(v):.2f}" for k, v in sorted(by_type.items()))
+    return f"{name:22} {f1:>7} {wanted:7.3f} {unwanted:8.3f} {speed:8.1f}  {types}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder that holds web-pages and web-snippets")
+    parser.add_argument("--half", choices=("even", "odd"), help="measure on every second page only")
+    args = parser.parse_args()
+    step = slice(None) if args.half is None else slice(0 if args.half == "even" else 1, None, 2)
+    for title, samples in (
+        ("web-pages", load_pages(args.data / "web-pages")[step]),
+        ("web-snippets", load_snippets(args.data / "web-snippets")[step]),
+    ):
+        print(f"{title}: {len(samples)} pages")
+        print(f"{'extractor':22} {'F1':>7} {'with':>7} {'without':>8} {'pages/s':>8}  F1 by page type")
+        print(measure("resiliparse", lambda html: main_text(HTMLTree.parse(html)), samples))
+        print(measure("trafilatura fast", careful_text, samples))
+        print(measure("router", lambda html: read_page(html).text, samples))
+        print(" ", dict(sorted(routed(samples).items())))
+
+
+if __name__ == "__main__":
+    main()

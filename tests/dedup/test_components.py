@@ -1,0 +1,66 @@
+"""Components against a walk over the graph, their ceiling, and the election of survivors."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import StageError
+from dedup.components import check_ceiling, components
+from dedup.survivors import elect
+
+GRAPHS = st.integers(2, 25).flatmap(
+    lambda n: st.tuples(
+        st.just(n),
+        st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda e: e[0] != e[1]), min_size=1),
+    )
+)
+
+
+@given(GRAPHS, st.randoms(use_true_random=False))
+def test_components_equal_a_walk(graph, random):
+    n, pairs = graph
+    keys = np.array(random.sample(range(10**12), n))
+    ids = np.array([f"{random.getrandbits(128):032x}".encode() for _ in range(n)])
+    copies = np.array([random.randint(1, 5) for _ in range(n)])
+    a, b = (np.array(ends) for ends in zip(*pairs, strict=True))
+    ends = np.concatenate([a, b])
+    found = components(keys[a], keys[b], keys[ends], ids[ends], copies[ends])
+    reach = {i: {i} for i in set(ends.tolist())}
+    for _ in range(n):
+        for i, j in pairs:
+            reach[i] |= reach[j]
+            reach[j] |= reach[i]
+    assert found.key.tolist() == sorted(keys[list(reach)].tolist())
+    for key, label, docs, nodes in zip(*found, strict=True):
+        members = sorted(reach[keys.tolist().index(key)])
+        assert (label, docs, nodes) == (min(ids[members]), copies[members].sum(), len(members))
+
+
+def test_ceiling_is_named():
+    check_ceiling("minhash", 10, 10)
+    with pytest.raises(StageError, match="got 11, expected at most 10"):
+        check_ceiling("minhash", 11, 10)
+
+
+def test_chain_keeps_both_ends():
+    """A ~ B ~ C: B falls to A, C stays, as it is like nobody who stays."""
+    a, b = np.array([0, 1]), np.array([1, 2])
+    assert elect(a, b, np.array([0, 1, 2])).tolist() == [-1, 0, -1]
+    assert elect(a, b, np.array([1, 0, 2])).tolist() == [1, -1, 1]
+
+
+@given(GRAPHS, st.randoms(use_true_random=False))
+def test_every_fallen_row_has_an_edge_to_one_that_stays(graph, random):
+    n, pairs = graph
+    rank = np.array(random.sample(range(n), n))
+    a, b = (np.array(ends) for ends in zip(*pairs, strict=True))
+    survivor = elect(a, b, rank)
+    edges = {frozenset(p) for p in pairs}
+    for node, to in enumerate(survivor.tolist()):
+        if to >= 0:
+            assert frozenset((node, to)) in edges
+            assert survivor[to] == -1
+            assert rank[to] < rank[node]
+    stay = np.flatnonzero(survivor < 0).tolist()
+    assert not any(frozenset((i, j)) in edges for i in stay for j in stay if i != j)
