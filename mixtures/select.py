@@ -27,6 +27,7 @@ from core.engines.contract import Frame, Note, Report, Unit
 from core.hashing import digest
 from core.job import Job, Outcome, total
 from core.layer import committed, layer_output, layer_schema, write_layer
+from core.manifest import read_manifest
 from core.predicate import Predicate
 from core.rows import dataset_of, pack
 from core.schema import FATE, TEXT
@@ -162,6 +163,7 @@ class Judge:
                 pa.list_(pa.float64())
             ),
             nothing,
+            pa.nulls(shard.rows, pa.float32()),
         ]
         yield pa.RecordBatch.from_arrays(arrays, schema=CANDIDATES).filter(pa.array(live))
 
@@ -240,15 +242,22 @@ def _write_duplicates(job: Job, judge: Judge, outcome: Outcome) -> None:
     frames: list[Frame] = [rows]
     if "minhash" in job.config.duplicates:
         frames.append(edges_frame(job))
+    decide = partial(elect, threshold=_threshold(job))
     losers = job.engine.persist(
         job.engine.shuffle(
-            frames, ["group"], elect, LOSERS, order=["node", "other", "doc_id"], label=f"{job.instance}: elect"
+            frames, ["group"], decide, LOSERS, order=["node", "other", "doc_id"], label=f"{job.instance}: elect"
         )
     )
     layer = duplicates_layer(job.instance)
     for dataset in job.datasets:
         mine = job.engine.map(losers, partial(_of_dataset, dataset.ordinal), LOSERS, f"{job.instance}: {dataset.name}")
         outcome.layers[dataset.name, layer] = job.align(mine, dataset, layer, SURVIVORS)
+
+
+def _threshold(job: Job) -> float:
+    """The least Jaccard of the edges that `minhash` left."""
+    manifest = read_manifest(job.root, "minhash", None) if "minhash" in job.config.duplicates else None
+    return float(manifest.identity.config["jaccard"]) if manifest else 1.0
 
 
 def _of_dataset(ordinal: int, table: pa.Table) -> pa.Table:
