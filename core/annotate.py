@@ -113,6 +113,8 @@ class AnnotateUnits:
         tables: dict[str, list[pa.Table]] = {run.layer: [] for run in todo}
         rejects: dict[str, list[Reject]] = {run.layer: [] for run in todo}
         start = 0
+        for code in set(_states) - {run.code for run in self.runs}:
+            del _states[code]  # models of stages that are over
         for run in todo:
             opened(run)  # a model that cannot be loaded stops the stage; inside a batch it would cost every document
         for batch in self.dataset.read(shard, stored, self.batch_bytes):

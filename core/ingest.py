@@ -58,6 +58,8 @@ class IngestUnits:
         identity = digest([self.code, self.reader.input_digest(unit)])
         done = self.known.get(unit.name)
         if done is not None and done["unit"] == identity and self._published(done):
+            for shard in done["shards"]:
+                self.root.remove(f"{self.staged}/{shard}.parquet")  # from an aborted run on other input
             return Report(unit.name, docs=_rows(done), resumed=True, value=done)
         commit = f"{self.staged}/{unit.name}.json"
         if self.root.exists(commit):
@@ -148,7 +150,6 @@ def ingest(job: Job, reader: Reader, code: str) -> Outcome:
     work = IngestUnits(job.root, reader, code, staged, known)
     reports = job.engine.run_units(work, units, f"{reader.name}: {job.instance}")
     made = {u.name: r.value for u, r in zip(units, reports, strict=True)}
-    _forget_stale(job.root, staged, known, made)
     try:
         check_budget(job.instance, reader.name, sum(m["rejects"] for m in made.values()), _records(made))
     except StageError:
@@ -189,14 +190,6 @@ def check_budget(instance: str, dataset: str, rejects: int, records: int) -> Non
             f"{instance}: {rejects:,} of {records:,} records of {dataset} were rejected, expected at most {budget:,}; "
             f"read datasets/{dataset}/rejects/ for the reasons, mend the cause and run again"
         )
-
-
-def _forget_stale(root: Root, staged: str, known: dict[str, Any], made: dict[str, Any]) -> None:
-    """Remove what an aborted run on other input staged for units that now keep their published shards."""
-    for unit, m in made.items():
-        if m == known.get(unit):
-            for shard in m["shards"]:
-                root.remove(f"{staged}/{shard}.parquet")
 
 
 def _forget_rejecting(root: Root, staged: str, made: dict[str, Any]) -> None:

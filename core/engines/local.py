@@ -233,6 +233,7 @@ def _reduce(
             lost.append(cut_rows)
             for piece in chunks(table, cut.by):
                 yield fn(piece)
+            del table, piece  # before the next share of the partition is read
 
     return write_part(path, results(), schema, lost)
 

@@ -31,16 +31,16 @@ IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
 @dataclass(frozen=True)
 class Part:
-    """One committed file of rows. `cuts[p]` = (run, first batch, batches) triples of partition p, for exchange files."""
+    """One committed file of rows. `cuts[p]` = (first batch, batches) of each run of partition p, for exchange files."""
 
     path: str
     rows: int
     bytes: int
     cut_rows: int = 0
-    cuts: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    cuts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(self.path) as source:
+        with pa.OSFile(self.path) as source:  # mapped pages would count as this worker's memory
             reader = pa.ipc.open_file(source)
             for i in range(reader.num_record_batches):
                 yield reader.get_batch(i)
@@ -48,9 +48,9 @@ class Part:
     def partition(self, p: int) -> Iterator[pa.RecordBatch]:
         if p not in self.cuts:
             return
-        with pa.memory_map(self.path) as source:
+        with pa.OSFile(self.path) as source:  # mapped pages would count as this worker's memory
             reader = pa.ipc.open_file(source)
-            for _, first, count in self.cuts[p]:
+            for first, count in self.cuts[p]:
                 for i in range(first, first + count):
                     yield reader.get_batch(i)
 
@@ -121,22 +121,25 @@ class Cut:
 def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema, cut: Cut, block_bytes: int) -> Part:
     """The map side: one file of sorted runs."""
     rows = size = cut_rows = written = 0
-    cuts: dict[int, list[tuple[int, int, int]]] = {}
+    cuts: dict[int, list[tuple[int, int]]] = {}
     with (
         _whole_file(path) as temporary,
         pa.OSFile(temporary, "wb") as sink,
         pa.ipc.new_file(sink, schema, options=IPC) as out,
     ):
-        for run, block in enumerate(_blocks(batches, schema, block_bytes)):
-            table, lost = prepared(block, cut)
+        blocks = _blocks(batches, schema, block_bytes)
+        while (table := next(blocks, None)) is not None:
+            table, lost = prepared(table, cut)
             cut_rows += lost
             for p, piece in split(table, cut):
                 parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
                 for batch in parts:
                     out.write_batch(batch)
-                cuts.setdefault(p, []).append((run, written, len(parts)))
+                cuts.setdefault(p, []).append((written, len(parts)))
                 written += len(parts)
             rows, size = rows + table.num_rows, size + table.nbytes
+            table = piece = parts = batch = None  # or this block would stay while the next is read
+            pa.default_memory_pool().release_unused()
     return _commit(Part(path, rows, size, cut_rows, cuts))
 
 
@@ -160,9 +163,11 @@ def read_partition(
     """
     passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
-        table = partition_share(parts, p, schema, cut, turn, passes)
-        if table.num_rows:
-            yield prepared(table, cut)
+        sorted_share = prepared(partition_share(parts, p, schema, cut, turn, passes), cut)
+        if sorted_share[0].num_rows:
+            yield sorted_share
+        del sorted_share  # or it would stay while the next one is read
+        pa.default_memory_pool().release_unused()
 
 
 def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
@@ -215,9 +220,12 @@ def _blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: i
     for batch in batches:
         held.append(batch)
         size += batch.nbytes
+        del batch
         if size >= block_bytes:
-            yield pa.Table.from_batches(held, schema)
+            table = pa.Table.from_batches(held, schema).combine_chunks()
             held, size = [], 0
+            yield table
+            del table
     if held:
         yield pa.Table.from_batches(held, schema)
 

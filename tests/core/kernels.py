@@ -4,7 +4,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,9 @@ import pyarrow.compute as pc
 from core.engines.columns import key_starts
 from core.engines.contract import NO_ROW, Note, Report, Unit
 from core.errors import ConfigError, RetryableError, StageError
+from core.hashing import digest
+from core.records import Dropped, Failed, Found, Origin, Raw
+from core.stage import Reject
 
 SUMS = pa.schema([("k", pa.int64()), ("s", pa.large_string()), ("n", pa.int64()), ("sum", pa.int64())])
 
@@ -132,3 +137,82 @@ def killer_rows(unit: Unit, note: Note) -> Report:
     if unit.payload.get("dies_after"):
         os.kill(os.getpid(), signal.SIGKILL)
     return Report(unit.name, docs=len(done), value=done)
+
+
+# Annotate stages
+
+LENGTHS = pa.schema([("chars", pa.int64()), ("label", pa.large_string())])
+FLAGS = pa.schema([("long", pa.bool_())])
+
+
+def lengths(state: object, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[Reject]]:
+    """Does what a text says: `raise`, `reject`, `die`, `hang`; else its length. Whole batches, like a real kernel."""
+    texts = batch.column("text").to_pylist()
+    if "die" in texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hang" in texts:
+        time.sleep(600)
+    if "raise" in texts:
+        raise ValueError("bad \ud800 text" if "surrogate" in texts else "bad text")
+    if "stop" in texts:
+        raise StageError("length: no licence")
+    rejects = [Reject(i, "odd", f"row says {t}") for i, t in enumerate(texts) if t == "reject"]
+    columns = [
+        pa.array([len(t) for t in texts], pa.int64()),
+        pa.array([f"{state}:{t[:3]}" for t in texts], pa.large_string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=LENGTHS), rejects
+
+
+def flags(state: object, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[Reject]]:
+    """Reads the layer of `lengths`: true above 5 characters, null where that layer is null."""
+    if state == "dies" and "die later" in batch.column("text").to_pylist():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pa.RecordBatch.from_arrays([pc.greater(batch.column("length.chars"), 5)], schema=FLAGS), []
+
+
+def too_few(state: object, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[Reject]]:
+    return lengths(state, batch.slice(1))
+
+
+def open_named(config: Any, artifacts: Any) -> str:
+    return str(artifacts["name"])
+
+
+def open_nothing(config: Any, artifacts: Any) -> str:
+    raise FileNotFoundError("model.bin")
+
+
+# Sources for ingest: each unit is a list of (path, text, url); a text may say what goes wrong with it
+
+
+def source_records(unit: Unit) -> Iterator[Raw | Dropped | Failed]:
+    for i, (path, text, url) in enumerate(unit.payload):
+        origin = Origin(path, i * 10, 10)
+        if text == "skip":
+            yield Dropped(origin, "unsupported_type", "image/\ud800", url)
+        elif text == "torn":
+            yield Failed(origin, "torn_record", "it ends \udc80 early")
+        else:
+            yield Raw(origin, text, url)
+
+
+def source_parse(raw: Raw) -> Found | Dropped:
+    if raw.payload == "raise":
+        raise ValueError("no text in \ud800 it")
+    if raw.payload == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if raw.payload == "empty":
+        return Dropped(raw.origin, "empty")
+    if raw.payload == "unordered":
+        return Found(raw.origin, "x", raw.url, "web", metadata={"tags": {"a", "b"}})
+    when = datetime(2024, 5, 1, tzinfo=UTC)
+    return Found(raw.origin, raw.payload, raw.url, "web", fetched_at=when, metadata={"b": 1, "a": date(2024, 5, 1)})
+
+
+def source_digest(unit: Unit) -> str:
+    return digest(unit.payload)
+
+
+def mended_parse(raw: Raw) -> Found:
+    return Found(raw.origin, raw.payload, raw.url, "web")
