@@ -46,7 +46,7 @@ def _names(by: Mapping[str, Counter[str]]) -> Html:
 def _row(name: str, by: Mapping[str, int], total: Counter[str]) -> tuple[str, list[tuple[str, float, str]], str]:
     parts = [(SERIES[s], float(n), f"{name}: {count(n)} {s}") for s, n in by.items() if n]
     n = sum(by.values())
-    return name, parts, f"{count(n)}  {percent(n, total.total())}"
+    return name, parts, f"{count(n)}, {percent(n, total.total())}"
 
 
 def signals(facts: Facts, measures: Measures) -> Html:
@@ -62,7 +62,8 @@ def signals(facts: Facts, measures: Measures) -> Html:
         parts += [tag("h3", None, "Characters in a document"), svg.histogram(_histogram(p, measures), 1100, 200)]
     if others:
         ruled = any(p.thresholds for p in others)
-        note = "Shaded: the side on which a document falls. Lines: the policy's limits." if ruled else ""
+        note = "Lines are the policy's limits; on the shaded side a document falls. " if ruled else ""
+        note += "Heights are square roots, so that tails can be seen."
         parts += [tag("h3", None, "Signals"), span("soft", note), div("panels", *(_panel(p, measures) for p in others))]
     return section("signals", "Lengths and signals", *parts, paragraph(span("soft", "; ".join(means))))
 
@@ -70,10 +71,10 @@ def signals(facts: Facts, measures: Measures) -> Html:
 def _panel(p: Panel, measures: Measures) -> Html:
     words = "; ".join(t.label for t in p.thresholds)
     caption = tag("figcaption", None, tag("b", None, p.column), " ", span("soft", words))
-    return tag("figure", None, caption, svg.histogram(_histogram(p, measures)))
+    return tag("figure", None, caption, svg.histogram(_histogram(p, measures, root=True)))
 
 
-def _histogram(p: Panel, measures: Measures) -> svg.Histogram:
+def _histogram(p: Panel, measures: Measures, root: bool = False) -> svg.Histogram:
     """The panel's picture: logarithmic axes are cut to where there is anything."""
     series = measures.histograms[p.column]
     edges, logarithmic = p.edges, p.edges[-1] > 1e6
@@ -89,7 +90,7 @@ def _histogram(p: Panel, measures: Measures) -> svg.Histogram:
         (SERIES[s], s, counts[first:last]) for s, counts in sorted(series.items(), key=lambda x: x[0] != KEPT)
     )
     open_end = not logarithmic and not p.column.endswith(("fraction", "score"))
-    return svg.Histogram(edges, drawn, _ticks(edges, logarithmic), p.thresholds, open_end)
+    return svg.Histogram(edges, drawn, _ticks(edges, logarithmic), p.thresholds, open_end, root)
 
 
 def _ticks(edges: np.ndarray, logarithmic: bool) -> tuple[float, ...]:

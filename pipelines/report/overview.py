@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from pipelines.report import svg
-from pipelines.report.accounts import REJECTED, Check, Counts, Facts, checks, dropped, drops, levels, tokens
+from pipelines.report.accounts import DUPLICATE, REJECTED, Check, Counts, Facts, checks, dropped, drops, levels, tokens
 from pipelines.report.markup import (
     NOTHING,
     Html,
@@ -26,6 +26,8 @@ from pipelines.report.samples import Dropped, Shown
 
 _LONG_NUMBER = re.compile(r"\d+\.\d{7,}")  # limits are written as the exact value of their float32
 
+_BLANK_LINES = re.compile(r"\s*\n\s*")
+
 
 def headline(facts: Facts, bits: float | None) -> Html:
     """The five numbers, and whether all sums hold."""
@@ -35,7 +37,12 @@ def headline(facts: Facts, bits: float | None) -> Html:
     made = tokens(facts)
     total = sum(made["tokens"].values()) if made else None
     tiles = [
-        ("records read", count(found[0].total) if found else NOTHING, "", "records of the sources"),
+        (
+            "records read",
+            count(found[0].total) if found else NOTHING,
+            "",
+            f"from {len(found[0].left)} sources" if found else "",
+        ),
         ("documents", count(documents) if found else NOTHING, "", f"in {len(facts.datasets)} datasets"),
         (
             "kept",
@@ -184,7 +191,7 @@ def card(d: Shown, note: str = "") -> Html:
     """One document: title, address, what was measured, how its text begins."""
     facts = [d.dataset, f"{count(d.chars)} characters"]
     if d.picked.detail:
-        facts.append(d.picked.detail)
+        facts.append(f"{'stays: ' if d.picked.reason.startswith(DUPLICATE) else ''}{d.picked.detail}")
     if note:
         facts.append(note)
     title = d.title or d.url or "without a title"
@@ -192,8 +199,12 @@ def card(d: Shown, note: str = "") -> Html:
         "article",
         {"class": "doc"},
         tag("h4", {"dir": "auto"}, title),
-        div("meta", *(span("fact", f) for f in facts), link(d.url), tag("code", None, d.picked.doc_id)),
-        tag("p", {"dir": "auto"}, d.preview + ("\N{HORIZONTAL ELLIPSIS}" if d.chars > len(d.preview) else "")),
+        div("meta", *(span("fact", f) for f in facts), link(d.url), tag("code", None, f"id {d.picked.doc_id}")),
+        tag(
+            "p",
+            {"dir": "auto"},
+            _BLANK_LINES.sub("\n", d.preview) + ("\N{HORIZONTAL ELLIPSIS}" if d.chars > len(d.preview) else ""),
+        ),
     )
 
 

@@ -74,16 +74,17 @@ def versions(facts: Facts) -> Html:
                 into.setdefault(name, set()).add(value)
     pythons = {str(d.manifest.observed.get("python")) for d in facts.done}
     config = facts.pipeline.path
-    rows = [
+    left = [
         ["stepwell", _own_version()],
         ["python", ", ".join(sorted(pythons))],
         *([f"library {name}", ", ".join(sorted(v))] for name, v in sorted(libraries.items())),
+    ]
+    right = [
         *([f"stage {name}", ", ".join(sorted(v))] for name, v in stages.items()),
         *([f"content of {name}", ", ".join(sorted(v))] for name, v in sorted(artifacts.items())),
         [f"content of {config.name}", file_digest(config)],
     ]
-    half = (len(rows) + 1) // 2
-    columns = [div("column", table(["what", "version"], part, 2)) for part in (rows[:half], rows[half:])]
+    columns = [div("column", table(["what", "version"], part, 2)) for part in (left, right)]
     text = _PASSWORD.sub("***", config.read_text("utf-8"))
     shown = details(span("name", f"Config {config.name}"), tag("pre", None, text))
     return section("versions", "Versions and config", div("columns", *columns), shown)

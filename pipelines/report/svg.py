@@ -4,7 +4,8 @@ All functions take numbers and plain text and give `Html`; text is escaped by `m
 shrinks with the page and never grows past its own width.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,6 +83,7 @@ class Histogram:
     ticks: tuple[float, ...]
     thresholds: tuple[Threshold, ...] = ()
     open_end: bool = False  # the last bin holds everything above, too
+    root: bool = False  # a bar's height is the square root of its count; its parts keep their shares
 
     def at(self, value: float) -> float:
         """Position of a value on the axis, 0 to 1."""
@@ -93,8 +95,11 @@ def histogram(h: Histogram, width: float = 350, height: float = 132) -> Html:
     left, top, bottom = 36.0, 6.0, 20.0
     inner, floor = width - left - 8, height - bottom
     bins = len(h.edges) - 1
-    most = float(np.sum([counts for _, _, counts in h.series], axis=0).max(initial=0))
-    scale, step = (floor - top) / (most or 1), inner / max(bins, 1)
+    totals = np.sum([counts for _, _, counts in h.series], axis=0, dtype=float)
+    most = float(totals.max(initial=0))
+    step = inner / max(bins, 1)
+    shares = totals / (most or 1)
+    scale = (floor - top) * (np.sqrt(shares) if h.root else shares) / np.maximum(totals, 1)  # pixels a document, by bin
     shapes: list[str] = []
     for t in h.thresholds:
         x = left + inner * h.at(t.value)
@@ -104,10 +109,10 @@ def histogram(h: Histogram, width: float = 350, height: float = 132) -> Html:
     base = np.zeros(bins)
     for kind, name, counts in h.series:
         for i in np.flatnonzero(counts):
-            tall = max(counts[i] * scale, 0.75)
+            tall = max(counts[i] * scale[i], 0.75)
             title = f"{_range(h, int(i))}: {count(counts[i])} {name}"
             shapes.append(
-                rect(left + i * step, floor - base[i] * scale - tall, max(step - 0.6, 0.6), tall, kind, title)
+                rect(left + i * step, floor - base[i] * scale[i] - tall, max(step - 0.6, 0.6), tall, kind, title)
             )
         base = base + counts
     for t in h.thresholds:
@@ -136,23 +141,33 @@ class Curve:
     y: np.ndarray
 
     def thinned(self) -> "Curve":
-        """At most LINE_POINTS points, each the mean of an equal span; what is not finite is left out."""
-        fine = np.isfinite(self.x) & np.isfinite(self.y)
-        x, y = self.x[fine], self.y[fine]
-        if len(x) <= LINE_POINTS:
-            return Curve(self.kind, self.name, x, y)
-        starts = np.linspace(0, len(x), LINE_POINTS, endpoint=False).astype(np.int64)
-        lengths = np.diff(starts, append=len(x))
-        return Curve(self.kind, self.name, np.add.reduceat(x, starts) / lengths, np.add.reduceat(y, starts) / lengths)
+        """At most LINE_POINTS points, each the mean of an equal span. NaN is a gap in the line."""
+        if len(self.x) <= LINE_POINTS:
+            return self
+        starts = np.linspace(0, len(self.x), LINE_POINTS, endpoint=False).astype(np.int64)
+        known = np.isfinite(self.y)
+        lengths, held = np.diff(starts, append=len(self.x)), np.add.reduceat(known, starts, dtype=np.int64)
+        sums = np.add.reduceat(np.where(known, self.y, 0.0), starts)
+        y = np.where(held > 0, sums / np.maximum(held, 1), np.nan)
+        return Curve(self.kind, self.name, np.add.reduceat(self.x, starts) / lengths, y)
+
+    def points(self, at_x: Callable[[float], float], at_y: Callable[[float], float]) -> str:
+        """Path data."""
+        parts, down = [], False
+        for x, y in zip(self.x.tolist(), self.y.tolist(), strict=True):
+            if math.isfinite(y):
+                parts.append(f"{'L' if down else 'M'}{_r(at_x(x))} {_r(at_y(y))}")
+            down = math.isfinite(y)
+        return "".join(parts)
 
 
 def lines(curves: Sequence[Curve], x_name: str, y_name: str, width: float = 720, height: float = 280) -> Html:
     """Curves over shared axes."""
-    drawn = [c for c in (c.thinned() for c in curves) if len(c.x)]
+    drawn = [c for c in (c.thinned() for c in curves) if np.isfinite(c.y).any()]
     if not drawn:
         return Html("")
     left, top, bottom, right = 48.0, 12.0, 34.0, 12.0
-    xs, ys = np.concatenate([c.x for c in drawn]), np.concatenate([c.y for c in drawn])
+    xs, ys = np.concatenate([c.x for c in drawn]), np.concatenate([c.y[np.isfinite(c.y)] for c in drawn])
     x_ticks, y_ticks = nice_ticks(xs.min(), xs.max(), 8), nice_ticks(ys.min(), ys.max(), 5)
     x_low, x_high = xs.min(), max(xs.max(), xs.min() + 1e-9)
     y_low, y_high = min(y_ticks[0], ys.min()), max(y_ticks[-1], ys.max())
@@ -169,8 +184,7 @@ def lines(curves: Sequence[Curve], x_name: str, y_name: str, width: float = 720,
         shapes.append(text(left - 6, at_y(tick) + 4, "end soft", short(tick)))
     shapes += [text(at_x(t), height - bottom + 15, "middle soft", short(t)) for t in x_ticks if x_low <= t <= x_high]
     for c in drawn:
-        points = "L".join(f"{_r(at_x(x))} {_r(at_y(y))}" for x, y in zip(c.x, c.y, strict=True))
-        shapes.append(path(f"M{points}", f"curve {c.kind}", c.name))
+        shapes.append(path(c.points(at_x, at_y), f"curve {c.kind}", c.name))
     shapes.append(text(width - right, height - 4, "end soft", x_name))
     shapes.append(text(left + 4, top + 8, "soft", y_name))
     return picture(width, height, f"{y_name} by {x_name}", *shapes)

@@ -17,7 +17,9 @@ def mixtures(facts: Facts) -> Html:
     """For each phase: shares asked beside shares got, epochs, what is missing."""
     done = facts.of("mix")
     phases = []
-    for phase in done.manifest.outputs if done else ():
+    written = done.manifest.outputs if done else {}
+    asked = [phase for phase in (done.config.phases if done else ()) if phase in written]
+    for phase in [*asked, *sorted(written.keys() - asked)]:
         name = f"mixtures/{phase}/report.json"
         if facts.root.exists(name):
             phases.append(_phase(facts, facts.root.read_json(name)))
@@ -38,11 +40,13 @@ def _phase(facts: Facts, report: dict[str, Any]) -> Html:
             count(c["shortfall_tokens"]) if c.get("shortfall_tokens") else "",
             figure(c["epochs"]) if "epochs" in c else "",
             figure(c["max_epochs"]) if "max_epochs" in c else "",
-            count(c.get("available_tokens")),
+            count(c["available_tokens"]) if "available_tokens" in c else "",
             f"{count(c.get('used_docs'))} of {count(c.get('available_docs'))}",
         ]
         for c in rows
     ]
+    used = [i for i in range(len(head)) if i == 0 or any(row[i] for row in body)]
+    head, body = [head[i] for i in used], [[row[i] for i in used] for row in body]
     bars = svg.bars([bar for i, c in enumerate(rows) for bar in _share_bars(facts, i, c, made)], 760)
     return join([tag("h3", None, report.get("phase", "phase"), " ", span("soft", said)), bars, table(head, body)])
 
@@ -110,8 +114,7 @@ def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
     for i, name in enumerate(domains):
         kind = svg.colour(facts.names.index(name) if name in facts.names else i)
         y = np.array([r.get("domain_loss", {}).get(name, np.nan) for r in rows], float)
-        there = np.isfinite(y)
-        by_domain.append(svg.Curve(kind, name, x[there], smooth(y[there])))
+        by_domain.append(svg.Curve(kind, name, x, smooth(y)))
     left = [tag("h3", None, "Loss"), svg.legend([(c.kind, c.name) for c in curves])]
     right = [tag("h3", None, "Loss by source, running mean"), svg.legend([(c.kind, c.name) for c in by_domain])]
     first = div("column", *left, svg.lines(curves, "tokens", "nats a token", 545, 260))
@@ -120,13 +123,14 @@ def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Mean of each value and those before it, over a span of SMOOTH_FRACTION of all."""
+    """Mean of each value and those before it, over a span of SMOOTH_FRACTION of all; NaN where the span holds none."""
     span_steps = max(1, round(len(y) * SMOOTH_FRACTION))
     sums = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(y), y, 0.0))])
     known = np.concatenate([[0], np.cumsum(np.isfinite(y))])
     start = np.maximum(np.arange(len(y)) + 1 - span_steps, 0)
     end = np.arange(len(y)) + 1
-    return (sums[end] - sums[start]) / np.maximum(known[end] - known[start], 1)
+    held = known[end] - known[start]
+    return np.where(held > 0, (sums[end] - sums[start]) / np.maximum(held, 1), np.nan)
 
 
 def _held_out(facts: Facts, evaluated: dict[str, Any]) -> list[str]:
@@ -137,7 +141,7 @@ def _held_out(facts: Facts, evaluated: dict[str, Any]) -> list[str]:
     for i, (name, d) in enumerate(sorted(held.items())):
         kind = svg.colour(facts.names.index(name) if name in facts.names else i)
         value = d["bpb"] if math.isfinite(d["bpb"]) else 0.0
-        note = f"{figure(d['bpb'], 3)}  {count(d['docs'])} docs"
+        note = f"{figure(d['bpb'], 3)}, {count(d['docs'])} docs"
         rows.append((name, [(kind, value, f"{count(d['tokens'])} tokens, {count(d['bytes'])} bytes")], note))
     return [tag("h3", None, "Held-out bits per byte, by source"), svg.bars(rows, 640)]
 
