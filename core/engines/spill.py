@@ -131,14 +131,16 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         while (table := next(blocks, None)) is not None:
             table, lost = prepared(table, cut)
             cut_rows += lost
-            for p, piece in split(table, cut):
+            rows, size = rows + table.num_rows, size + table.nbytes
+            pieces = split(table, cut)
+            del table  # the pieces are copies, and this block need not stay beside them, nor while the next is read
+            for p, piece in pieces:
                 parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
                 for batch in parts:
                     out.write_batch(batch)
                 cuts.setdefault(p, []).append((written, len(parts)))
                 written += len(parts)
-            rows, size = rows + table.num_rows, size + table.nbytes
-            table = piece = parts = batch = None  # or this block would stay while the next is read
+            pieces = piece = parts = batch = None
             pa.default_memory_pool().release_unused()
     return _commit(Part(path, rows, size, cut_rows, cuts))
 
