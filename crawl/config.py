@@ -60,6 +60,7 @@ class CrawlConfig(BaseModel):
     resolver: dict[str, str] = execution(
         {}, "name or name:port to `address` or `address:port`, asked before the name server"
     )
+    resolver_file: ConfigPath | None = execution(None, "a JSON object that is added to `resolver`")
     concurrency: int = execution(64, "exchanges at once, each to another host")
     ca_file: str | None = execution(None, "PEM file of certificate authorities instead of the system's")
 

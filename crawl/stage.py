@@ -10,6 +10,7 @@ its record.
 """
 
 import asyncio
+import json
 import sqlite3
 import time
 from contextlib import closing
@@ -23,7 +24,7 @@ from core.hashing import file_digest
 from core.job import Job, Outcome
 from core.stage import Kind, Stage, StageConfig
 
-from .addresses import Addresses
+from .addresses import Addresses, parse_entry
 from .config import CrawlConfig
 from .crawler import Crawler, Progress
 from .fetch import Budget, Fetcher, Limits
@@ -122,8 +123,22 @@ def _fetcher(config: CrawlConfig, frontier: Frontier) -> Fetcher:
         config.document_bytes,
     )
     budget = Budget(config.max_bytes - int(frontier.fact("received_bytes")))
-    addresses = Addresses(config.resolver, config.networks)
+    addresses = Addresses(_resolver(config), config.networks)
     return Fetcher(addresses, config.user_agent, limits, budget, config.ca_file)
+
+
+def _resolver(config: CrawlConfig) -> dict[str, str]:
+    if config.resolver_file is None:
+        return config.resolver
+    try:
+        stored = json.loads(Path(config.resolver_file).read_bytes())
+        for entry in stored.values():
+            parse_entry(entry, 80)
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(
+            f"crawl: resolver_file cannot be used, got {e}; expected a JSON object of name: address"
+        ) from e
+    return {**stored, **config.resolver}
 
 
 def _warcinfo(config: CrawlConfig) -> dict[str, str]:

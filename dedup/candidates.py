@@ -8,7 +8,7 @@ Out: wants (`WANTS`): hub int64, block int32, a int64, b int64: rows a and b of 
 A bucket of at most `window` + 1 rows gives all its pairs, so a pair is compared with the probability 1-(1-s^r)^b of theory. In a
 larger bucket each row meets its next `window` rows in the order of `next`, where rows that also agree in the following band lie
 side by side, and the row with the smallest doc_id, the hub. What that misses is a pair of equals among thousands of rows that
-share a band by boilerplate; thirteen other bands with other neighbours each have a chance at it (`tests/dedup/test_recall.py`).
+share a band by boilerplate; thirteen other bands with other neighbours each have a chance at it (`test_recall_survives_a_crowd`).
 
 Pairs travel under their hub: the bands that two near-equal documents share all name the same hub, so each document's shingles
 are moved about once for verification and not once for each band. Blocks bound what is in memory at once. Pairs whose sizes

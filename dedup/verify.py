@@ -25,7 +25,7 @@ NODE = [("doc_id", pa.large_string()), ("copies", pa.int64()), ("size", pa.int32
 VERIFY = pa.schema([("hub", pa.int64()), ("block", pa.int32()), ("a", pa.int64()), ("b", pa.int64()), *NODE])
 EDGES = pa.schema(
     [
-        ("a", pa.large_string()),
+        ("a", pa.large_string()),  # doc_id, the smaller one
         ("b", pa.large_string()),
         ("a_row", pa.int64()),
         ("b_row", pa.int64()),

@@ -17,6 +17,7 @@ from core.engines.contract import Frame, Unit
 from core.job import Job
 from core.schema import TEXT
 from core.storage import Root
+from dedup.minhash import edges_name
 
 # One schema for documents and edges, so that both travel in one shuffle by `group`. An edge has `other` and no `doc_id`.
 CANDIDATES = pa.schema(
@@ -33,14 +34,15 @@ LOSERS = pa.schema([("row", pa.int64()), ("survivor", TEXT), ("through", TEXT)])
 
 
 def edges_frame(job: Job) -> Frame:
-    """The verified pairs of `minhash` as candidates rows."""
-    parts = job.root.read_json("relations/minhash/edges.json")["parts"]
-    units = [Unit(name, name) for name in parts]
+    """The verified pairs of `minhash` as rows of CANDIDATES."""
+    with job.root.parquet(edges_name("minhash")) as f:
+        units = [Unit(str(group), group) for group in range(f.num_row_groups)]
     return job.engine.scan(partial(_scan_edges, job.root), units, CANDIDATES, f"{job.instance}: edges")
 
 
 def _scan_edges(root: Root, unit: Unit) -> Iterator[pa.RecordBatch]:
-    table = root.read_table(f"relations/minhash/{unit.payload}", ["component", "a", "b"])
+    with root.parquet(edges_name("minhash")) as f:
+        table = f.read_row_group(unit.payload, columns=["component", "a", "b"])
     n = table.num_rows
     arrays = [table.column("component"), table.column("a"), pa.nulls(n, TEXT), pa.nulls(n, pa.int64())]
     arrays += [pa.nulls(n, CANDIDATES.field("order").type), table.column("b")]

@@ -12,7 +12,7 @@ import numpy as np
 from core.errors import StageError
 from core.storage import Root
 from mixtures.index_file import Entries, read_index
-from mixtures.token_files import TokenShard, docs_name, open_shard, shard_name
+from mixtures.token_files import AGAIN, TokenShard, docs_name, open_shard, shard_name
 
 MAPPED_SHARDS = 4096  # at a time; Linux allows 65,530 maps a process (vm.max_map_count)
 
@@ -80,7 +80,7 @@ class MixtureSource:
         docs = docs_name(self._tokenizer_name, dataset, name)
         note = self._root.note(docs)
         if note is None:
-            raise StageError(f"mixture {self.phase}: {docs} is missing; run tokenize with --force")
+            raise StageError(f"mixture {self.phase}: {docs} is missing; {AGAIN}")
         if note["tokenizer"] != self.tokenizer:
             raise StageError(
                 f"mixture {self.phase}: {docs} was made by another tokenizer, got {note['tokenizer'][:8]}, "

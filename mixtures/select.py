@@ -284,7 +284,7 @@ def _with_duplicates(fate: pa.Table, duplicates: pa.Table) -> pa.Table:
     new = {
         "keep": pa.array([False] * fate.num_rows),
         "reason": pc.binary_join_element_wise(
-            pa.scalar("duplicate", TEXT), duplicates.column("through"), "_"
+            pa.scalar("duplicate", TEXT), duplicates.column("through"), pa.scalar("_", TEXT)
         ).combine_chunks(),
         "stage": duplicates.column("through").combine_chunks(),
         "detail": survivor,

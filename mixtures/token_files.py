@@ -26,6 +26,7 @@ CODES: dict[np.dtype, int] = {
     np.dtype(np.uint16): 8,
     np.dtype(np.int32): 4,
 }  # those that `optimal_dtype` picks
+AGAIN = "remove manifests/tokenize.json and run tokenize, which makes this shard again"
 UINT16_VOCAB = 65_500  # Megatron's `optimal_dtype`: two bytes below this vocabulary
 
 
@@ -74,7 +75,7 @@ def open_shard(prefix: Path) -> TokenShard:
     try:
         raw, size = index_path.read_bytes(), data_path.stat().st_size
     except FileNotFoundError as e:
-        raise StageError(f"tokens: {e.filename} is missing; run tokenize with --force") from e
+        raise StageError(f"tokens: {e.filename} is missing; {AGAIN}") from e
     dtype, n = _header(index_path, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, dtype="<i4", count=n, offset=at)
@@ -82,7 +83,7 @@ def open_shard(prefix: Path) -> TokenShard:
     expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if size != expected:
         raise StageError(
-            f"tokens: {data_path} is cut short or overwritten, got {size} bytes, expected {expected}; run tokenize with --force"
+            f"tokens: {data_path} is cut short or overwritten, got {size} bytes, expected {expected}; {AGAIN}"
         )
     return TokenShard(np.memmap(data_path, dtype=dtype, mode="r"), pointers // dtype.itemsize, lengths)
 
@@ -95,6 +96,4 @@ def _header(path: Path, raw: bytes) -> tuple[np.dtype, int]:
         whole = HEADER.size + n * (4 + 8) + boundaries * 8
         if magic == MAGIC and version == VERSION and dtype is not None and boundaries == n + 1 and len(raw) == whole:
             return dtype, n
-    raise StageError(
-        f"tokens: {path} is no whole Megatron index, got {len(raw)} bytes that begin {raw[:9]!r}; run tokenize with --force"
-    )
+    raise StageError(f"tokens: {path} is no whole Megatron index, got {len(raw)} bytes that begin {raw[:9]!r}; {AGAIN}")

@@ -3,7 +3,7 @@
 In: documents for which `where` holds, span columns, `models/<tokenizer>`. Out, below `tokens/<tokenizer>/<dataset>/`, for each
 shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` (see `mixtures.token_files`), and `.docs.parquet` with the
 columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
-from the next shard and a new shard of documents tokenises itself only. About 2 MB/s on one core.
+from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ In: documents for which `where` holds, with spans applied. Out: `models/<instanc
 
 Every text round-trips: nothing is normalised and all 256 bytes are in the vocabulary. Training depends on the counts of words
 only, so neither shard order nor threads move a merge (`tests/mixtures/test_tokenizer.py` holds that). Each shard is sampled by
-itself into scratch files, and the driver trains from those: about 2.7 MB/s on one core, memory by the number of distinct words.
+itself into scratch files, and the driver trains from those: 1 to 3 MB/s on one core, memory by the number of distinct words.
 """
 
 import re

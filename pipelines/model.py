@@ -78,7 +78,7 @@ def train(job: Job) -> Outcome:
     )
     with job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance:
         summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1))
-    figures = asdict(summary)
+    figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
     outputs = {"weights": {"content": weights_digest(job.root.local_path(folder)), "folder": folder}}
     accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)

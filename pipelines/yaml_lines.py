@@ -43,13 +43,15 @@ def load(text: str, name: str) -> tuple[Any, Lines]:
 def _build(node: yaml.Node, path: Path, lines: Lines) -> Any:
     lines.at.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
+        own = [str(key.value) for key, _ in node.value]
+        for i, (key_node, _) in enumerate(node.value):
+            if own[i] in own[:i]:
+                line = key_node.start_mark.line + 1
+                lines.problems.append(f"{lines.name}:{line}: {own[i]!r} stands twice; keep one of them")
+        yaml.SafeLoader("").flatten_mapping(node)  # `<<: *anchor`; merged keys come first, so the node's own win
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
-            if key in out:
-                lines.problems.append(
-                    f"{lines.name}:{key_node.start_mark.line + 1}: {key!r} stands twice; keep one of them"
-                )
             lines.at[(*path, key)] = key_node.start_mark.line + 1
             out[key] = _build(value_node, (*path, key), lines)
         return out

@@ -1,6 +1,6 @@
 """`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, server, crawl, every stage, report.
 
-In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `seeds.txt`,
+In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `seeds-*.txt`,
 `resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads DEMO_FOLDER from the
 environment) and the root that the pipeline writes. A second run does the same and every stage finds its work done: the
 port is no part of any stage's identity.
@@ -20,6 +20,7 @@ from pipelines.demo.server import serve
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 LAST_WITHOUT_TRAINING = "mix"
+SOURCES = ("web", "reference", "code")
 
 
 def template_text(path: Path = TEMPLATE) -> str:
@@ -31,16 +32,25 @@ def template_text(path: Path = TEMPLATE) -> str:
 
 def prepare(folder: Path, resolver: dict[str, str], template: str) -> Path:
     """Write what the pipeline reads and return the pipeline file. A file whose content stands is not touched."""
-    seeds = []
+    seeds: dict[str, list[str]] = {source: [] for source in SOURCES}
     for host in sorted(resolver):
-        seeds.append(f"http://{host}/")
+        mine = seeds[source_of(host)]
+        mine.append(f"http://{host}/")
         if (folder / "corpus" / "hosts" / host / "contents.html").exists():
-            seeds.append(f"http://{host}/contents.html")
+            mine.append(f"http://{host}/contents.html")
     pipeline = folder / "pipeline.yaml"
-    _write(folder / "seeds.txt", "\n".join(seeds) + "\n")
+    for source, urls in seeds.items():
+        _write(folder / f"seeds-{source}.txt", "\n".join(urls) + "\n")
     _write(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
     _write(pipeline, template)
     return pipeline
+
+
+def source_of(host: str) -> str:
+    """The pipeline's source that crawls a host: program source, encyclopedias and declarations, or the rest of the web."""
+    if host.startswith("source."):
+        return "code"
+    return "reference" if host.endswith((".encyclopedia.example", ".rights.example")) else "web"
 
 
 def _write(path: Path, text: str) -> None:
@@ -68,9 +78,18 @@ def demo(folder: Path, large: bool, train: bool) -> int:
         pipeline = prepare(folder, resolver, template)
         environment = os.environ | {"DEMO_FOLDER": str(folder)}
         done = subprocess.run(command(pipeline, train), env=environment, check=False)
-    if done.returncode == 0:
-        for report in sorted(folder.rglob("report.html")):
-            print(f"demo: report {report}")
+        if done.returncode == 0:
+            report = [
+                sys.executable,
+                "-m",
+                "pipelines",
+                "report",
+                "-c",
+                str(pipeline),
+                "--out",
+                str(folder / "report.html"),
+            ]
+            done = subprocess.run(report, env=environment, check=False)
     return done.returncode
 
 

@@ -178,6 +178,8 @@ def test_depth_counts_only_elements_that_need_an_end():
     assert guard.depth("<div><p><p><br><b>x</b><script>'<div><div>'</script></div>", stop=99) == 2
     assert not guard.too_deep("<br><p>" * 5_000)
     assert guard.too_deep("<div>" * 600)
+    assert guard.too_deep("<div/>" * 600)
+    assert not guard.too_deep("<svg><path d='M0'/></svg>" + "<svg><use href='#a'/>" * 300)
 
 
 def test_drops_name_their_reason():

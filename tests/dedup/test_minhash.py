@@ -11,6 +11,7 @@ from core.engines.local import LocalEngine
 from core.errors import StageError
 from dedup import exact, minhash
 from dedup.minhash import STAGE
+from dedup.survivors import elect
 
 
 def ids_of(texts: dict[str, list[str]]) -> dict[str, str]:
@@ -46,7 +47,7 @@ def test_recall_on_planted_pairs_lies_in_the_binomial_interval(target, corpus):
 
 
 def test_edges_against_all_pairs(corpus):
-    """2,000 documents in families, every pair measured with Python sets: no edge is wrong, and as many as theory says are found."""
+    """2,000 documents in families, every pair measured with Python sets: no edge is wrong, as many as theory says are found."""
     rng = np.random.default_rng(5)
     texts = set()
     for _ in range(340):
@@ -178,3 +179,21 @@ def test_giant_component_is_warned_about(corpus):
     observed = run(STAGE, OracleEngine(), datasets, exact=None).observed
     assert observed["largest_component_docs"] == 1100
     assert "1,100 of 1,100 documents" in observed["warnings"][0]
+
+
+def test_a_large_cluster_leaves_one_survivor(corpus):
+    """1,500 near-equal documents, each compared with the hub and a few others; every fallen one is truly alike its survivor."""
+    rng = np.random.default_rng(14)
+    base = words(rng, 200)
+    texts = [" ".join([*base, *words(rng, 4)]) for _ in range(1500)]
+    datasets = corpus({"web": texts})
+    run(STAGE, OracleEngine(), datasets, exact=None)
+    table = datasets[0].root.read_table("relations/minhash/edges.parquet")
+    assert table.num_rows < 1500 * 14 * 33 / 2
+    ids, ends = np.unique(
+        np.concatenate([table.column(c).to_numpy(zero_copy_only=False) for c in "ab"]), return_inverse=True
+    )
+    assert len(ids) == 1500
+    half, like = table.num_rows, table.column("jaccard").to_numpy()
+    survivor = elect(ends[:half], ends[half:], like, rng.permutation(1500), 0.75)
+    assert (survivor < 0).sum() == 1

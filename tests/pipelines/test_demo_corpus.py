@@ -281,10 +281,13 @@ def test_pipeline_files(tmp_path: Path) -> None:
     host.mkdir(parents=True)
     (host / "contents.html").write_text("")
     template = "root: ${DEMO_FOLDER}/root\n"
-    pipeline = prepare(tmp_path, {"b.example": "127.0.0.1:1", "a.example": "127.0.0.1:1"}, template)
+    hosts = ("b.example", "a.example", "source.a.example", "en.encyclopedia.example", "fr.rights.example")
+    pipeline = prepare(tmp_path, dict.fromkeys(hosts, "127.0.0.1:1"), template)
     assert pipeline.read_text() == template
-    seeds = (tmp_path / "seeds.txt").read_text().split()
-    assert seeds == ["http://a.example/", "http://a.example/contents.html", "http://b.example/"]
+    seeds = {name: (tmp_path / f"seeds-{name}.txt").read_text().split() for name in ("web", "reference", "code")}
+    assert seeds["web"] == ["http://a.example/", "http://a.example/contents.html", "http://b.example/"]
+    assert seeds["reference"] == ["http://en.encyclopedia.example/", "http://fr.rights.example/"]
+    assert seeds["code"] == ["http://source.a.example/"]
     assert json.loads((tmp_path / "resolver.json").read_text())["b.example"] == "127.0.0.1:1"
     os.utime(pipeline, (CHANGED_S, CHANGED_S))
     prepare(tmp_path, {"b.example": "127.0.0.1:2", "a.example": "127.0.0.1:2"}, template)
