@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(f"{b.name}: {b.about}" for b in BENCHMARKS))
     parser.add_argument("--toy", action="store_true", help="small sizes; nothing is kept unless --results is given")
     parser.add_argument("--data", type=Path, default=os.environ.get("STEPWELL_DATA"), help="folder of labelled pages")
-    parser.add_argument("--results", type=Path, help=f"folder of the results (default {RESULTS.name}/ beside this file)")
+    parser.add_argument(
+        "--results", type=Path, help=f"folder of the results (default {RESULTS.name}/ beside this file)"
+    )
     parser.add_argument("--write-docs", action="store_true", help="write the kept results into the docs and stop")
     parser.add_argument("--docs", type=Path, default=DOCS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

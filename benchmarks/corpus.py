@@ -29,8 +29,27 @@ from core.schema import DOCUMENTS
 from core.storage import ROW_GROUP_BYTES, Root
 
 NAME = "files"
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".py", ".pyi", ".js", ".c", ".h", ".json", ".csv", ".xml", ".gz", "")
-LEAST_BYTES, MOST_BYTES = 200, 128 << 10  # of a file: nothing or a generated table is outside; pages and books are within
+SUFFIXES = (
+    ".txt",
+    ".md",
+    ".rst",
+    ".html",
+    ".htm",
+    ".py",
+    ".pyi",
+    ".js",
+    ".c",
+    ".h",
+    ".json",
+    ".csv",
+    ".xml",
+    ".gz",
+    "",
+)
+LEAST_BYTES, MOST_BYTES = (
+    200,
+    128 << 10,
+)  # of a file: nothing or a generated table is outside; pages and books are within
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from typing import Any
 
 import psutil
 
-LIBRARIES = ("pyarrow", "numpy", "fasttext", "zstandard", "datatrove", "trafilatura", "resiliparse", "rensa", "datasketch")
+LIBRARIES = (
+    "pyarrow",
+    "numpy",
+    "fasttext",
+    "zstandard",
+    "datatrove",
+    "trafilatura",
+    "resiliparse",
+    "rensa",
+    "datasketch",
+)
 
 
 @dataclass(frozen=True)

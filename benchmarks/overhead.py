@@ -87,7 +87,9 @@ class Contest:
 
     def paths(self) -> list[tuple[str, str]]:
         shards = self.dataset.shards
-        return [(self.root.path(self.dataset.documents_name(s)), str(self.folder / f"{s.name}.parquet")) for s in shards]
+        return [
+            (self.root.path(self.dataset.documents_name(s)), str(self.folder / f"{s.name}.parquet")) for s in shards
+        ]
 
     def bare(self, pool: Any) -> None:
         self._check(sum(pool.imap_unordered(Bare(self.entry), self.paths(), chunksize=1)))

@@ -83,9 +83,7 @@ def units_of(gb: float) -> list[Unit]:
     rows = int(gb * 1e9) // ROW_BYTES
     per_unit = UNIT_BYTES // ROW_BYTES
     starts: Iterable[int] = range(0, rows, per_unit)
-    return [
-        Unit(f"{i:05d}", (i, min(per_unit, rows - start), rows // 2), UNIT_BYTES) for i, start in enumerate(starts)
-    ]
+    return [Unit(f"{i:05d}", (i, min(per_unit, rows - start), rows // 2), UNIT_BYTES) for i, start in enumerate(starts)]
 
 
 def measure(args: argparse.Namespace) -> Result:
@@ -143,7 +141,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gb", type=float, default=1, help="billion bytes of rows (default 1)")
     parser.add_argument("--memory-gb", type=float, default=1, help="memory shared by all workers (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
-    parser.add_argument("--scratch", default=None, help="folder to spill to, removed at the end (default: a temporary one)")
+    parser.add_argument(
+        "--scratch", default=None, help="folder to spill to, removed at the end (default: a temporary one)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
