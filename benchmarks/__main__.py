@@ -4,8 +4,8 @@
     python -m benchmarks --write-docs    no runs: the kept results go into docs/benchmarks.md
     python -m benchmarks --toy           seconds instead of minutes, to see that everything runs
 
-`python -m benchmarks.NAME --help` shows the knobs of one. Those that need pages with labels take them from `--data` or STEPWELL_DATA
-and are skipped, with a line, where there is none.
+`python -m benchmarks.NAME --help` shows the knobs of one. Those that need pages with labels take them from `--data` or
+STEPWELL_DATA and are skipped, with a line, where there is none.
 """
 
 import argparse
@@ -43,7 +43,7 @@ BENCHMARKS = (
         "overhead",
         "the runner beside the bare kernel",
         full=("--stage", "signals", "--stage", "language"),
-        toy=("--mb", "0.2", "--shard-mb", "0.1", "--rounds", "1"),
+        toy=("--mb", "0.2", "--shard-mb", "0.1", "--rounds", "1", "--no-cold"),
     ),
     Benchmark(
         "redecide",
@@ -51,6 +51,10 @@ BENCHMARKS = (
         toy=("--docs", "3000", "--sample-mb", "0.1", "--rounds", "1"),
     ),
     Benchmark("spill", "a shuffle larger than memory", full=("--gb", "10"), toy=("--gb", "0.002")),
+    Benchmark("signals", "rule signals beside datatrove's filters", toy=("--mb", "0.05", "--rounds", "1")),
+    Benchmark(
+        "extraction", "text from pages beside resiliparse and trafilatura", toy=("--pages", "4"), needs_data=True
+    ),
 )
 
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.corpus ROOT --mb 200 [--folder DIR ...]
 
-In: text files (also gzipped) below `/usr/share/doc`, `/usr/share/common-licenses`, Python's standard library and site-packages, and
-folders given by `--folder`. One file is one document; they are taken in the order of a hash of their relative paths, so that a small
-corpus is a mixture too. Where the files do not suffice they are taken again with another first line; the summary counts those
-copies. Out: dataset `files` of a root, documents and manifest, in shards of `--shard-mb` of text with row groups as ingest makes them.
+In: text files (also gzipped) below `/usr/share/doc`, `/usr/share/common-licenses`, Python's standard library and site-packages,
+or below the folders given by `--folder`. One file is one document; files are taken in the order of a hash of their relative
+paths, so that a small corpus is a mixture too. Where they do not suffice they are taken again with another first line; the
+summary counts those copies. Out: dataset `files` of a root, documents and manifest, in shards of `--shard-mb` of text with row
+groups as ingest makes them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
 from core.errors import ConfigError
@@ -80,7 +82,7 @@ def make(root: Root, mb: float, folders: Sequence[Path] = (), shard_mb: float = 
     size = 0
     for table in _tables(folders or default_folders(), int(mb * 1e6), min(limit, ROW_GROUP_BYTES), copies):
         held.append(table)
-        size += _text_bytes(table)
+        size += text_bytes(table)
         if size >= limit:
             _write_shard(root, held, shards)
             held, size = [], 0
@@ -101,18 +103,18 @@ def _write_shard(root: Root, tables: Sequence[pa.Table], shards: dict[str, dict[
     content = running.hexdigest()
     name = f"corpus-{len(shards):05d}"
     rows = root.write_table(f"datasets/{NAME}/documents/{name}.parquet", tables, DOCUMENTS, {"content": content})
-    shards[name] = {"rows": rows, "text_bytes": sum(map(_text_bytes, tables)), "content": content}
+    shards[name] = {"rows": rows, "text_bytes": sum(map(text_bytes, tables)), "content": content}
 
 
-def _text_bytes(table: pa.Table) -> int:
-    return sum(chunk.nbytes for chunk in table.column("text").chunks)
+def text_bytes(table: pa.Table) -> int:
+    return int(pc.sum(pc.binary_length(table.column("text"))).as_py())
 
 
 def _tables(folders: Sequence[Path], limit: int, group_bytes: int, copies: list[str]) -> Iterator[pa.Table]:
     """Row groups of documents until `limit` bytes of text."""
     rows: list[dict[str, Any]] = []
     size = total = 0
-    for path, text, is_copy in _texts(folders):
+    for path, text, is_copy in texts(folders):
         if is_copy:
             copies.append(path)
         rows.append(_document(path, text))
@@ -124,7 +126,7 @@ def _tables(folders: Sequence[Path], limit: int, group_bytes: int, copies: list[
             return
 
 
-def _texts(folders: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:
+def texts(folders: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:
     """(path, text, whether it is a copy) without end; the first round is the files as they are."""
     files = sorted(_files(folders), key=lambda f: seeded(0, f[0]))
     if not files:
@@ -182,7 +184,9 @@ def _document(path: str, text: str) -> dict[str, Any]:
 def options(parser: argparse.ArgumentParser) -> None:
     """The knobs every benchmark on a corpus has."""
     parser.add_argument("--mb", type=float, default=200, help="million bytes of text (default 200)")
-    parser.add_argument("--folder", type=Path, action="append", default=[], help="take text from here; may be repeated")
+    parser.add_argument(
+        "--folder", type=Path, action="append", default=[], help="take text from here instead; may be repeated"
+    )
     parser.add_argument("--shard-mb", type=float, default=25, help="million bytes of text a shard (default 25)")
 
 

@@ -5,7 +5,7 @@
 Every contender reads the same Parquet shards of real text (`benchmarks.corpus`) and writes the same columns as Parquet:
 
 - `bare`: one process that loops over the shards, reads a row group's columns, calls the stage's function, writes the result;
-- `local`: `core.annotate.annotate` on LocalEngine, with all it does besides: identities, content hashes, commits, fsync, progress.
+- `local`: `core.annotate.annotate` on LocalEngine, with all it does besides: identities, content hashes, commits, fsync.
 
 Each with one and with two warm processes: started, modules imported, the stage opened, before the clock runs. All four take turns
 (`benchmarks.measure`). Arrow is held to one thread a process on both sides. `cold` is one run of each that starts its processes,
@@ -34,7 +34,7 @@ from core.engines.local import LocalEngine
 from core.storage import ZSTD_LEVEL, Root
 from pipelines.config import EngineConfig, Pipeline, StageEntry
 from pipelines.plan import artifacts_of
-from pipelines.runner import RunOptions, Runner
+from pipelines.runner import Runner, RunOptions
 from pipelines.stages import load
 
 OVERHEAD = 0.10  # most that one worker may cost over the bare loop
@@ -130,7 +130,7 @@ def bare_pool(workers: int) -> Any:
     return multiprocessing.get_context("spawn").Pool(workers, pa.set_cpu_count, (1,))
 
 
-def contest(c: Contest, rounds: int) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
+def contest(c: Contest, rounds: int, cold: bool) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
     """(warm samples, cold samples) by contender."""
     pools = {n: bare_pool(n) for n in (1, 2)}
     engines = {n: LocalEngine(c.folder / "scratch", n) for n in (1, 2)}
@@ -149,12 +149,17 @@ def contest(c: Contest, rounds: int) -> tuple[dict[str, list[Sample]], dict[str,
             pool.join()
         for engine in engines.values():
             engine.close()
-    cold: dict[str, list[Sample]] = {}
+    return samples, cold_samples(c) if cold else {}
+
+
+def cold_samples(c: Contest) -> dict[str, list[Sample]]:
+    """One run of each contender with processes that start within it."""
+    out: dict[str, list[Sample]] = {}
     for n in (1, 2):
-        for name, work in (("bare", c.bare_cold), ("local", c.local_cold), ("runner", c.runner_cold)):
+        for name, start in (("bare", c.bare_cold), ("local", c.local_cold), ("runner", c.runner_cold)):
             c.forget()
-            cold[f"{name} {n} cold"] = [timed(partial(work, n))]
-    return samples, cold
+            out[f"{name} {n} cold"] = [timed(partial(start, n))]
+    return out
 
 
 def ratios(samples: dict[str, list[Sample]]) -> dict[str, float]:
@@ -180,14 +185,14 @@ def measure(args: argparse.Namespace) -> Result:
         settings = {"corpus": made.summary(), "rounds": args.rounds, "workers": "1 and 2"}
         result = Result("overhead", settings, [])
         for stage in args.stage or ["signals"]:
-            _add(result, stage, Contest(root, made.dataset, stage, folder), args.rounds)
+            _add(result, stage, Contest(root, made.dataset, stage, folder), args)
         return result
     finally:
         shutil.rmtree(folder)
 
 
-def _add(result: Result, stage: str, c: Contest, rounds: int) -> None:
-    warm, cold = contest(c, rounds)
+def _add(result: Result, stage: str, c: Contest, args: argparse.Namespace) -> None:
+    warm, cold = contest(c, args.rounds, args.cold)
     found = ratios(warm)
     mb = c.dataset.text_bytes / 1e6
     rows: list[list[Any]] = []
@@ -197,7 +202,9 @@ def _add(result: Result, stage: str, c: Contest, rounds: int) -> None:
         seconds = f"{min(spread):.2f} to {max(spread):.2f}" if len(spread) > 1 else "one run"
         rows.append([name, f"{wall:.2f}", seconds, f"{median_cpu_s(samples):.2f}", f"{mb / wall:.1f}"])
     result.tables.append(
-        Table(f"`{stage}`, medians of {rounds}", ("contender, processes", "wall s", "range", "CPU s", "MB/s"), rows)
+        Table(
+            f"`{stage}`, medians of {args.rounds}", ("contender, processes", "wall s", "range", "CPU s", "MB/s"), rows
+        )
     )
     result.checks += [
         Check(f"{stage}: overhead of `local` 1 over `bare` 1, wall", found["overhead_wall"], OVERHEAD),
@@ -215,6 +222,9 @@ def _add(result: Result, stage: str, c: Contest, rounds: int) -> None:
 def options(parser: argparse.ArgumentParser) -> None:
     corpus.options(parser)
     parser.add_argument("--stage", action="append", help="annotate stage to run (default signals); may be repeated")
+    parser.add_argument(
+        "--no-cold", dest="cold", action="store_false", help="leave out runs that start their processes"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="samples of each contender (default 5)")
 
 

@@ -1,10 +1,10 @@
-"""Deciding again after a threshold moved: seconds and memory for the layers of a million documents, and proof that no text is read.
+"""Deciding again after a threshold moved: seconds and memory for a million documents' layers, and proof that no text is read.
 
-    python -m benchmarks.redecide [--docs 1000000] [--sample-mb 4] [--rounds 3]
+    python -m benchmarks.redecide [--docs 1000000] [--sample-mb 20] [--rounds 3]
 
 The layers `language` and `signals` hold values measured on a sample of real text, dealt out to the documents by seeded
-permutations. The documents themselves bear a short text whose bytes in the Parquet files are then overwritten: whoever reads the text
-column gets an error, which is checked, and `select` must finish all the same.
+permutations. The documents themselves bear a short text whose bytes in the Parquet files are then overwritten: whoever reads the
+text column gets an error, which is checked, and `select` must finish all the same.
 
 What is timed is `pipelines run stage select@eligible` as a user types it, in a new process with new workers, each time after
 another threshold of the policy. Peak memory is that of the largest worker (its manifest says it).
@@ -57,8 +57,8 @@ stages:
   {select}: {{}}
 policy:
   eligible:
-    - {{drop: "language.score < 0.65", reason: language_score}}
     - {{drop: "signals.words < {threshold}", reason: few_words}}
+    - {{drop: "language.score < 0.65", reason: language_score}}
     - {{use: gopher_quality}}
     - {{use: gopher_repetition}}
     - {{use: fineweb}}
@@ -75,7 +75,7 @@ def make_root(root: Root, docs: int, sample_mb: float, folder: Path) -> Dataset:
         name = f"{NAME}-{len(shards):05d}"
         content = table_digest(table)
         root.write_table(documents_path(name), [table], DOCUMENTS, {"content": content})
-        shards[name] = {"rows": table.num_rows, "text_bytes": table.column("text").nbytes, "content": content}
+        shards[name] = {"rows": table.num_rows, "text_bytes": corpus.text_bytes(table), "content": content}
     write_manifest(root, Manifest(DOCUMENTS_INSTANCE, NAME, Identity("redecide", 1, {}, {}), shards))
     dataset = open_dataset(root, NAME, 0)
     assert dataset is not None
@@ -155,6 +155,12 @@ def text_is_unreadable(dataset: Dataset, shard: Shard) -> bool:
     return False
 
 
+def thresholds(dataset: Dataset, count: int) -> list[int]:
+    """`count` word counts from the first to the fourth decile of the documents, so that each drops more than the one before."""
+    words = dataset.read_layer("signals", dataset.shards[0], ["words"]).column("words").to_numpy()
+    return [int(q) for q in np.quantile(words, np.linspace(0.1, 0.4, count), method="higher")]
+
+
 def decide(config: Path, root: Root, threshold: int, workers: int) -> dict[str, Any]:
     """Run select for one threshold in a new process; its sample, accounts and what the manifest observed."""
     config.write_text(CONFIG.format(root=root.base, workers=workers, name=NAME, select=SELECT, threshold=threshold))
@@ -171,8 +177,7 @@ def measure(args: argparse.Namespace) -> Result:
         root = Root(str(folder / "root"))
         dataset = make_root(root, args.docs, args.sample_mb, folder)
         unreadable = all(text_is_unreadable(dataset, shard) for shard in dataset.shards)
-        thresholds = [50 + 25 * i for i in range(args.rounds + 1)]
-        runs = [decide(folder / "pipeline.yaml", root, t, args.workers) for t in thresholds]
+        runs = [decide(folder / "pipeline.yaml", root, t, args.workers) for t in thresholds(dataset, args.rounds + 1)]
         return _result(args, dataset, runs, unreadable)
     finally:
         shutil.rmtree(folder)

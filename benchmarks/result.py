@@ -1,12 +1,11 @@
-"""What a benchmark gives back: tables, checks against a floor, raw figures. Shown on a terminal, kept as JSON, rendered into docs.
+"""What a benchmark gives back: tables, checks against a bound, raw figures. Shown on a terminal, kept as JSON, put into the docs.
 
-Tables in `docs/benchmarks.md` stand between `<!-- NAME -->` and `<!-- /NAME -->` and are written from the JSON files alone, so that
-no figure there is typed by hand.
+Tables in `docs/benchmarks.md` stand between `<!-- NAME -->` and `<!-- /NAME -->` and are written from the JSON files alone, so
+that no figure there is typed by hand.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,11 +119,13 @@ def write_docs(results: Iterable[Result], path: Path = DOCS) -> list[str]:
     page = path.read_text("utf-8")
     homeless = []
     for result in results:
-        marks = re.compile(rf"(<!-- {result.name} -->\n).*?(<!-- /{result.name} -->)", re.DOTALL)
-        if not marks.search(page):
+        begin, end = f"<!-- {result.name} -->\n", f"<!-- /{result.name} -->"
+        before, opened, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if opened and closed:
+            page = f"{before}{begin}\n{markdown(result)}\n\n{end}{after}"
+        else:
             homeless.append(result.name)
-        filling = f"\n{markdown(result)}\n\n"
-        page = marks.sub(lambda m, filling=filling: m.group(1) + filling + m.group(2), page)
     path.write_text(page, "utf-8")
     return homeless
 

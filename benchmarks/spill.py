@@ -4,7 +4,8 @@
 
 Random rows (`key`, int64, each about twice; `place`, int64; `payload`, 84 random bytes, which no codec shrinks) are made on the
 workers, shuffled by key through LocalEngine and counted. The count of rows and a sum over all payloads must be the same after as
-before, and every table that the reduce side sees must be sorted. Peaks are VmHWM, reset before each unit (`core.engines.measure`), so page cache mapped by a process counts too.
+before, and every table that the reduce side sees must be sorted. Peaks are VmHWM, reset before each unit
+(`core.engines.measure`), so spill files that a process maps count as well as what it allocates.
 """
 
 import argparse
