@@ -35,6 +35,7 @@ from core.storage import Root
 from mixtures.elect import CANDIDATES, LOSERS, edges_frame, elect
 
 WITHDRAWN = "withdrawn.txt"  # in the root
+_AUTHORITY = r"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?P<authority>[^/?#]*)"  # RFC 3986, appendix B
 SURVIVORS = pa.schema([("survivor", TEXT), ("through", TEXT)])
 
 
@@ -269,9 +270,23 @@ def duplicates_layer(instance: str) -> str:
 
 def withdrawn_rows(table: pa.Table, listed: pa.Array) -> np.ndarray:
     """bool [n]: rows whose doc_id, URL or host is listed."""
-    hosts = pa.array([urlsplit(u).hostname if u else None for u in table.column("url").to_pylist()], TEXT)
+    hosts = _hosts(table.column("url"))
     found = [pc.is_in(c, value_set=listed) for c in (table.column("doc_id"), table.column("url"), hosts)]
     return np.logical_or.reduce([np.asarray(f) for f in found])
+
+
+def _hosts(urls: pa.ChunkedArray) -> pa.Array:
+    """Host names of URLs, null where there is none. Each distinct authority is parsed once: a crawl has few of them."""
+    authority = pc.struct_field(pc.extract_regex(_one_array(urls), _AUTHORITY), "authority").dictionary_encode()
+    names = pa.array([_host(a) for a in authority.dictionary.to_pylist()], TEXT)
+    return names.take(authority.indices)
+
+
+def _host(authority: str) -> str | None:
+    try:
+        return urlsplit(f"//{authority}").hostname
+    except ValueError:  # such as an unclosed bracket; the page is still found by its doc_id or whole URL
+        return None
 
 
 def read_withdrawn(root: Root, path: str | None) -> frozenset[str]:
