@@ -89,7 +89,7 @@ def _falls_to(edges: pa.Table, nodes: pa.Array, threshold: float) -> np.ndarray:
     a = pc.index_in(edges.column("node"), value_set=nodes).combine_chunks()
     b = pc.index_in(edges.column("other"), value_set=nodes).combine_chunks()
     live = pc.and_(pc.is_valid(a), pc.is_valid(b))
-    ends = [x.filter(live).to_numpy().astype(np.int64) for x in (a, b)]
+    left, right = (x.filter(live).to_numpy().astype(np.int64) for x in (a, b))
     jaccard = edges.column("jaccard").combine_chunks().filter(live).to_numpy()
-    survivor = survivors.elect(*ends, jaccard, own, threshold)
+    survivor = survivors.elect(left, right, jaccard, own, threshold)
     return np.where(survivor < 0, own, survivor)
