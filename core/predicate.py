@@ -188,4 +188,13 @@ def _compare(op: ast.cmpop, left: ast.expr, right: ast.expr, column: Any) -> Any
         wanted = pa.array([ast.literal_eval(e) for e in right.elts]).cast(value.type)
         inside = pc.if_else(pc.is_valid(value), pc.is_in(value, value_set=wanted), None)
         return pc.invert(inside) if isinstance(op, ast.NotIn) else inside
-    return _COMPARE[type(op)](value, _evaluate(right, column))
+    return _COMPARE[type(op)](*_as_stored(value, _evaluate(right, column)))
+
+
+def _as_stored(left: Any, right: Any) -> tuple[Any, Any]:
+    """A fractional constant beside a float32 column as float32: a stored 0.3 is 0.30000001 and equals the constant 0.3."""
+    if isinstance(right, pa.Scalar) and pa.types.is_float32(left.type) and pa.types.is_float64(right.type):
+        right = right.cast(pa.float32(), safe=False)
+    elif isinstance(left, pa.Scalar) and pa.types.is_float32(right.type) and pa.types.is_float64(left.type):
+        left = left.cast(pa.float32(), safe=False)
+    return left, right

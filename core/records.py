@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record lies: `path` relative to its source with '/', byte offset and length as stored (None: the whole file)."""
+    """Where a record lies: `path` relative to its source with '/', byte offset and length as stored (None: the whole file).
+
+    Where a format has no byte offsets `offset` counts otherwise and `length` is None: the row in Parquet and datatrove files,
+    the position in the decompressed stream of a file that is one gzip member."""
 
     path: str
     offset: int | None = None

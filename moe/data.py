@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from core.errors import ConfigError, InputError
 from core.hashing import digest, seeded
@@ -33,6 +34,11 @@ class TokenSource(Protocol):
 
     @property
     def domains(self) -> Sequence[str]: ...
+
+    @property
+    def content(self) -> str:
+        """Hash of all entries and their tokens: a run resumes only on the mixture it began with."""
+        ...
 
     def __len__(self) -> int:
         """Documents in the mixture's index."""
@@ -91,6 +97,14 @@ class ArrayTokenSource:
                 f"{len(self._bytes)} byte counts, {len(self._domains)} domains; pass one of each"
             )
 
+    @property
+    def content(self) -> str:
+        h = xxhash.xxh3_128()
+        for document, domain in zip(self._documents, self._domains, strict=True):
+            h.update(f"{len(document)}:{domain}:".encode())
+            h.update(document.tobytes())
+        return h.hexdigest()
+
     def __len__(self) -> int:
         return len(self._documents)
 
@@ -126,7 +140,7 @@ class PackedRows:
         self._ends = np.cumsum(lengths)
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.rows_per_pass = self.tokens // context
-        self.fingerprint = digest([source.vocab_size, source.eos, list(source.domains), self._ends.tolist()])
+        self.fingerprint = digest([source.vocab_size, source.eos, list(source.domains), source.content])
         if not self.rows_per_pass:
             raise ConfigError(
                 f"train: the mixture does not fill one row, got {self.tokens} tokens, expected at least {context}; "

@@ -54,6 +54,7 @@ def train(job: Job) -> Outcome:
 
     config: TrainStageConfig = job.config
     source = MixtureSource(job.root, config.phase)
+    source.check()
     shape = preset(config.preset, vocab_size=source.vocab_size, eos=source.eos)
     model = type(shape)(**{**asdict(shape), **config.model})
     tokens = int(source.lengths().sum())

@@ -20,6 +20,9 @@ from core.storage import Root
 from pipelines.config import Pipeline, StageEntry
 
 
+STAND_INS = {"fasttext": ("fasttext-wheel",)}  # the same library as a binary, for machines without a compiler
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage on one dataset, or (`dataset` None) on the whole root."""
@@ -142,10 +145,13 @@ def artifacts_of(entry: StageEntry) -> Artifacts:
 
 
 def library_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
+    """The installed version of a distribution, or of the one that stands in for it."""
+    for candidate in (name, *STAND_INS.get(name, ())):
+        try:
+            return f"{candidate} {version(candidate)}" if candidate != name else version(candidate)
+        except PackageNotFoundError:
+            continue
+    return "absent"
 
 
 def policy_identity(pipeline: Pipeline, root: Root, instance: str) -> dict[str, Any]:

@@ -141,3 +141,10 @@ def test_a_predicate_and_its_negation_never_both_hold(values, bound, op):
     assert holds.tolist() == expected
     assert (holds | fails).tolist() == [v is not None for v in values]
     assert not np.any(holds & fails)
+
+
+def test_a_constant_meets_a_float32_column_as_float32() -> None:
+    column = {"signals.x": pa.array([0.3, 0.2, 0.4], pa.float32())}
+    assert Predicate("signals.x > 0.3").holds(column).tolist() == [False, False, True]
+    assert Predicate("0.3 >= signals.x").holds(column).tolist() == [True, True, False]
+    assert Predicate("signals.x == 0.3").holds(column).tolist() == [True, False, False]

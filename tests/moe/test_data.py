@@ -103,6 +103,8 @@ def test_fingerprint_notices_another_order() -> None:
     first = PackedRows(_source([[1, 2, 0], [3, 0]]), context=2, rows=1).fingerprint
     assert PackedRows(_source([[3, 0], [1, 2, 0]]), context=2, rows=1).fingerprint != first
     assert PackedRows(_source([[1, 2, 0], [3, 0]]), context=3, rows=1).fingerprint == first
+    same_lengths = PackedRows(_source([[1, 4, 0], [3, 0]]), context=2, rows=1).fingerprint
+    assert same_lengths != first
 
 
 class _Changing(ArrayTokenSource):
