@@ -91,7 +91,7 @@ def expected_ranks(rows, most=None):
     return sorted(out, key=repr), lost
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(ROWS, HOW, st.none() | st.integers(1, 4))
 def test_shuffle_brings_whole_sorted_keys_together(here, rows, how, most):
     engine = arranged(here, how)
@@ -102,7 +102,7 @@ def test_shuffle_brings_whole_sorted_keys_together(here, rows, how, most):
     assert engine.dropped_rows() == ({"rank": lost} if lost else {})
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(ROWS, HOW)
 def test_combine_changes_nothing_but_the_traffic(here, rows, how):
     engine = arranged(here, how)
@@ -117,7 +117,7 @@ def test_combine_changes_nothing_but_the_traffic(here, rows, how):
         assert got(engine, out) == sorted(((*key, n, wanted[1][key]) for key, n in wanted[0].items()), key=repr)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(ROWS, ROWS, HOW, st.sampled_from(["inner", "left outer"]))
 def test_join_against_nested_loops(here, left, right, how, kind):
     engine = arranged(here, how)
@@ -130,7 +130,7 @@ def test_join_against_nested_loops(here, left, right, how, kind):
     assert got(engine, engine.join(*frames, ["k", "s"], kind)) == sorted(wanted, key=repr)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(ROWS, HOW)
 def test_map_and_fold(here, rows, how):
     engine = arranged(here, how)
@@ -148,7 +148,7 @@ def written(ordinal, rows):
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.integers(0, 7), st.sets(st.tuples(st.integers(0, 6), st.integers(0, 30)), max_size=40), HOW)
 def test_align_writes_each_shard_once_with_its_rows_in_order(here, shards, places, how):
     engine = arranged(here, how)
