@@ -149,6 +149,13 @@ def annotate(engine: Engine, dataset: Dataset, runs: Sequence[AnnotateRun], stal
     return engine.run_units(AnnotateUnits(dataset, tuple(runs)), units, label, stall_s)
 
 
+def forget_rejecting(dataset: Dataset, layer: str, reports: Sequence[Report]) -> None:
+    """Shards with rejects are computed anew by the next run: the cause may be mended outside of anything an identity knows."""
+    for shard, report in zip(dataset.shards, reports, strict=True):
+        if report.value[layer]["rejected"]:
+            dataset.root.remove(dataset.layer_name(layer, shard))
+
+
 def rejects_name(dataset: str, stage: str, shard: str) -> str:
     return f"datasets/{dataset}/rejects/{stage}/{shard}.parquet"
 

@@ -13,6 +13,7 @@ policy:
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,17 +122,18 @@ class _Checker:
     def pipeline(self) -> Pipeline:
         self._known_keys((), self.data, ["root", "engine", "sources", "stages", "policy"])
         root = self._validate(("root",), ConfigPath, self.data.get("root")) if "root" in self.data else None
-        if not root:
+        if self.data.get("root") in (None, ""):
             self.problems.append(
                 f"{self.lines.where(())}: `root` is missing; name the folder or URL that holds the data"
             )
         engine = self._validate(("engine",), EngineConfig, self.data.get("engine") or {})
         sources = self._sources()
         stages = self._stages()
-        policy = self._policy(stages, list(sources))
+        names = list(self._mapping(("sources",)))  # those with mistakes too: each mistake is told once
+        policy = self._policy(stages, names)
         if not sources and "sources" not in self.data:
             self.problems.append(f"{self.lines.where(())}: `sources` is missing; name at least one")
-        self._check_datasets(stages, list(sources))
+        self._check_datasets(stages, names)
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
         return Pipeline(self.path, str(root), engine or EngineConfig(), sources, tuple(stages), policy)
@@ -158,7 +160,7 @@ class _Checker:
                     ("stages", instance), f"unknown stage {name!r}{nearest(name, known)}; `pipelines stages` lists all"
                 )
                 continue
-            if (name in REPEATABLE) != bool(label):
+            if (name in REPEATABLE) != bool(label) or not re.fullmatch(r"\w*", label):
                 self._problem(
                     ("stages", instance),
                     f"{name!r} takes {'a label, as in ' + name + '@final' if name in REPEATABLE else 'no label'}",
@@ -191,15 +193,20 @@ class _Checker:
             if name not in sources:
                 self._problem(("policy", "priority"), f"no source {name!r}{nearest(name, sources)}")
         for label in labels:
-            rules = self._validate(("policy", label), tuple[Rule, ...], given.get(label) or [])
-            for i, rule in enumerate(rules or ()):
-                self._rule(("policy", label, i), rule)
-            out[label] = rules
+            given_rules = self._validate(("policy", label), tuple[Any, ...], given.get(label) or [])
+            rules = [self._validate(("policy", label, i), Rule, rule) for i, rule in enumerate(given_rules or ())]
+            for i, rule in enumerate(rules):
+                if rule is not None:
+                    self._rule(("policy", label, i), rule, sources)
+            out[label] = tuple(rules)
         return out
 
-    def _rule(self, path: tuple[str | int, ...], rule: Rule) -> None:
+    def _rule(self, path: tuple[str | int, ...], rule: Rule, sources: list[str]) -> None:
         from classifiers.rules import preset
 
+        for name in rule.datasets or ():
+            if name not in sources:
+                self._problem((*path, "datasets"), f"no source {name!r}{nearest(name, sources)}")
         if (rule.drop is None) == (rule.use is None):
             self._problem(path, "a rule needs either `drop` (with `reason`) or `use`")
         elif rule.drop is not None:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.annotate import AnnotateRun, annotate
+from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.dataset import Dataset, open_dataset
 from core.engines.contract import Engine
 from core.errors import ConfigError, StageError
@@ -194,7 +194,11 @@ class Runner:
         for run, p in zip(runs, todo, strict=True):
             outputs = {r.unit: r.value[run.layer] for r in reports}
             accounts = _layer_accounts(outputs)
-            check_budget(run.layer, dataset.name, accounts["rejected"], accounts["rows"])
+            try:
+                check_budget(run.layer, dataset.name, accounts["rejected"], accounts["rows"])
+            except StageError:
+                forget_rejecting(part, run.layer, reports)
+                raise
             identity = identity_of(self.pipeline, self.root, p.step)
             observed = self._observed(began, clock, {**figures, "fused": [r.layer for r in runs]})
             write_manifest(self.root, Manifest(run.layer, dataset.name, identity, outputs, accounts, observed))

@@ -34,10 +34,14 @@ def load(text: str, name: str) -> tuple[Any, Lines]:
     lines = Lines(name)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return (_build(node, (), lines) if node is not None else {}), lines
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {e.problem}") from e
-    return (_build(node, (), lines) if node is not None else {}), lines
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{name}:1: not valid YAML: {' '.join(str(e).split())}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{name}:1: not valid YAML: an alias holds itself") from e
 
 
 def _build(node: yaml.Node, path: Path, lines: Lines) -> Any:

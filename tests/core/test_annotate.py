@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.annotate import AnnotateRun, AnnotateUnits, annotate, rejects_name
+from core.annotate import AnnotateRun, AnnotateUnits, annotate, forget_rejecting, rejects_name
 from core.engines.contract import Unit
 from core.engines.local import LocalEngine
 from core.errors import StageError
@@ -97,6 +97,14 @@ def test_batches_leave_no_trace(tmp_path_factory, texts, batch_bytes):
     assert digests[0] == digests[1]
     expected = {"raise": None, "reject": None}
     assert column(dataset, "length", "chars") == [expected.get(t, len(t)) for t in texts]
+
+
+def test_shards_with_rejects_are_forgotten_after_a_broken_budget(root, engine):
+    dataset = make_dataset(root, "web", TEXTS)
+    reports = annotate(engine, dataset, [run_of()], 60)
+    forget_rejecting(dataset, "length", reports)
+    assert [root.exists(dataset.layer_name("length", s)) for s in dataset.shards] == [False, False, True]
+    assert [r.resumed for r in annotate(engine, dataset, [run_of()], 60)] == [False, False, True]
 
 
 def test_where_computes_only_what_holds(root, engine):

@@ -165,27 +165,20 @@ def test_lines_of_every_part():
     ]
 
 
-KNOWN = "known weakness of pipelines/config.py, see the review"
-
-
-@pytest.mark.xfail(strict=True, reason=KNOWN, raises=BaseException)
 @pytest.mark.parametrize("text", ["root: !foo a\n", "root: a\x01\n", "a: &x [*x]\n", "root: !!python/name:os.system\n"])
 def test_strange_yaml_is_a_problem_and_no_traceback(problems, text):
     assert any("not valid YAML" in p for p in problems(text))
 
 
-@pytest.mark.xfail(strict=True, reason=KNOWN)
 def test_one_broken_rule_does_not_hide_the_others(problems):
     text = changed("{use: gopher_quality}", "{use: gopher_qualty}\n    - {droop: x}")
     assert sum("gopher_qualty" in p or "'droop'" in p for p in problems(text)) == 2
 
 
-@pytest.mark.xfail(strict=True, reason=KNOWN)
 def test_a_source_with_a_mistake_still_has_its_name(problems):
     assert len(problems(changed("path: ./pages", "path: ./pages, colour: red"))) == 1
 
 
-@pytest.mark.xfail(strict=True, reason=KNOWN)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
