@@ -1,8 +1,8 @@
 """Extraction quality and speed beside its two parts: resiliparse alone, trafilatura (fast) alone, and the router.
 
-    python benchmarks/extraction.py ../shared/data
+    python -m benchmarks.extraction FOLDER
 
-The folder holds `web-pages` (html/*.html.gz, ground-truth/*.json.gz with main text and snippets) and `web-snippets`
+FOLDER holds `web-pages` (html/*.html.gz, ground-truth/*.json.gz with main text and snippets) and `web-snippets`
 (html/*.gz, evaldata.json with snippets). F1 is over words as a bag, mean over pages; `with` is the share of must-have
 snippets found, `without` the share of must-not snippets found (lower is better). Speed is pages a CPU second of
 one process, all three in one run over the same decoded pages, libraries loaded before; the router's includes title,
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from resiliparse.parse.html import HTMLTree
 
+from benchmarks.result import Result, Table, alone
 from crawl.extract.html import careful_text, main_text, read_page
 from crawl.extract.sniff import decode
 
@@ -89,40 +90,49 @@ def routed(samples: Sequence[Sample]) -> Counter[str]:
     return counts
 
 
-def measure(name: str, fn: Callable[[str], str], samples: Sequence[Sample]) -> str:
-    """One line of the table."""
+def contend(name: str, fn: Callable[[str], str], samples: Sequence[Sample]) -> list[str | int | float]:
+    """One row of the table."""
     fn(samples[0].html)
     start = time.process_time()
     texts = [fn(s.html) for s in samples]
     speed = len(samples) / (time.process_time() - start)
     scores = [word_f1(t, s.gold) for t, s in zip(texts, samples, strict=True) if s.gold is not None]
-    f1 = f"{sum(scores) / len(scores):.4f}" if scores else "     -"
+    f1 = f"{sum(scores) / len(scores):.4f}" if scores else "-"
     wanted = found_fraction(texts, [s.wanted for s in samples])
     unwanted = found_fraction(texts, [s.unwanted for s in samples])
     by_type: dict[str, list[float]] = {}
     for t, s in zip(texts, samples, strict=True):
         if s.gold is not None:
             by_type.setdefault(s.page_type, []).append(word_f1(t, s.gold))
-    types = "  ".join(f"{k} {sum(v) / len(v):.2f}" for k, v in sorted(by_type.items()))
-    return f"{name:22} {f1:>7} {wanted:7.3f} {unwanted:8.3f} {speed:8.1f}  {types}"
+    types = ", ".join(f"{k} {sum(v) / len(v):.2f}" for k, v in sorted(by_type.items())) or "-"
+    return [name, f1, f"{wanted:.3f}", f"{unwanted:.3f}", f"{speed:.1f}", types]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(args: argparse.Namespace) -> Result:
+    step = slice(None) if args.half is None else slice(0 if args.half == "even" else 1, None, 2)
+    columns = ("extractor", "F1", "with", "without", "pages/s", "F1 by page type")
+    result = Result("extraction", {"half": args.half or "both"}, [])
+    for title, load in (("web-pages", load_pages), ("web-snippets", load_snippets)):
+        samples = load(args.data / title)[step][: args.pages]
+        rows = [
+            contend("resiliparse", lambda html: main_text(HTMLTree.parse(html)), samples),
+            contend("trafilatura fast", careful_text, samples),
+            contend("router", lambda html: read_page(html).text, samples),
+        ]
+        result.tables.append(Table(f"{title}, {len(samples)} pages", columns, rows))
+        counts = ", ".join(f"{k} {v}" for k, v in sorted(routed(samples).items()))
+        result.notes.append(f"{title}, pages of the router: {counts}.")
+    return result
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="folder that holds web-pages and web-snippets")
     parser.add_argument("--half", choices=("even", "odd"), help="measure on every second page only")
-    args = parser.parse_args()
-    step = slice(None) if args.half is None else slice(0 if args.half == "even" else 1, None, 2)
-    for title, samples in (
-        ("web-pages", load_pages(args.data / "web-pages")[step]),
-        ("web-snippets", load_snippets(args.data / "web-snippets")[step]),
-    ):
-        print(f"{title}: {len(samples)} pages")
-        print(f"{'extractor':22} {'F1':>7} {'with':>7} {'without':>8} {'pages/s':>8}  F1 by page type")
-        print(measure("resiliparse", lambda html: main_text(HTMLTree.parse(html)), samples))
-        print(measure("trafilatura fast", careful_text, samples))
-        print(measure("router", lambda html: read_page(html).text, samples))
-        print(" ", dict(sorted(routed(samples).items())))
+    parser.add_argument("--pages", type=int, help="at most so many pages of each set")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    alone(__doc__, options, measure, argv)
 
 
 if __name__ == "__main__":

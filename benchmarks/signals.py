@@ -1,9 +1,10 @@
 """Speed of the `signals` stage beside datatrove's filters, and how far their verdicts agree, on one core.
 
-    python -m benchmarks.signals FOLDER [--mb 4] [--rounds 3]
+    python -m benchmarks.signals [--folder DIR] [--mb 4] [--rounds 3]
 
-FOLDER is searched for `.txt`, `.jsonl.gz` (field `text`) and `.html.gz` files; documents are cut to about 3,000 characters. Both
-sides see the same documents in one process and time is CPU time, the median of the rounds.
+DIR is searched for `.txt`, `.jsonl.gz` (field `text`) and `.html.gz` files; without it the text is that of `benchmarks.corpus`.
+Documents are cut to about 3,000 characters. Both sides see the same documents in one process and time is CPU time, the median of
+the rounds.
 
 datatrove splits English with spaCy, which it does not install; here it is given `str.split`, so its rows show the filters
 themselves at their fastest. Its thresholds are lifted so that every rule is computed for every document, as ours are; verdicts
@@ -15,15 +16,15 @@ import gzip
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import corpus
+from benchmarks.result import Result, Table, alone
 from classifiers.rules import GopherRepetition
 from classifiers.signals import SignalsConfig, signals
 from core.text import code_points, raw_words, words
@@ -46,6 +47,19 @@ def documents(folder: Path, limit_bytes: int) -> list[str]:
     return out
 
 
+def corpus_documents(limit_bytes: int) -> list[str]:
+    """Pieces of this machine's texts up to `limit_bytes` of UTF-8."""
+    out: list[str] = []
+    size = 0
+    for _, text, _ in corpus.texts(corpus.default_folders()):
+        for piece in _cut(text):
+            out.append(piece)
+            size += len(piece.encode())
+        if size >= limit_bytes:
+            break
+    return out
+
+
 def _pieces(path: Path) -> Iterator[str]:
     if path.name.endswith(".txt"):
         texts = [path.read_text("utf-8", "replace")]
@@ -56,8 +70,12 @@ def _pieces(path: Path) -> Iterator[str]:
     else:
         texts = []
     for text in texts:
-        for at in range(0, len(text), DOCUMENT_CHARS):
-            yield text[at : at + DOCUMENT_CHARS]
+        yield from _cut(text)
+
+
+def _cut(text: str) -> Iterator[str]:
+    for at in range(0, len(text), DOCUMENT_CHARS):
+        yield text[at : at + DOCUMENT_CHARS]
 
 
 def datatrove_filters() -> dict[str, Callable[[str], object]]:
@@ -140,32 +158,34 @@ def scan_verdicts(texts: list[str]) -> tuple[int, int, int]:
     return int(theirs.sum()), int(ours.sum()), int((ours & theirs).sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mb", type=float, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    texts = documents(options.folder, int(options.mb * 1e6))
-    size = sum(len(t.encode()) for t in texts) / 1e6
+def measure(args: argparse.Namespace) -> Result:
+    limit = int(args.mb * 1e6)
+    texts = documents(args.folder, limit) if args.folder else corpus_documents(limit)
+    mb = sum(len(t.encode()) for t in texts) / 1e6
     batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
-    table = Table(
-        "what", "CPU s", "MB/s", title=f"{len(texts)} documents, {size:.1f} MB, one core, median of {options.rounds}"
-    )
-    seconds = median_s(lambda: signals(SignalsConfig(), batch), options.rounds)
-    table.add_row("signals: all of them", f"{seconds:.2f}", f"{size / seconds:.1f}")
-    total = 0.0
-    for name, check in datatrove_filters().items():
-        seconds = median_s(partial(check_all, check, texts), options.rounds)
-        total += seconds
-        table.add_row(name, f"{seconds:.2f}", f"{size / seconds:.1f}")
-    table.add_row("datatrove: the four together", f"{total:.2f}", f"{size / total:.1f}")
-    console = Console()
-    console.print(table)
+    seconds = {"signals: all of them": median_s(lambda: signals(SignalsConfig(), batch), args.rounds)}
+    filters = {
+        name: median_s(partial(check_all, check, texts), args.rounds) for name, check in datatrove_filters().items()
+    }
+    seconds |= {**filters, "datatrove: the four together": sum(filters.values())}
+    rows: list[list[str | int | float]] = [[what, f"{s:.2f}", f"{mb / s:.1f}"] for what, s in seconds.items()]
     theirs, ours, both = scan_verdicts(texts)
-    console.print(
-        f"duplicate n-gram rules drop: datatrove's scan {theirs}, ours {ours}, both {both} of {len(texts)} documents"
+    note = (
+        f"Duplicate n-gram rules drop: datatrove's scan {theirs}, ours {ours}, both {both} of {len(texts)} documents."
     )
+    settings = {"documents": len(texts), "MB": round(mb, 1), "rounds": args.rounds}
+    table = Table("Rule signals on one core, median CPU time", ("what", "CPU s", "MB/s"), rows)
+    return Result("signals", settings, [table], notes=[note], figures={"cpu_s": seconds})
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="take text from here (default: what this machine has)")
+    parser.add_argument("--mb", type=float, default=4, help="million bytes of text (default 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="samples of each contender (default 3)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    alone(__doc__, options, measure, argv)
 
 
 if __name__ == "__main__":

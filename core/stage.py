@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+if TYPE_CHECKING:  # `pipelines stages` reads this module, and answers before Arrow would be loaded
+    import pyarrow as pa
 
 
 class Kind(StrEnum):
@@ -100,7 +102,7 @@ class Stage:
     # Document columns ("text"), layer columns ("language.score"), and other stages' outputs ("@tokenizer"); what depends on
     # knobs is a function of the config. Everything read here enters the identity.
     reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
-    layer: pa.Schema | None = None  # the stage's own columns; `computed` and `error` are added by the writer
+    layer: "pa.Schema | None" = None  # the stage's own columns; `computed` and `error` are added by the writer
     open: Callable[[Any, Artifacts], Any] | None = None  # None: the state is the config itself
     artifacts: Callable[[Any], Artifacts] | None = None
     libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity

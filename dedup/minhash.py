@@ -38,6 +38,7 @@ from dedup.shingles import shingle
 from dedup.signatures import band_keys, signatures
 from dedup.verify import EDGES, NODE, VERIFY, unique_sets, verify
 
+GROUP_ROWS = 1 << 20  # edges in a row group of the relation: readers take one group as a unit
 BATCH_BYTES = 4 << 20  # of text: its shingles and sort keys stay near the cache
 
 LAYER = pa.schema([("component", TEXT), ("component_docs", pa.int64())])
@@ -226,7 +227,9 @@ def minhash(job: Job) -> Outcome:
     graph, ids = components_of(edges)
     name = edges_name(job.instance)
     relation = edges.append_column("component", _component_of_edges(graph, edges)).select(RELATION.names)
-    job.root.write_table(name, [relation], RELATION, {"unit": job.identity})
+    job.root.write_table(
+        name, relation.combine_chunks().to_batches(max_chunksize=GROUP_ROWS), RELATION, {"unit": job.identity}
+    )
     labels = job.engine.persist(label_rows(job, graph, ids, units))
     layers = align_all(job, labels, LAYER)
     outputs = {name: {"rows": edges.num_rows, "content": table_digest(relation)}}

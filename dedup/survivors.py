@@ -8,7 +8,8 @@ Nodes are taken in order of precedence; each stays unless it is alike enough to 
 - an edge to that node;
 - two edges over a third node h: 1 - J is a metric, so J(x, s) >= J(x, h) + J(h, s) - 1. It is what makes one survivor out of a
   large cluster of near-equal documents, whose members were compared with the hub of their bucket and a few neighbours, not with
-  all others. Without it a cluster of 3,000 kept 33 to 57 documents under a random precedence, with it 1 (`test_a_large_cluster_leaves_one_survivor`).
+  all others. Without it a cluster of 3,000 kept 33 to 57 documents under a random precedence, with it 1
+  (`test_a_large_cluster_leaves_one_survivor`).
 
 In a chain A ~ B ~ C whose ends are unlike, B falls to A and C stays. No two rows that stay share an edge.
 

@@ -9,7 +9,7 @@ priority, `prefer`, date and doc_id: a document falls only through an edge to on
 unlike keeps both A and C. Rules over values that were not computed do not hold; they are counted as unjudged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from core.engines.contract import Frame, Note, Report, Unit
 from core.hashing import digest
 from core.job import Job, Outcome, total
 from core.layer import committed, layer_output, layer_schema, write_layer
+from core.manifest import read_manifest
 from core.predicate import Predicate
 from core.rows import dataset_of, pack
 from core.schema import FATE, TEXT
@@ -35,6 +36,7 @@ from core.storage import Root
 from mixtures.elect import CANDIDATES, LOSERS, edges_frame, elect
 
 WITHDRAWN = "withdrawn.txt"  # in the root
+_AUTHORITY = r"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?P<authority>[^/?#]*)"  # RFC 3986, appendix B
 SURVIVORS = pa.schema([("survivor", TEXT), ("through", TEXT)])
 
 
@@ -91,12 +93,12 @@ class Judge:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        wanted = {"doc_id", *(c for r in self.rules for c in r.predicate.columns)}
+        wanted = {c for r in self.rules for c in r.predicate.columns}
         wanted |= {f"{layer}.{c}" for layer in self.layers for c in ("computed", "error")}
         if self.config.after:
             wanted |= {f"{self.config.after}.{c}" for c in FATE.names}
         if self.withdrawn:
-            wanted.add("url")
+            wanted |= {"doc_id", "url"}
         return tuple(sorted(wanted))
 
     @cached_property
@@ -111,13 +113,17 @@ class Judge:
         if self.config.after:
             a = self.config.after
             fell = np.asarray(pc.invert(pc.fill_null(table.column(f"{a}.keep"), True)))
-            verdict.carry(fell, *(table.column(f"{a}.{c}") for c in ("reason", "stage", "detail")))
+            verdict.fall(
+                fell, lambda rows: [table.column(f"{a}.{c}").take(rows) for c in ("reason", "stage", "detail")]
+            )
         if self.withdrawn:
             listed = pa.array(sorted(self.withdrawn), TEXT)
-            verdict.fall(withdrawn_rows(table, listed), "withdrawn", "policy", None)
+            verdict.fall(
+                withdrawn_rows(table, listed), lambda rows: _said("withdrawn", "policy", pa.nulls(len(rows), TEXT))
+            )
         for layer in self.layers:
             error = table.column(f"{layer}.error")
-            verdict.fall(np.asarray(pc.is_valid(error)), "rejected", layer, error)
+            verdict.fall(np.asarray(pc.is_valid(error)), partial(_rejected, layer, error))
         unjudged = np.zeros(n, dtype=bool)
         for rule in self.rules:
             if rule.datasets is not None and dataset.name not in rule.datasets:
@@ -125,7 +131,7 @@ class Judge:
             value = rule.predicate.evaluate({c: table.column(c) for c in rule.predicate.columns})
             unjudged |= np.asarray(pc.is_null(value)) & verdict.open
             hit = np.asarray(pc.fill_null(value, False))
-            verdict.fall(hit, rule.reason, rule.stage, _measured(table, rule.predicate.columns))
+            verdict.fall(hit, partial(_ruled, rule, table))
         return verdict.table(), table, int((unjudged & verdict.open).sum())
 
     def candidates(self, datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -162,6 +168,7 @@ class Judge:
                 pa.list_(pa.float64())
             ),
             nothing,
+            pa.nulls(shard.rows, pa.float32()),
         ]
         yield pa.RecordBatch.from_arrays(arrays, schema=CANDIDATES).filter(pa.array(live))
 
@@ -240,15 +247,22 @@ def _write_duplicates(job: Job, judge: Judge, outcome: Outcome) -> None:
     frames: list[Frame] = [rows]
     if "minhash" in job.config.duplicates:
         frames.append(edges_frame(job))
+    decide = partial(elect, threshold=_threshold(job))
     losers = job.engine.persist(
         job.engine.shuffle(
-            frames, ["group"], elect, LOSERS, order=["node", "other", "doc_id"], label=f"{job.instance}: elect"
+            frames, ["group"], decide, LOSERS, order=["node", "other", "doc_id"], label=f"{job.instance}: elect"
         )
     )
     layer = duplicates_layer(job.instance)
     for dataset in job.datasets:
         mine = job.engine.map(losers, partial(_of_dataset, dataset.ordinal), LOSERS, f"{job.instance}: {dataset.name}")
         outcome.layers[dataset.name, layer] = job.align(mine, dataset, layer, SURVIVORS)
+
+
+def _threshold(job: Job) -> float:
+    """The least Jaccard of the edges that `minhash` left."""
+    manifest = read_manifest(job.root, "minhash", None) if "minhash" in job.config.duplicates else None
+    return float(manifest.identity.config["jaccard"]) if manifest else 1.0
 
 
 def _of_dataset(ordinal: int, table: pa.Table) -> pa.Table:
@@ -265,9 +279,23 @@ def duplicates_layer(instance: str) -> str:
 
 def withdrawn_rows(table: pa.Table, listed: pa.Array) -> np.ndarray:
     """bool [n]: rows whose doc_id, URL or host is listed."""
-    hosts = pa.array([urlsplit(u).hostname if u else None for u in table.column("url").to_pylist()], TEXT)
+    hosts = _hosts(table.column("url"))
     found = [pc.is_in(c, value_set=listed) for c in (table.column("doc_id"), table.column("url"), hosts)]
     return np.logical_or.reduce([np.asarray(f) for f in found])
+
+
+def _hosts(urls: pa.ChunkedArray) -> pa.Array:
+    """Host names of URLs, null where there is none. Each distinct authority is parsed once: a crawl has few of them."""
+    authority = pc.struct_field(pc.extract_regex(_one_array(urls), _AUTHORITY), "authority").dictionary_encode()
+    names = pa.array([_host(a) for a in authority.dictionary.to_pylist()], TEXT)
+    return names.take(authority.indices)
+
+
+def _host(authority: str) -> str | None:
+    try:
+        return urlsplit(f"//{authority}").hostname
+    except ValueError:  # such as an unclosed bracket; the page is still found by its doc_id or whole URL
+        return None
 
 
 def read_withdrawn(root: Root, path: str | None) -> frozenset[str]:
@@ -294,44 +322,59 @@ def _with_duplicates(fate: pa.Table, duplicates: pa.Table) -> pa.Table:
 
 
 class _Verdict:
-    """Collects the first reason for each row."""
+    """Collects the first reason for each row. Text is made for the rows that fall, not for all that a rule could hit."""
 
     def __init__(self, rows: int) -> None:
         self.open = np.ones(rows, dtype=bool)  # not fallen yet
-        self._columns = {c: pa.nulls(rows, TEXT) for c in ("reason", "stage", "detail")}
+        self._rows: list[np.ndarray] = []
+        self._said: list[list[pa.Array]] = []
 
-    def fall(self, hit: np.ndarray, reason: str, stage: str, detail: Any) -> None:
-        self.carry(
-            hit,
-            pa.scalar(reason, TEXT),
-            pa.scalar(stage, TEXT),
-            detail if detail is not None else pa.scalar(None, TEXT),
-        )
-
-    def carry(self, hit: np.ndarray, reason: Any, stage: Any, detail: Any) -> None:
-        new = hit & self.open
-        if not new.any():
+    def fall(self, hit: np.ndarray, say: Callable[[pa.Array], list[Any]]) -> None:
+        """Rows of `hit` that are still open fall; `say(rows)` gives their reason, stage and detail."""
+        rows = np.flatnonzero(hit & self.open)
+        if not len(rows):
             return
-        mask = pa.array(new)
-        for name, value in (("reason", reason), ("stage", stage), ("detail", detail)):
-            value = value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
-            self._columns[name] = pc.if_else(mask, value, self._columns[name])
-        self.open &= ~new
+        self.open[rows] = False
+        self._rows.append(rows)
+        self._said.append([_one_array(c) for c in say(pa.array(rows))])
 
     def table(self) -> pa.Table:
-        return pa.Table.from_arrays([pa.array(self.open), *(c.cast(TEXT) for c in self._columns.values())], schema=FATE)
+        place = np.full(len(self.open), -1, dtype=np.int64)
+        fallen = np.concatenate(self._rows) if self._rows else np.zeros(0, dtype=np.int64)
+        place[fallen] = np.arange(len(fallen))
+        index = pa.array(place, mask=place < 0)
+        columns = [pa.concat_arrays([said[i] for said in self._said] or [pa.nulls(0, TEXT)]) for i in range(3)]
+        return pa.Table.from_arrays([pa.array(self.open), *(c.take(index) for c in columns)], schema=FATE)
 
 
-def _measured(table: pa.Table, columns: Sequence[str]) -> pa.Array:
+def _said(reason: str, stage: str, detail: Any) -> list[Any]:
+    """One reason and stage for every row of `detail`."""
+    n = len(detail)
+    return [pa.repeat(pa.scalar(reason, TEXT), n), pa.repeat(pa.scalar(stage, TEXT), n), detail]
+
+
+def _rejected(layer: str, error: Any, rows: pa.Array) -> list[Any]:
+    return _said("rejected", layer, error.take(rows))
+
+
+def _ruled(rule: CompiledRule, table: pa.Table, rows: pa.Array) -> list[Any]:
+    columns = rule.predicate.columns
+    return _said(rule.reason, rule.stage, _measured(table.select(columns).take(rows), columns))
+
+
+def _measured(table: pa.Table, columns: Sequence[str]) -> Any:
     """`name=value` of every column a rule read, as one string column."""
     parts: list[Any] = []
     for name in columns:
-        value = table.column(name)
+        text = pc.fill_null(table.column(name).cast(TEXT), "null")
         short = name.rpartition(".")[2]
-        text = pc.fill_null(value.cast(TEXT), "null")
         parts.append(pc.binary_join_element_wise(pa.scalar(f"{short}=", TEXT), text, pa.scalar("", TEXT)))
-    joined = pc.binary_join_element_wise(*parts, pa.scalar(" ", TEXT)) if len(parts) > 1 else parts[0]
-    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
+    return pc.binary_join_element_wise(*parts, pa.scalar(" ", TEXT)) if len(parts) > 1 else parts[0]
+
+
+def _one_array(column: Any) -> pa.Array:
+    """A string column as one array of TEXT."""
+    return (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(TEXT)
 
 
 def _reads(config: SelectConfig) -> tuple[str, ...]:

@@ -131,16 +131,27 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         while (table := next(blocks, None)) is not None:
             table, lost = prepared(table, cut)
             cut_rows += lost
-            for p, piece in split(table, cut):
-                parts = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
-                for batch in parts:
-                    out.write_batch(batch)
-                cuts.setdefault(p, []).append((written, len(parts)))
-                written += len(parts)
             rows, size = rows + table.num_rows, size + table.nbytes
-            table = piece = parts = batch = None  # or this block would stay while the next is read
+            pieces = split(table, cut)
+            del table  # the pieces are copies, and this block need not stay beside them
+            for p, first, count in _write_pieces(out, pieces, written):
+                cuts.setdefault(p, []).append((first, count))
+                written = first + count
+            del pieces
             pa.default_memory_pool().release_unused()
     return _commit(Part(path, rows, size, cut_rows, cuts))
+
+
+def _write_pieces(out: Any, pieces: Iterator[tuple[int, pa.Table]], first: int) -> list[tuple[int, int, int]]:
+    """Write one run and say where in the file each partition lies: (partition, first batch, batches)."""
+    places = []
+    for p, piece in pieces:
+        batches = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
+        for batch in batches:
+            out.write_batch(batch)
+        places.append((p, first, len(batches)))
+        first += len(batches)
+    return places
 
 
 def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:

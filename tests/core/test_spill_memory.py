@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-BASE_BYTES = 140e6  # a worker whose libraries are loaded and which holds no row: measured 128-137 MB
+BASE_BYTES = 150e6  # a worker whose libraries are loaded and which holds no row: measured 128-150 MB
 
 DRIVER = """
 import json, sys

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from core.engines.columns import join_tables, sortable, sorted_table
-from core.engines.contract import Align, Report, Unit
-from core.engines.local import target_reports
+from core.engines.contract import Align, Report, Unit, write_shards
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class OracleEngine:
     def align(self, frame: Memory, target: Align) -> list[Report]:
         table = sorted_table(frame.table, ["row"])
         assert set((table.column("row").to_numpy() >> 48).tolist()) <= {target.dataset}
-        return target_reports(table, range(target.shards), target, lambda **_: None)
+        return write_shards(target, table, range(target.shards), lambda **_: None)
 
     def fold(self, frame: Memory, fn: Any, merge: Any, label: str = "fold") -> Any:
         n = frame.table.num_rows
