@@ -233,7 +233,11 @@ def _run(pipeline: Any, chosen: Any, run_id: str | None, dataset: str | None, sh
     if dataset is not None and dataset not in pipeline.sources:
         raise ConfigError(f"--dataset: no source {dataset!r}; the config has {', '.join(pipeline.sources)}")
     options = RunOptions(run_id or new_run_id(), dataset, shards)
-    Runner(pipeline, options, terminal(), typer.echo).run(chosen)
+    try:
+        Runner(pipeline, options, terminal(), typer.echo).run(chosen)
+    except KeyboardInterrupt:  # said here: typer turns it into a silent exit before `main` would see it
+        typer.echo("stopped; the same command goes on where this one was", err=True)
+        raise typer.Exit(130) from None
 
 
 def _shard_range(text: str | None) -> tuple[int, int] | None:
@@ -264,9 +268,6 @@ def main() -> None:
         for line in str(e).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

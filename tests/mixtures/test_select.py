@@ -107,11 +107,11 @@ def test_an_earlier_fate_carries_forward_before_takedowns_and_rules(web: Dataset
 def run(root: Root, tmp_path: Path, datasets: tuple[Dataset, ...], policy: dict, **config) -> dict[str, dict]:
     """exact, minhash and select over datasets; text -> row of the fate, and the outcome's accounts under `accounts`."""
     engine = LocalEngine(tmp_path / "scratch", workers=0)
-    for stage, given in ((EXACT, {}), (MINHASH, {"jaccard": 0.4, "bands": 40, "rows": 3}), (STAGE, config)):
-        made = stage.config(**given)
+    for stage, knobs in ((EXACT, {}), (MINHASH, {"jaccard": 0.4, "bands": 40, "rows": 3}), (STAGE, config)):
+        made = stage.config(**knobs)
         instance = "select@final" if stage is STAGE else stage.name
         identity = Identity(stage.name, 1, made.model_dump(mode="json"), {})
-        unit = digest([instance, given, repr(policy)])
+        unit = digest([instance, knobs, repr(policy)])
         engine.begin(tmp_path / "scratch" / unit)
         job = Job(stage, instance, made, root, engine, datasets, unit, options={"policy": policy})
         outcome = stage.fn(job)
