@@ -240,8 +240,7 @@ class _Checker:
             named.append((("stages", e.instance, "prefer"), [p.lstrip("-") for p in prefer]))
             for i, rule in enumerate(policy.get(e.instance.partition("@")[2]) or ()):
                 if rule is not None and rule.drop is not None and self._parses(rule.drop):
-                    path = ("policy", e.instance.partition("@")[2], i, "drop")
-                    named.append((path, Predicate(rule.drop).columns))
+                    named.append((("policy", e.instance.partition("@")[2], i, "drop"), Predicate(rule.drop).columns))
         for path, columns in named:
             for column in columns:
                 layer, _, name = column.rpartition(".")

@@ -6,6 +6,7 @@ Consecutive annotate stages of a dataset share one pass over its documents. Ever
 import contextlib
 import os
 import platform
+import shutil
 import socket
 import tempfile
 import time
@@ -102,6 +103,7 @@ class Runner:
     def _step(self, step: Step) -> Planned:
         planned = plan_step(self.pipeline, self.root, step)
         if not planned.run and not self.options.force:
+            self._sweep(step, planned.identity)
             self.say(f"{step.name}: up to date")
             return planned
         with held(self.root, _lock_name(step), self.options.run_id):
@@ -112,10 +114,7 @@ class Runner:
     def _execute(self, step: Step, identity: Identity) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
         job = self._job(step, identity)
-        scratch = (
-            self._scratch / f"{step.name.replace(' ', '').replace('[', '-').replace(']', '')}-{identity.digest()[:12]}"
-        )
-        self.engine.begin(scratch)
+        self.engine.begin(self._scratch_of(step, identity))
         outcome = step.entry.stage.fn(job)
         observed = self._observed(began, clock, outcome.observed)
         for (dataset, layer), outputs in sorted(outcome.layers.items()):
@@ -128,6 +127,21 @@ class Runner:
             self.root.remove(name)
         self.engine.clear()
         self.say(f"{step.name}: {summary(outcome, observed)}")
+
+    def _scratch_of(self, step: Step, identity: Identity) -> Path:
+        name = step.name.replace(" ", "").replace("[", "-").replace("]", "")
+        return self._scratch / f"{name}-{identity.digest()[:12]}"
+
+    def _sweep(self, step: Step, identity: Identity | None) -> None:
+        """Remove the scratch of a run that was stopped after it had written its manifest: nobody will ask for it again."""
+        assert identity is not None  # the plan compared it
+        scratch, staged = self._scratch_of(step, identity), staging(step.dataset or "")
+        is_staged = step.entry.stage.kind is Kind.INGEST and self.root.exists(staged)
+        if scratch.exists() or is_staged:
+            with held(self.root, _lock_name(step), self.options.run_id):
+                shutil.rmtree(scratch, ignore_errors=True)
+                if is_staged:
+                    self.root.remove(staged)
 
     def _job(self, step: Step, identity: Identity) -> Job:
         entry = step.entry

@@ -19,6 +19,7 @@ from core.annotate import AnnotateRun, annotate, rejects_name
 from core.dataset import open_dataset
 from core.engines.local import LocalEngine
 from core.lock import held
+from core.manifest import Identity
 from core.stage import Kind, Stage, StageConfig
 from core.storage import Root
 from tests.builders import make_dataset
@@ -234,6 +235,17 @@ def test_a_second_run_on_a_root_refuses_and_names_the_first(small, tmp_path):
         assert len(ran.err.splitlines()) == 1, ran.err
         assert f"held by run the-first (process {os.getpid()} on" in ran.err
         assert manifests(tmp_path / "root") == {}
+
+
+def test_scratch_of_a_run_stopped_behind_its_manifest_goes_with_the_next_run(small, tmp_path):
+    assert pipelines("run", "all", "-c", small, "--until", "extract").code == 0
+    documents = Root(str(tmp_path / "root")).read_json("datasets/notes/manifests/documents.json")
+    identity = Identity(**documents["identity"]).digest()
+    for name in (f"extract-notes-{identity[:12]}", "ingest-notes"):
+        (tmp_path / "root/exchange" / name).mkdir(parents=True)
+    ran = pipelines("run", "all", "-c", small, "--until", "extract")
+    assert (ran.code, ran.out) == (0, "extract [notes]: up to date\n")
+    assert leftovers(tmp_path / "root") == []
 
 
 def test_ctrl_c_ends_in_130_and_the_same_command_goes_on(small, tmp_path):
