@@ -12,7 +12,8 @@ from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
 from core.manifest import Manifest, read_manifest
 from core.stage import Kind
 from core.storage import Root
-from mixtures.select import CompiledRule, fate_layer, rules_of
+from mixtures.policy import CompiledRule, rules_of
+from mixtures.select import fate_layer
 from pipelines.config import Pipeline
 from pipelines.inspect import layer_manifests
 from pipelines.plan import Step, steps
