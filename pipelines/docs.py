@@ -71,7 +71,7 @@ def fields_table(model: "type[BaseModel]", besides: "type[BaseModel] | None" = N
 def described(f: "FieldInfo") -> str:
     """What a field is for: its description, or for a part of its own the first sentence of that part. Empty: nobody said."""
     if f.description or not (parts := models_in(f.annotation)):
-        return f.description or ""
+        return (f.description or "").replace("|", "\\|")
     return f"{_about(parts[0]).partition('. ')[0].rstrip('.')}. See [{parts[0].__name__}](#{parts[0].__name__.lower()})"
 
 
@@ -145,16 +145,42 @@ def _execution(f: "FieldInfo") -> bool:
 # docs/stages.md
 
 
+def documented() -> "list[type[BaseModel]]":
+    """Every model whose fields stand on the page."""
+    from classifiers.rules import PRESETS
+    from core.stage import StageConfig
+    from pipelines.config import EngineConfig, Rule
+
+    outer = [
+        StageConfig,
+        *_configs(),
+        *_sources(),
+        EngineConfig,
+        Rule,
+        *(thresholds for thresholds, _ in PRESETS.values()),
+    ]
+    return [*outer, *parts_of(outer)]
+
+
+def _configs() -> "list[type[BaseModel]]":
+    from pipelines.stages import STAGES, load
+
+    return [load(line.name).config for line in STAGES]
+
+
+def _sources() -> "list[type[BaseModel]]":
+    from crawl.sources import Source
+
+    return list(get_args(get_args(Source)[0]))
+
+
 def stages_page() -> str:
     """The whole of docs/stages.md."""
     from classifiers.rules import PRESETS
     from core.stage import StageConfig
-    from crawl.sources import Source
     from pipelines.config import EngineConfig, Rule
     from pipelines.stages import STAGES, load
 
-    sources = get_args(get_args(Source)[0])
-    configs = [load(line.name).config for line in STAGES]
     lines = [INTRODUCTION, "", *fields_table(StageConfig), ""]
     lines += table(("stage", "kind", "version", "what it does"), (_overview(x, load(x.name)) for x in STAGES))
     for line in STAGES:
@@ -165,10 +191,10 @@ def stages_page() -> str:
         "",
         "Each entry of `sources` has a `kind`; relative paths are meant from the config file's folder.",
     ]
-    for model in sources:
+    for model in _sources():
         lines += ["", f"### {model.model_fields['kind'].default}", "", _about(model), "", *fields_table(model)]
     lines += ["", "## Parts", "", "Mappings that stand inside the ones above."]
-    for model in parts_of([*configs, *sources]):
+    for model in parts_of([*_configs(), *_sources()]):
         lines += ["", f"### {model.__name__}", "", _about(model), "", *fields_table(model)]
     lines += ["", "## Engine", "", _about(EngineConfig), "", *fields_table(EngineConfig)]
     lines += ["", "## Policy rules", "", _about(Rule), "", *fields_table(Rule)]
