@@ -128,6 +128,22 @@ def test_commands_named_in_the_pages_exist():
     assert set(re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE)) - targets == set()
 
 
+def test_messages_named_in_the_pages_are_those_of_the_code():
+    """Fragments between placeholders (`X`, `...`) of every message in the table of operations.md."""
+    code = "\n".join(p.read_text("utf-8") for f in our_folders() for p in sorted((REPO / f).rglob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # one message over several lines
+    table = (REPO / "docs" / "operations.md").read_text("utf-8").partition("| message | cause")[2]
+    first = [line.split("|")[1] for line in table.partition("\n\n")[0].splitlines()[2:]]
+    messages = re.findall(r"`([^`]+)`", "".join(first))
+    assert len(messages) > 25
+    pieces = [p.strip(" '():") for m in messages for p in re.split(r"\.\.\.|\b[A-Z]\b|SIGKILL", m)]
+    assert [p for p in pieces if p and p not in code] == []
+
+
+def our_folders():
+    return [f for f in ("core", "classifiers", "crawl", "dedup", "mixtures", "moe", "pipelines") if (REPO / f).is_dir()]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small pipeline that has run: three pages, one of them too short."""
