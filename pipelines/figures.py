@@ -22,8 +22,8 @@ from pipelines.docs import REPO, table
 from pipelines.plan import steps
 from pipelines.report.accounts import Facts, gather, levels, tokens
 
-BAR = 40  # characters of the funnel's longest bar
-REASONS = 4  # reasons named beside a step of the funnel
+BAR = 30  # characters of the funnel's longest bar
+REASONS = 3  # reasons named beside a step of the funnel
 
 
 def figures(pipeline: Pipeline, root: Root) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pipelines.config import load_pipeline
 from pipelines.figures import figures, fill
 from pipelines.plan import steps
 from pipelines.runner import Runner, RunOptions
+from pipelines.stages import STAGES
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
@@ -113,6 +114,14 @@ def test_links_lead_to_files_that_are_there(page):
 
 def test_readme_can_be_read_in_one_sitting():
     assert len((REPO / "README.md").read_text("utf-8").splitlines()) < 200
+
+
+def test_readme_counts_stages_and_presets():
+    from classifiers.rules import PRESETS
+
+    text = (REPO / "README.md").read_text("utf-8")
+    assert f"one command, {len(STAGES)} stages" in text
+    assert f"stepwell has {len(PRESETS)} rule presets" in text
 
 
 def test_commands_named_in_the_pages_exist():
