@@ -151,7 +151,7 @@ def documented() -> "list[type[BaseModel]]":
     from core.stage import StageConfig
     from pipelines.config import EngineConfig, Rule
 
-    outer = [
+    outer: list[type[BaseModel]] = [
         StageConfig,
         *_configs(),
         *_sources(),

@@ -19,7 +19,7 @@ from core.errors import ConfigError
 from core.storage import Root
 from pipelines.config import Pipeline
 from pipelines.docs import REPO, table
-from pipelines.plan import steps
+from pipelines.plan import plan
 from pipelines.report.accounts import Facts, gather, levels, tokens
 
 BAR = 30  # characters of the funnel's longest bar
@@ -27,13 +27,12 @@ REASONS = 3  # reasons named beside a step of the funnel
 
 
 def figures(pipeline: Pipeline, root: Root) -> dict[str, str]:
-    """The README's blocks by name, from what is committed in a root. Raises ConfigError where a step has not run."""
+    """The README's blocks by name, from what is committed in a root. ConfigError where a step is not up to date."""
     facts = gather(pipeline, root)
-    done = [d.step for d in facts.done]
-    waiting = [s.name for s in steps(pipeline) if s not in done]
-    if waiting or facts.stale:
+    waiting = [p.step.name for p in plan(pipeline, root) if p.run]
+    if waiting:
         raise ConfigError(
-            f"docs: {', '.join(waiting or facts.stale)} not up to date in {root.url}; run the whole pipeline"
+            f"docs: {', '.join(waiting)} not up to date in {root.url}; run the whole pipeline, then try again"
         )
     return {
         "demo": "\n".join([_occasion(facts), "", *_funnel(facts), "", *_results(facts)]),
