@@ -28,6 +28,8 @@ RETRIES = 3  # RetryableError from a unit
 FIRST_WAIT_S = 0.5  # before the second try, doubled each time: chosen, untested
 BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
 NOTE_EVERY_S = 0.2
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+KEPT_BYTES = 32 << 20  # the most that glibc's own tuning arrives at; twice as much free memory stays at the heap's top
 
 log = logging.getLogger("stepwell")
 
@@ -268,6 +270,7 @@ def _work(pipe: Connection, parent: int) -> None:
     """A worker's life: receive units until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     _die_with(parent)
+    _keep_freed_memory()
     import pyarrow as pa
 
     pa.set_cpu_count(1)  # parallelism is the number of workers; more threads would only fight over the cores
@@ -305,6 +308,18 @@ def _noter(pipe: Connection) -> Callable[..., None]:
             last[0] = now
 
     return note
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from giving the same pages back and faulting them in again for every batch of numpy temporaries. Left alone it
+    settles on thresholds by which blocks happen to be freed first. On 24 MB of text `signals` had 90,000 page faults and 0.15
+    of 2.4 CPU seconds in the kernel; with these 5,000 and 0.03. Peak memory of a 0.6 GB shuffle: 412 and 428 MB."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def _die_with(parent: int) -> None:
