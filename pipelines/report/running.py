@@ -17,7 +17,19 @@ def throughput(facts: Facts) -> Html:
     """One row a step; annotate stages that shared a pass share its figures."""
     if not facts.done:
         return Html("")
-    head = ["stage", "dataset", "documents", "docs/s", "MB/s", "seconds", "", "peak MB", "resumed", "run", "accounts"]
+    head = [
+        "stage",
+        "dataset",
+        "documents",
+        "docs/s",
+        "MB/s",
+        "seconds",
+        "",
+        "peak MB",
+        "resumed",
+        "run",
+        span("accounts", "accounts"),
+    ]
     most = max((d.manifest.observed.get("seconds", 0.0) for d in facts.done), default=0.0)
     runs = list(dict.fromkeys(str(d.manifest.observed.get("run_id")) for d in facts.done))
     rows = [_row(d, most, runs) for d in facts.done]

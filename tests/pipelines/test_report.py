@@ -16,6 +16,7 @@ from pipelines.report import write_report
 from pipelines.report.accounts import checks, gather, levels
 from pipelines.report.markup import count, escape, percent, short, tag
 from pipelines.report.measure import KEPT, SEED, Panel, limits, measure
+from pipelines.report.overview import link
 from pipelines.report.svg import Curve, Histogram, Threshold, histogram, lines, nice_ticks
 from pipelines.report.training import bits_per_byte, smooth
 from pipelines.runner import Runner, RunOptions, between
@@ -380,6 +381,13 @@ def test_tags_escape_text_and_attributes() -> None:
         '<p title="&quot;&lt;" hidden>&lt;b&gt;<i>&amp;</i></p>'
     )
     assert escape("\ud800\x00\x85") == "?\u2400\ufffd"
+
+
+def test_only_addresses_of_the_web_become_links() -> None:
+    assert 'href="https://a.example/?q=&lt;b&gt;"' in link("https://a.example/?q=<b>")
+    for url in ("javascript:alert(1)", " https://a.example", "data:text/html,<b>", "//a.example"):
+        assert "href" not in link(url)
+        assert html.fromstring(link(url)).text_content() == url
 
 
 def test_column_of_strings_does_not_become_a_panel(built: tuple[Pipeline, Root]) -> None:
