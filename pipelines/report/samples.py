@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from core.hashing import seeded
 from core.ingest import side_name
 from core.manifest import Manifest
-from mixtures.released import applied
 from mixtures.policy import withdrawn_rows
+from mixtures.released import applied
 from pipelines.report.accounts import Facts
 from pipelines.report.measure import SAMPLES, SEED, Measures, Picked
 
