@@ -29,7 +29,9 @@ FIRST_WAIT_S = 0.5  # before the second try, doubled each time: chosen, untested
 BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
 NOTE_EVERY_S = 0.2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-KEPT_BYTES = 32 << 20  # the most that glibc's own tuning arrives at; twice as much free memory stays at the heap's top
+KEPT_BYTES = (
+    4 << 20
+)  # blocks up to here come from the heap, and twice as much stays free at its top; 8 MB cost 12 MB of peak
 
 log = logging.getLogger("stepwell")
 
@@ -313,7 +315,7 @@ def _noter(pipe: Connection) -> Callable[..., None]:
 def _keep_freed_memory() -> None:
     """Stop glibc from giving the same pages back and faulting them in again for every batch of numpy temporaries. Left alone it
     settles on thresholds by which blocks happen to be freed first. On 24 MB of text `signals` had 90,000 page faults and 0.15
-    of 2.4 CPU seconds in the kernel; with these 5,000 and 0.03. Peak memory of a 0.6 GB shuffle: 412 and 428 MB."""
+    of 2.4 CPU seconds in the kernel; with these 2,000 to 5,000 and 0.03. The peak of a shuffle stays what it was."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
