@@ -61,7 +61,7 @@ class FateUnits:
 
 def select(job: Job) -> Outcome:
     """Decide for every document of every dataset."""
-    policy = job.options["policy"]
+    policy = job.policy
     rules = tuple(rules_of(policy.get(job.instance.partition("@")[2]) or ()))
     priority = tuple(policy.get("priority") or ())
     judge = Judge(
