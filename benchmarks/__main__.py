@@ -51,6 +51,11 @@ BENCHMARKS = (
         toy=("--docs", "3000", "--sample-mb", "0.1", "--rounds", "1"),
     ),
     Benchmark("spill", "a shuffle larger than memory", full=("--gb", "10"), toy=("--gb", "0.002")),
+    Benchmark(
+        "minhash",
+        "near duplicates beside datatrove, rensa and datasketch",
+        toy=("--docs", "40", "--repeat", "1", "--only", "stepwell_numpy"),
+    ),
     Benchmark("signals", "rule signals beside datatrove's filters", toy=("--mb", "0.05", "--rounds", "1")),
     Benchmark(
         "extraction", "text from pages beside resiliparse and trafilatura", toy=("--pages", "4"), needs_data=True

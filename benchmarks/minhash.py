@@ -1,9 +1,9 @@
 """MinHash end to end beside its peers: Parquet in, survivors out, in CPU seconds of the whole process and its children.
 
-    python benchmarks/minhash.py make --out DIR --folder '/usr/share/doc/**/*' --folder '/usr/lib/python3*/**/*.py'
-    python benchmarks/minhash.py run --data DIR                 # every contender in turn, medians of 3, a table
-    python benchmarks/minhash.py kernels --data DIR             # shingles and signatures only, MB/s
-    python benchmarks/minhash.py components                     # bytes per edge and node
+    python -m benchmarks.minhash make --out DIR --folder '/usr/share/doc/**/*' --folder '/usr/lib/python3*/**/*.py'
+    python -m benchmarks.minhash run --data DIR                 # every contender in turn, medians of 3, a table
+    python -m benchmarks.minhash kernels --data DIR             # shingles and signatures only, MB/s
+    python -m benchmarks.minhash components                     # bytes per edge and node
 
 `make` writes the text files that the globs find as documents Parquet files of a stepwell root; every contender reads just these.
 Each measured run is a new process, imports included. Compiled kernels are compiled before (once per installation, as
@@ -36,7 +36,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the processes it starts by its path
+
+from benchmarks.corpus import default_folders
+from benchmarks.result import Result, Table, show
 
 NGRAM, BANDS, ROWS, JACCARD = 5, 14, 8, 0.75
 WORDS = re.compile(r"\w+")
@@ -108,7 +111,9 @@ def stepwell(data: str, scratch: str) -> dict[str, Any]:
     )
     engine = LocalEngine(f"{scratch}/exchange", workers=0)
     dataset = Dataset(root, "files", 0, shards)
-    outcome = STAGE.fn(Job(STAGE, "minhash", STAGE.config(exact=None), root, engine, (dataset,), "benchmark"))
+    outcome = STAGE.fn(
+        Job(STAGE, "minhash", STAGE.config.model_validate({"exact": None}), root, engine, (dataset,), "benchmark")
+    )
     spilled = sum(p.stat().st_size for p in Path(scratch, "exchange").rglob("*.arrow"))
     edges = root.read_table("relations/minhash/edges.parquet", ["a", "b", "jaccard"])
     ids, ends = np.unique(
@@ -205,7 +210,7 @@ def datasketch(data: str, scratch: str) -> dict[str, Any]:
 
     index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
     empty = MinHash(num_perm=BANDS * ROWS, seed=1)
-    sketches = {}
+    sketches: dict[str, Any] = {}
     kept = set()
     for doc_id, text in documents(data):
         shingles = grams(text)
@@ -243,7 +248,7 @@ def one(name: str, data: str, scratch: str) -> None:
     )
 
 
-def measure(name: str, data: str) -> dict[str, Any]:
+def measured(name: str, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, "one", "--name", name, "--data", data, "--out", scratch]
         subprocess.run(
@@ -253,33 +258,51 @@ def measure(name: str, data: str) -> dict[str, Any]:
         return result
 
 
-def run(data: str, names: list[str], repeat: int) -> None:
+def run(data: str, names: list[str], repeat: int) -> Result:
     size = text_bytes(data)
     every = {d for f in files(data) for d in pq.read_table(f, columns=["doc_id"]).column(0).to_pylist()}
-    print(f"{len(every)} documents, {size / 1e6:.1f} MB of text, medians of {repeat}; MB/s are per CPU second")
     if "stepwell" in names:
-        measure("stepwell", data)  # compiles
-    found = {name: [measure(name, data) for _ in range(repeat)] for name in names}
+        measured("stepwell", data)  # compiles
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn in range(repeat):
+        for name in names if turn % 2 == 0 else names[::-1]:
+            found[name].append(measured(name, data))
     cpu = {name: statistics.median(r["cpu_s"] for r in results) for name, results in found.items()}
     dropped = {name: every - set(results[0]["kept"]) for name, results in found.items()}
-    print(
-        "| contender | CPU s | range | MB/s | wall s | peak MB | kept | dropped by it and the first / by either | x datatrove |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    rows: list[list[str | int | float]] = []
+    notes = []
     for name, results in found.items():
         seconds = sorted(r["cpu_s"] for r in results)
         both, either = len(dropped[name] & dropped[names[0]]), len(dropped[name] | dropped[names[0]])
         times = f"{cpu['datatrove'] / cpu[name]:.1f}" if "datatrove" in cpu else "-"
         wall, peak = statistics.median(r["wall_s"] for r in results), max(r["peak"] for r in results) / 1e6
-        print(
-            f"| {name} | {cpu[name]:.2f} | {seconds[0]:.2f}-{seconds[-1]:.2f} | {size / 1e6 / cpu[name]:.1f} "
-            f"| {wall:.1f} | {peak:.0f} | {len(results[0]['kept'])} | {both} / {either} | {times} |",
-            flush=True,
+        spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
+        speed = f"{size / 1e6 / cpu[name]:.1f}"
+        kept = len(results[0]["kept"])
+        rows.append(
+            [name, f"{cpu[name]:.2f}", spread, speed, f"{wall:.1f}", f"{peak:.0f}", kept, f"{both} / {either}", times]
         )
-    for name, results in found.items():
-        if "observed" in results[0]:
+        if "spilled_bytes" in results[0]:
             moved = results[0]["spilled_bytes"] / len(every)
-            print(f"{name}: {results[0]['observed']}; {moved:.0f} bytes a document written to the exchange (lz4)")
+            notes.append(f"{name}: {moved:.0f} bytes a document written to the exchange (lz4).")
+    columns = (
+        "contender", "CPU s", "range", "MB/s", "wall s", "peak MB", "kept", "dropped by it and the first / by either",
+        "x datatrove",
+    )  # fmt: skip
+    table = Table(f"Medians of {repeat}; MB/s are per CPU second", columns, rows)
+    settings = {"documents": len(every), "MB": round(size / 1e6, 1), "rounds": repeat}
+    samples = {n: [{k: r[k] for k in ("cpu_s", "wall_s", "peak")} for r in rs] for n, rs in found.items()}
+    return Result("minhash", settings, [table], notes=notes, figures={"samples": samples})
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """`run` on `--data`, or on what `make` finds on this machine."""
+    if args.data:
+        return run(args.data, args.only, args.repeat)
+    with tempfile.TemporaryDirectory(prefix="stepwell-minhash-") as folder:
+        globs = args.folder or [f"{f}/**/*{end}" for f in default_folders() for end in (".txt", ".md", ".rst", ".py")]
+        make(folder, globs, args.docs, args.least_bytes, args.most_bytes)
+        return run(folder, args.only, args.repeat)
 
 
 def kernels(data: str, repeat: int) -> None:
@@ -329,27 +352,31 @@ def measure_components(edges: int = 4_000_000) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("command", choices=["make", "run", "kernels", "components", "one"])
-    parser.add_argument("--data", default="")
-    parser.add_argument("--out", default="")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="", help="what `make` wrote; without it documents of this machine are taken")
     parser.add_argument("--folder", action="append", default=[], help="glob of text files, may be repeated")
     parser.add_argument("--docs", type=int, default=20_500)
     parser.add_argument("--least-bytes", type=int, default=500)
     parser.add_argument("--most-bytes", type=int, default=24_000)
-    parser.add_argument("--name", default="stepwell")
     parser.add_argument(
         "--only", nargs="*", default=list(CONTENDERS), help="contenders to run, the first is compared with"
     )
     parser.add_argument("--repeat", type=int, default=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["make", "run", "kernels", "components", "one"], nargs="?", default="run")
+    options(parser)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--name", default="stepwell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.command == "make":
         make(args.out, args.folder, args.docs, args.least_bytes, args.most_bytes)
     elif args.command == "one":
         one(args.name, args.data, args.out)
     elif args.command == "run":
-        run(args.data, args.only, args.repeat)
+        show(measure(args))
     elif args.command == "kernels":
         kernels(args.data, args.repeat)
     else:

@@ -141,14 +141,14 @@ def side_name(folder: str, dataset: str, unit: str) -> str:
     return f"datasets/{dataset}/{folder}/documents/{unit}.parquet"
 
 
-def ingest(job: Job, reader: Reader, code: str) -> Outcome:
+def ingest(job: Job, reader: Reader) -> Outcome:
     """Run all three phases for one source; the outcome becomes the documents manifest."""
     staged = staging(reader.name)
     before = read_manifest(job.root, DOCUMENTS_INSTANCE, reader.name)
     known = before.units if before else {}
     units = reader.units()
-    work = IngestUnits(job.root, reader, code, staged, known)
-    reports = job.engine.run_units(work, units, f"{reader.name}: {job.instance}")
+    work = IngestUnits(job.root, reader, job.code, staged, known)
+    reports = job.engine.run_units(work, units, f"{reader.name}: {job.instance}", job.stall_s)
     made = {u.name: r.value for u, r in zip(units, reports, strict=True)}
     try:
         check_budget(job.instance, reader.name, sum(m["rejects"] for m in made.values()), _records(made))

@@ -32,7 +32,9 @@ class Job:
     source_name: str = ""
     artifacts: Artifacts = field(default_factory=dict)
     display: Display = field(default_factory=quiet)
-    options: Mapping[str, Any] = field(default_factory=dict)  # pipeline-wide settings that a stage asks for by name
+    policy: Mapping[str, Any] = field(default_factory=dict)  # the config's policy, for select
+    code: str = ""  # digest of the identity without inputs: what a single unit's identity begins with
+    stall_s: float = 600.0  # a worker that gives no sign for so long is replaced
 
     def dataset(self, name: str) -> Dataset:
         return next(d for d in self.datasets if d.name == name)

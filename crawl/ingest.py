@@ -30,7 +30,7 @@ def reader(source: Any, name: str, root: Root) -> Reader:
 
 def extract(job: Job) -> Outcome:
     """Read one source into documents, drops and rejects."""
-    return ingest(job, reader(job.source, job.source_name, job.root), job.options["code"])
+    return ingest(job, reader(job.source, job.source_name, job.root))
 
 
 STAGE = Stage(

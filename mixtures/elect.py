@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from core.dataset import Dataset
 from core.engines.contract import Frame, Unit
 from core.job import Job
+from core.rows import pack
 from core.schema import TEXT
 from core.storage import Root
 from dedup import survivors
 from dedup.minhash import edges_name
+from mixtures.policy import Judge
 
 # One schema for documents and edges, so that both travel in one shuffle by `group`. An edge has `other` and no `doc_id`.
 CANDIDATES = pa.schema(
@@ -32,6 +35,43 @@ CANDIDATES = pa.schema(
     ]
 )
 LOSERS = pa.schema([("row", pa.int64()), ("survivor", TEXT), ("through", TEXT)])
+
+
+def candidates(judge: Judge, datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBatch]:
+    """Rows of one shard that passed everything else and have a possible duplicate."""
+    ordinal, number = unit.payload
+    dataset = datasets[ordinal]
+    shard = dataset.shards[number]
+    orders = [p.lstrip("-") for p in judge.config.prefer]
+    groups = [
+        c for c, on in (("exact.clique", "exact"), ("minhash.component", "minhash")) if on in judge.config.duplicates
+    ]
+    fate, table, _ = judge.judge(dataset, shard, [*groups, *orders, "doc_id", "fetched_at"])
+    doc_id = table.column("doc_id").combine_chunks()
+    nothing = pa.nulls(shard.rows, TEXT)
+    clique = table.column("exact.clique").combine_chunks() if "exact" in judge.config.duplicates else nothing
+    component = table.column("minhash.component").combine_chunks() if "minhash" in judge.config.duplicates else nothing
+    group = pc.coalesce(component, clique)
+    live = np.asarray(fate.column("keep")) & np.asarray(pc.is_valid(group))
+    rank = judge.priority.index(dataset.name) if dataset.name in judge.priority else len(judge.priority)
+    order = [np.full(shard.rows, rank, dtype=np.float64)]
+    for name, given in zip(orders, judge.config.prefer, strict=True):
+        values = np.asarray(pc.fill_null(table.column(name).cast(pa.float64()), np.nan))
+        order.append(-values if given.startswith("-") else values)
+    dates = table.column("fetched_at").cast(pa.int64()).cast(pa.float64(), safe=False)
+    order.append(np.asarray(pc.fill_null(dates, np.inf)))
+    arrays = [
+        group,
+        pc.coalesce(clique, doc_id),
+        doc_id,
+        pa.array(pack(ordinal, number, shard.rows)),
+        pa.FixedSizeListArray.from_arrays(pa.array(np.column_stack(order).ravel()), len(order)).cast(
+            pa.list_(pa.float64())
+        ),
+        nothing,
+        pa.nulls(shard.rows, pa.float32()),
+    ]
+    yield pa.RecordBatch.from_arrays(arrays, schema=CANDIDATES).filter(pa.array(live))
 
 
 def edges_frame(job: Job) -> Frame:

@@ -66,7 +66,7 @@ class MixConfig(StageConfig):
     )
     tokenizer: str = Field(default="tokenizer", description="whose token shards are mixed")
     tokenize: str = Field(default="tokenize", description="instance of the stage `tokenize` that made them")
-    phases: dict[str, Phase] = Field(min_length=1)
+    phases: dict[str, Phase] = Field(min_length=1, description="name of a mixture -> its components")
 
     @field_validator("where", "held_out")
     @classmethod

@@ -16,7 +16,8 @@ from core.predicate import Predicate
 from core.records import Origin, Raw
 from core.stage import Kind
 from core.storage import Root
-from mixtures.select import WITHDRAWN, fate_layer, rules_of
+from mixtures.policy import WITHDRAWN, rules_of, withdrawn_rows
+from mixtures.select import fate_layer
 from pipelines.config import Pipeline
 from pipelines.plan import Step, steps
 
@@ -203,7 +204,6 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def forget_lines(pipeline: Pipeline, root: Root, wanted: Sequence[str], dry_run: bool) -> Iterator[str]:
     """Record takedowns and say which shards and mixtures hold the documents now."""
-    from mixtures.select import withdrawn_rows
 
     listed = pa.array(sorted(set(wanted)), pa.large_string())
     affected: set[tuple[str, str]] = set()

@@ -31,7 +31,8 @@ class TrainStageConfig(StageConfig):
     steps: int | None = Field(default=None, ge=1, description="updates; null: until the phase's tokens are used up")
     max_steps: int = Field(default=400, ge=1, description="cap when `steps` is null")
     rows: int = Field(default=32, ge=1, description="packed rows of `context` tokens an update")
-    seed: int = Field(default=0, description="of the initial weights")
+    shuffle: bool = Field(default=True, description="rows in a seeded order: a long document fills many rows in a row")
+    seed: int = Field(default=0, description="of the initial weights, and of the order of rows")
     checkpoint_steps: int = execution(50, "updates between checkpoints")
     threads: int | None = execution(None, "CPU threads; null: torch's choice")
 
@@ -72,6 +73,7 @@ def train(job: Job) -> Outcome:
         steps=steps,
         rows=config.rows,
         seed=config.seed,
+        shuffle=config.shuffle,
         repeat=steps > available,
         tokenizer=str(job.root.local_path("models/tokenizer/tokenizer.json")),
         threads=config.threads,

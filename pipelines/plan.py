@@ -162,7 +162,7 @@ def library_version(name: str) -> str:
 
 def policy_identity(pipeline: Pipeline, root: Root, instance: str) -> dict[str, Any]:
     """The part of the policy that a select reads, as JSON-like values."""
-    from mixtures.select import read_withdrawn
+    from mixtures.policy import read_withdrawn
 
     rules = pipeline.policy.get(instance.partition("@")[2]) or ()
     return {
@@ -245,7 +245,7 @@ def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
 
 def policy_columns(pipeline: Pipeline, instance: str) -> list[str]:
     """Columns that the rules of one select read."""
-    from mixtures.select import rules_of
+    from mixtures.policy import rules_of
 
     return sorted(
         {c for rule in rules_of(pipeline.policy.get(instance.partition("@")[2]) or ()) for c in rule.predicate.columns}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.annotate import AnnotateRun, annotate, forget_rejecting
+from core.captures import staging
 from core.dataset import Dataset, open_dataset
 from core.engines.contract import Engine
 from core.errors import ConfigError, StageError
@@ -107,8 +108,9 @@ class Runner:
             self.say(f"{step.name}: up to date")
             return planned
         with held(self.root, _lock_name(step), self.options.run_id):
-            planned.identity = planned.identity or identity_of(self.pipeline, self.root, step)
-            self._execute(step, planned.identity)
+            planned = plan_step(self.pipeline, self.root, step)  # another run may have ended since the first look
+            if planned.run or self.options.force:
+                self._execute(step, planned.identity or identity_of(self.pipeline, self.root, step))
         return planned
 
     def _execute(self, step: Step, identity: Identity) -> None:
@@ -159,7 +161,9 @@ class Runner:
             source_name=step.dataset or "",
             artifacts=artifacts_of(entry),
             display=self.display,
-            options={"policy": self.pipeline.policy, "say": self.say, "code": code_of(identity)},
+            policy=self.pipeline.policy,
+            code=code_of(identity),
+            stall_s=self.pipeline.engine.stall_s,
         )
 
     def _annotate(self, group: Sequence[Step]) -> list[Planned]:

@@ -73,10 +73,12 @@ def make_layer(
     return notes
 
 
-def make_job(root: Root, engine: Any, source: str = "src", datasets: tuple[Dataset, ...] = ()) -> Job:
+def make_job(
+    root: Root, engine: Any, source: str = "src", datasets: tuple[Dataset, ...] = (), code: str = "code"
+) -> Job:
     """A job of a stage that does nothing by itself."""
     stage = Stage(name="test", kind=Kind.RELATE, config=StageConfig, fn=lambda job: None)
-    return Job(stage, "test", StageConfig(), root, engine, datasets, "identity", source_name=source)
+    return Job(stage, "test", StageConfig(), root, engine, datasets, "identity", source_name=source, code=code)
 
 
 def tree_digest(root: Root, folder: str) -> dict[str, str]:

@@ -52,16 +52,29 @@ def partition_hash(table: pa.Table | pa.RecordBatch, by: Sequence[str]) -> np.nd
     """uint64 [n]: equal keys get equal values. Any deterministic spread will do: it decides where a key is worked on,
     never what comes out."""
     h = np.full(table.num_rows, 0x9E3779B97F4A7C15, dtype=np.uint64)
-    floats = [name for name in by if pa.types.is_floating(table.schema.field(name).type)]
-    if floats:
-        raise StageError(
-            f"shuffle: key columns {floats} hold floats, expected integers or strings; keys must compare exactly"
-        )
+    check_keys(table.schema, by)
     for name in by:
         column = table.column(name)
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         h = _mix(h ^ _column_words(array))
     return h
+
+
+def check_keys(schema: pa.Schema, by: Sequence[str]) -> None:
+    """StageError if a key column holds floats: 0.0 and -0.0 are equal, NaN is not, and no two engines agree on either."""
+    floats = [name for name in by if pa.types.is_floating(schema.field(name).type)]
+    if floats:
+        raise StageError(
+            f"shuffle: key columns {floats} hold floats, expected integers or strings; keys must compare exactly"
+        )
+
+
+def joined_schema(left: pa.Schema, right: pa.Schema, on: Sequence[str], label: str) -> pa.Schema:
+    """`left` followed by the columns of `right` besides the keys, which may be null. StageError for a name on both sides."""
+    added = [f.with_nullable(True) for f in right if f.name not in on]
+    if twice := sorted({f.name for f in added} & set(left.names)):
+        raise StageError(f"{label}: both sides have columns {twice} besides the keys; rename them before the join")
+    return pa.schema([*left, *added])
 
 
 def shard_partition(rows: np.ndarray, shards: int, partitions: int) -> np.ndarray:

@@ -7,6 +7,12 @@ per-row Python where columns will do.
 
 Order is promised in one place only: inside `shuffle`, `fn` sees rows sorted by `by` then `order`. Together they must be a
 total order, or two engines may disagree. Iteration (k-means rounds, stars) is a plain loop over these verbs.
+
+A shuffle or join of n bytes has ceil(n / `partition_bytes`) partitions: a property of the data, never of the cluster. It decides
+where a key is worked on, never what comes out. Engines take `partition_bytes` at construction; only tests give another value.
+
+What goes wrong has one form everywhere: ConfigError and StageError arrive as they were raised; any other exception of a function
+given to a verb arrives as a StageError that names the label, and the unit where there is one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +25,7 @@ import pyarrow as pa
 
 from core.rows import shard_of
 
-PARTITION_BYTES = 128 << 20  # a shuffle has ceil(bytes / this) partitions: a property of the data, not of the cluster
+PARTITION_BYTES = 128 << 20  # an engine's default for the size of a partition
 NO_ROW = -1  # note(row=NO_ROW): the row named last is done, what follows concerns none
 BATCH_BYTES = 64 << 20  # documents handed to a kernel at once, in bytes of text
 
@@ -97,8 +103,9 @@ class Engine(Protocol):
 
     def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
         """Run `fn` on each unit; reports in the order of `units`. `fn` commits its own output and recognises it when it
-        finds it. A worker that dies is replaced and its unit tried again alone; a row that keeps killing is passed in
-        `Unit.poison`. An exception from `fn` stops the run as StageError after the other running units have finished."""
+        finds it. A worker that dies is replaced and its unit tried again; `local` tries it alone, passes a row that keeps
+        killing in `Unit.poison`, and counts `stall_s` without a sign of life as a death. A RetryableError is tried again a
+        few times; any other exception from `fn` stops the run after the other running units have finished."""
 
     def scan(
         self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
@@ -125,14 +132,16 @@ class Engine(Protocol):
         """Rows with equal `by` meet; `fn` sees tables sorted by `by` + `order` that hold whole keys only (many at once).
 
         Several frames must share a schema. `combine` (associative, same schema in and out, key-aligned) runs before the
-        exchange as well. `max_rows_per_key` keeps the first rows by `order` and counts the rest in `dropped_rows`.
-        Null keys meet each other like any value."""
+        exchange as well. `max_rows_per_key` keeps the first rows by `order` and counts the rest in `dropped_rows`; with
+        `combine`, those that are left after it. Null keys meet each other like any value. Keys are not floats."""
 
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> Frame:
-        """Equi-join ('inner' or 'left outer'); columns of `right` other than `on` are appended. Null keys never match."""
+        """Equi-join ('inner' or 'left outer'); columns of `right` other than `on` are appended, and must not be in
+        `left`. Null keys never match. Keys are not floats."""
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
-        """Rows with a `row` column (int64, see `core.rows`) become one layer shard per document shard, written once."""
+        """Rows with a `row` column (int64, see `core.rows`) become one layer shard per document shard, written once. Reports
+        in the order of shards. StageError for a row outside the target."""
 
     def fold(
         self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold"

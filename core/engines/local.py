@@ -13,23 +13,24 @@ from typing import Any
 
 import pyarrow as pa
 
-from core.engines.columns import join_tables, sortable, sorted_table
-from core.engines.contract import Align, ChunkFn, Frame, Note, Report, Unit, UnitFn, write_shards
+from core.engines.columns import join_tables, joined_schema, sortable, sorted_table
+from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Frame, Note, Report, Unit, UnitFn, write_shards
 from core.engines.pool import Pool, run_here
 from core.engines.spill import (
     Cut,
     Part,
+    align_partitions,
     chunks,
     committed_part,
     partition_share,
     partitions_for,
     passes_for,
     read_partition,
+    shards_of,
     slices,
     write_exchange,
     write_part,
 )
-from core.errors import StageError
 from core.progress import Display, quiet
 
 MEMORY_SHARE = (
@@ -55,12 +56,18 @@ class LocalEngine:
     name = "local"
 
     def __init__(
-        self, scratch: str | Path, workers: int = 1, memory_gb: float = 4.0, display: Display | None = None
+        self,
+        scratch: str | Path,
+        workers: int = 1,
+        memory_gb: float = 4.0,
+        display: Display | None = None,
+        partition_bytes: int = PARTITION_BYTES,
     ) -> None:
         self.scratch = Path(scratch)
         self.workers = workers
         self.block_bytes = max(1 << 20, int(memory_gb * 1e9) // max(1, workers) // MEMORY_SHARE)
         self.display = display or quiet()
+        self.partition_bytes = partition_bytes
         self._pool = Pool(workers) if workers else None
         self._step = 0
         self._dropped: dict[str, int] = {}
@@ -108,7 +115,7 @@ class LocalEngine:
     ) -> LocalFrame:
         sources = [frames] if isinstance(frames, LocalFrame) else list(frames)  # type: ignore[arg-type]
         size = sum(f.bytes for f in sources if isinstance(f, LocalFrame))
-        cut = Cut(tuple(by), tuple(order), partitions_for(size), None, combine, max_rows_per_key)
+        cut = Cut(tuple(by), tuple(order), partitions_for(size, self.partition_bytes), None, combine, max_rows_per_key)
         exchanged = self._exchange(sources, cut, label)
         work = partial(_reduce, fn, exchanged.schema, schema, cut, self.block_bytes)
         return self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
@@ -116,12 +123,9 @@ class LocalEngine:
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> LocalFrame:
         assert isinstance(left, LocalFrame)
         assert isinstance(right, LocalFrame)
-        cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes)))
+        schema = joined_schema(left.schema, right.schema, on, label)
+        cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes), self.partition_bytes))
         a, b = self._exchange([left], cut, f"{label}: left"), self._exchange([right], cut, f"{label}: right")
-        added = [f.with_nullable(True) for f in b.schema if f.name not in on]
-        if twice := sorted({f.name for f in added} & set(a.schema.names)):
-            raise StageError(f"{label}: both sides have columns {twice} besides the keys; rename them before the join")
-        schema = pa.schema([*a.schema, *added])
         units = [Unit(str(p), (slices(a.parts, p), slices(b.parts, p), p)) for p in range(cut.partitions)]
         return self._make(
             partial(_join, a.schema, b.schema, schema, cut, tuple(on), how, self.block_bytes), units, schema, label
@@ -129,12 +133,11 @@ class LocalEngine:
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
         size = sum(p.bytes for p in _parts(frame))
-        cut = Cut((), (), min(partitions_for(size) * 4, max(1, target.shards)), target)
+        cut = Cut((), (), align_partitions(size, self.partition_bytes, target), target)
         exchanged = self._exchange([frame], cut, f"{target.label}: exchange")
         units = []
         for p in range(cut.partitions):
-            shards = [s for s in range(target.shards) if s * cut.partitions // max(1, target.shards) == p]
-            units.append(Unit(str(p), (slices(exchanged.parts, p), p, shards)))
+            units.append(Unit(str(p), (slices(exchanged.parts, p), p, shards_of(p, cut.partitions, target))))
         work = partial(_align, exchanged.schema, cut, target)
         return [r for report in self.run_units(work, units, target.label) for r in report.value]
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from core.engines.columns import capped, key_starts, partition_hash, shard_partition, sorted_table
-from core.engines.contract import PARTITION_BYTES, Align, ChunkFn
+from core.engines.contract import Align, ChunkFn
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
 
@@ -117,6 +117,11 @@ class Cut:
             return shard_partition(rows, self.target.shards, self.partitions)
         return (partition_hash(table, self.by) % np.uint64(self.partitions)).astype(np.int64)
 
+    def before_exchange(self) -> "Cut":
+        """This cut on the map side. A cap waits for `combine` to have seen all rows, or how many it cuts would depend on
+        how they were split into blocks; without `combine` it makes the traffic smaller already there."""
+        return self if self.combine is None else replace(self, max_rows_per_key=None)
+
 
 def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema, cut: Cut, block_bytes: int) -> Part:
     """The map side: one file of sorted runs."""
@@ -129,7 +134,7 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
     ):
         blocks = _blocks(batches, schema, block_bytes)
         while (table := next(blocks, None)) is not None:
-            table, lost = prepared(table, cut)
+            table, lost = prepared(table, cut.before_exchange())
             cut_rows += lost
             rows, size = rows + table.num_rows, size + table.nbytes
             pieces = split(table, cut)
@@ -266,6 +271,16 @@ class _whole_file:  # noqa: N801 - reads as a verb in `with`
             os.unlink(self.temporary)
 
 
-def partitions_for(size: int) -> int:
-    """ceil(bytes / 128 MB): a property of the rows, not of the cluster."""
-    return max(1, -(-size // PARTITION_BYTES))
+def partitions_for(size: int, partition_bytes: int) -> int:
+    """ceil(bytes / partition_bytes): a property of the rows, not of the cluster."""
+    return max(1, -(-size // partition_bytes))
+
+
+def align_partitions(size: int, partition_bytes: int, target: Align) -> int:
+    """Partitions of an align: four times those of a shuffle, as each sorts its rows whole, but no more than there are shards."""
+    return min(partitions_for(size, partition_bytes) * 4, max(1, target.shards))
+
+
+def shards_of(p: int, partitions: int, target: Align) -> list[int]:
+    """The shards that partition `p` of an align writes: those that `shard_partition` sends to it."""
+    return [s for s in range(target.shards) if s * partitions // target.shards == p]

@@ -12,7 +12,8 @@ from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
 from core.manifest import Manifest, read_manifest
 from core.stage import Kind
 from core.storage import Root
-from mixtures.select import CompiledRule, fate_layer, rules_of
+from mixtures.policy import CompiledRule, read_withdrawn, rules_of
+from mixtures.select import fate_layer
 from pipelines.config import Pipeline
 from pipelines.inspect import layer_manifests
 from pipelines.plan import Step, steps
@@ -112,6 +113,11 @@ class Facts:
         return [d.name for d in self.datasets if only is None or d.name in only]
 
     @cached_property
+    def withdrawn(self) -> frozenset[str]:
+        """doc_ids, URLs and hosts that were taken down."""
+        return read_withdrawn(self.root, self.pipeline.policy.get("withdrawn"))
+
+    @cached_property
     def rows(self) -> Counts:
         return {d.name: d.rows for d in self.datasets}
 
@@ -197,7 +203,11 @@ def levels(facts: Facts) -> list[Level]:
     if shards := tokens(facts):
         docs = {name: shards["docs"].get(name, 0) for name in manifests}
         lost_docs = sum(left.values()) - sum(docs.values())
-        out.append(Level("tokenised", docs, {"not in token shards": lost_docs} if lost_docs else {}, ""))
+        out.append(
+            Level(
+                "tokenised", docs, {"not in token shards": lost_docs}, note=f"{sum(shards['tokens'].values()):,} tokens"
+            )
+        )
     return out
 
 

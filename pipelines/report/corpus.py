@@ -126,7 +126,7 @@ def _relation(
     members, found = sum(measures.sizes[relation].values()), sum(groups.values())
     noun = "cliques" if relation == "exact" else "components"
     said = f"{count(members)} of {count(sum(facts.rows.values()))} documents lie in {count(found)} {noun}"
-    redundant = f"; {count(members - found)} of them are one too many." if relation == "exact" else "."
+    redundant = f"; {count(members - found)} of them are further copies." if relation == "exact" else "."
     left = [tag("h4", None, f"{noun.capitalize()} by size"), svg.bars(_sizes(groups, noun))]
     charts = [div("column", *left)] if groups else []
     if relation == "minhash" and similar is not None and similar.pairs:

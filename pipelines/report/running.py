@@ -17,7 +17,19 @@ def throughput(facts: Facts) -> Html:
     """One row a step; annotate stages that shared a pass share its figures."""
     if not facts.done:
         return Html("")
-    head = ["stage", "dataset", "documents", "docs/s", "MB/s", "seconds", "", "peak MB", "resumed", "run"]
+    head = [
+        "stage",
+        "dataset",
+        "documents",
+        "docs/s",
+        "MB/s",
+        "seconds",
+        "",
+        "peak MB",
+        "resumed",
+        "run",
+        span("accounts", "accounts"),
+    ]
     most = max((d.manifest.observed.get("seconds", 0.0) for d in facts.done), default=0.0)
     runs = list(dict.fromkeys(str(d.manifest.observed.get("run_id")) for d in facts.done))
     rows = [_row(d, most, runs) for d in facts.done]
@@ -46,7 +58,16 @@ def _row(d: Done, most: float, runs: list[str]) -> list[str]:
         size(o.get("peak_memory_bytes") or None),
         count(o.get("resumed_units")) if o.get("resumed_units") else "",
         str(runs.index(str(o.get("run_id"))) + 1),
+        span("accounts", _accounts(d)),
     ]
+
+
+def _accounts(d: Done) -> str:
+    """The step's counts, without those by reason."""
+    shown = {
+        k: n for k, n in d.manifest.accounts.items() if "." not in k and k not in ("rows", "documents", "generation")
+    }
+    return ", ".join(f"{k.replace('_', ' ')} {count(n)}" for k, n in shown.items())
 
 
 def failures(found: Iterable[Rejects]) -> Html:

@@ -16,11 +16,14 @@ import pyarrow.compute as pc
 from core.hashing import seeded
 from core.ingest import side_name
 from core.manifest import Manifest
+from mixtures.policy import withdrawn_rows
+from mixtures.released import applied
 from pipelines.report.accounts import Facts
 from pipelines.report.measure import SAMPLES, SEED, Measures, Picked
 
 PREVIEW_CHARS = 300
 REJECT_FILES = 500  # read for the table of rejects, in seeded order; beyond, the report says that it shows a part
+WITHDRAWN_TITLE = "taken down, not shown"
 SIMILARITY_EDGES = np.linspace(0, 1, 41)
 
 
@@ -63,22 +66,35 @@ def shown(facts: Facts, measures: Measures) -> dict[str, Shown]:
 
 
 def _read(facts: Facts, place: tuple[int, int], picked: Sequence[Picked]) -> Iterable[Shown]:
-    """Documents of one shard, in row order."""
+    """Documents of one shard, in row order, their texts with all spans applied: a report is passed on like any release."""
     dataset = facts.datasets[place[0]]
-    name = dataset.documents_name(dataset.shards[place[1]])
-    with facts.root.parquet(name) as f:
+    shard = dataset.shards[place[1]]
+    layers = [name for name in facts.layers[dataset.name] if "spans" in dataset.layer_columns(name)]
+    with facts.root.parquet(dataset.documents_name(shard)) as f:
         ends = np.cumsum([f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)])
         groups = np.searchsorted(ends, [p.row for p in picked], side="right")
         for g in np.unique(groups).tolist():
             mine = [p for p, group in zip(picked, groups, strict=True) if group == g]
-            table = f.read_row_group(g, columns=["text", "url", "metadata"], use_threads=False)
+            table = f.read_row_group(g, columns=["doc_id", "text", "url", "metadata"], use_threads=False)
             first = int(ends[g - 1]) if g else 0
             table = table.take(pa.array([p.row - first for p in mine]))
-            chars = pc.utf8_length(table.column("text")).to_pylist()
-            previews = pc.utf8_slice_codeunits(table.column("text"), 0, PREVIEW_CHARS).to_pylist()
-            urls, metadata = (table.column(c).to_pylist() for c in ("url", "metadata"))
-            for p, n, preview, url, about in zip(mine, chars, previews, urls, metadata, strict=True):
-                yield Shown(p, dataset.name, url, _title(about), n, preview)
+            for name in layers:
+                spans = dataset.read_layer(name, shard, ["spans"]).column("spans").take(pa.array([p.row for p in mine]))
+                table = table.append_column(f"{name}.spans", spans)
+            yield from _shown(facts, dataset.name, mine, table, [f"{name}.spans" for name in layers])
+
+
+def _shown(facts: Facts, dataset: str, picked: list[Picked], table: pa.Table, spans: list[str]) -> Iterable[Shown]:
+    """Rows of `table` as they are shown; of a document that was taken down nothing but its id."""
+    listed = pa.array(sorted(facts.withdrawn), pa.large_string())
+    hidden = withdrawn_rows(table, listed)
+    texts = applied(table.combine_chunks().to_batches()[0], spans)
+    urls, metadata = (table.column(c).to_pylist() for c in ("url", "metadata"))
+    for p, text, url, about, gone in zip(picked, texts, urls, metadata, hidden, strict=True):
+        if gone or p.reason == "withdrawn":
+            yield Shown(p, dataset, None, WITHDRAWN_TITLE, 0, "")
+        else:
+            yield Shown(p, dataset, url, _title(about), len(text), text[:PREVIEW_CHARS])
 
 
 def _title(metadata: str) -> str | None:

@@ -208,6 +208,7 @@ class Level:
     left: Mapping[str, int]
     lost: Mapping[str, int] = field(default_factory=dict)
     verb: str = ""  # how the lost ones were lost
+    note: str = ""  # said in place of that
 
     @property
     def total(self) -> int:
@@ -253,7 +254,7 @@ def _band(x0: float, a: tuple[float, float], x1: float, b: tuple[float, float], 
 def _losses(level: Level, x: float, y: float, most: int, chars: int, before: int) -> list[Html]:
     lost = sorted(((n, reason) for reason, n in level.lost.items() if n), key=lambda p: (-p[0], p[1]))
     if not level.verb:
-        return []
+        return [text(x, y, "strong", level.note)]
     total = sum(n for n, _ in lost)
     out = [text(x, y, "fell", f"\N{MINUS SIGN}{count(total)} {level.verb} ({percent(total, before)})")]
     for k, (n, reason) in enumerate(lost[:most]):

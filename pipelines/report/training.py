@@ -111,15 +111,21 @@ def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
     domains = sorted({name for r in rows for name in r.get("domain_loss", {})})
     curves = [svg.Curve("raw", "loss of an update", x, loss), svg.Curve("mean", "running mean", x, smooth(loss))]
     by_domain = []
-    for i, name in enumerate(domains):
-        kind = svg.colour(facts.names.index(name) if name in facts.names else i)
+    kinds = _kinds(facts, domains)
+    for name in domains:
         y = np.array([r.get("domain_loss", {}).get(name, np.nan) for r in rows], float)
-        by_domain.append(svg.Curve(kind, name, x, smooth(y)))
+        by_domain.append(svg.Curve(kinds[name], name, x, smooth(y)))
     left = [tag("h3", None, "Loss"), svg.legend([(c.kind, c.name) for c in curves])]
     right = [tag("h3", None, "Loss by source, running mean"), svg.legend([(c.kind, c.name) for c in by_domain])]
     first = div("column", *left, svg.lines(curves, "tokens", "nats a token", 545, 260))
     second = div("column", *right, svg.lines(by_domain, "tokens", "nats a token", 545, 260)) if len(domains) > 1 else ""
     return [div("columns", first, second)]
+
+
+def _kinds(facts: Facts, domains: list[str]) -> dict[str, str]:
+    """A colour for each domain: the datasets' own where all domains are datasets."""
+    names = facts.names if set(domains) <= set(facts.names) else domains
+    return {name: svg.colour(names.index(name)) for name in domains}
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
@@ -138,11 +144,11 @@ def _held_out(facts: Facts, evaluated: dict[str, Any]) -> list[str]:
     if not held:
         return []
     rows = []
-    for i, (name, d) in enumerate(sorted(held.items())):
-        kind = svg.colour(facts.names.index(name) if name in facts.names else i)
+    kinds = _kinds(facts, sorted(held))
+    for name, d in sorted(held.items()):
         value = d["bpb"] if math.isfinite(d["bpb"]) else 0.0
         note = f"{figure(d['bpb'], 3)}, {count(d['docs'])} docs"
-        rows.append((name, [(kind, value, f"{count(d['tokens'])} tokens, {count(d['bytes'])} bytes")], note))
+        rows.append((name, [(kinds[name], value, f"{count(d['tokens'])} tokens, {count(d['bytes'])} bytes")], note))
     return [tag("h3", None, "Held-out bits per byte, by source"), svg.bars(rows, 640)]
 
 

@@ -26,7 +26,7 @@ def run(root, units, engine=None, code="code"):
     engine = engine or LocalEngine(root.path("exchange/test"), 0)
     engine.begin(root.path(f"exchange/test-{source_digest(Unit('x', [code, sorted(units.items())]))}"))
     reader = Reader("src", Listed(units), source_records, source_parse, source_digest)
-    outcome = ingest(make_job(root, engine), reader, code)
+    outcome = ingest(make_job(root, engine, code=code), reader)
     manifest = Manifest(
         DOCUMENTS_INSTANCE,
         "src",

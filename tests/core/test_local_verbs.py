@@ -50,15 +50,8 @@ def arranged(engine, how):
     """The engine at the beginning of a new stage, with the partitions and blocks that `how` forces."""
     engine.begin(engine.scratch.parent / str(next(STAGE)))
     engine.block_bytes = how["block"]
-    spill.PARTITION_BYTES = how["partition"]
+    engine.partition_bytes = how["partition"]
     return engine
-
-
-@pytest.fixture(autouse=True)
-def whole_partitions():
-    before = spill.PARTITION_BYTES
-    yield
-    spill.PARTITION_BYTES = before
 
 
 def table_of(rows, schema=SCHEMA):

@@ -221,7 +221,8 @@ def test_well_formed_archives_agree_with_fastwarc(archives):
 def test_crawl_reads_the_captures_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "c-0.warc.gz").write_bytes(b"".join(members()))
-    source = CrawlSource(path=str(tmp_path), document_kind="reference", license="CC0-1.0")
+    crawl = CrawlSource(seeds=("http://a/",), user_agent="t/1 (+a@b)", document_kind="reference", license="CC0-1.0")
+    source = crawl.captures(str(tmp_path))
     (unit,) = units(source)
     found = [parse(source, r) for r in records(source, unit)]
     assert [(f.kind, f.license, f.origin.path) for f in found] == [("reference", "CC0-1.0", "a/c-0.warc.gz")] * 5

@@ -19,7 +19,8 @@ from core.storage import Root
 from dedup.exact import STAGE as EXACT
 from dedup.minhash import STAGE as MINHASH
 from mixtures.elect import CANDIDATES, elect
-from mixtures.select import STAGE, Judge, SelectConfig, rules_of
+from mixtures.policy import Judge, SelectConfig, rules_of
+from mixtures.select import STAGE
 from tests.builders import document, make_dataset, make_layer
 
 WORDS = pa.array([100, 2, 50, None], pa.int64())

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from mixtures.select import withdrawn_rows
+from mixtures.policy import withdrawn_rows
 
 URLS = [
     "https://User:pw@Host.Example:80/a?b",

@@ -93,6 +93,8 @@ def test_local_writes_what_the_bare_kernel_writes(folder: Path, tmp_path: Path) 
     root = Root(str(tmp_path / "root"))
     dataset = corpus.make(root, 0.002, [folder], shard_mb=0.001).dataset
     contest = overhead.Contest(root, dataset, "signals", tmp_path)
+    contest.runner_cold(1)
+    contest.forget()
     contest.local_cold(1)
     for paths in contest.paths():
         overhead.Bare(contest.entry)(paths)
@@ -135,6 +137,14 @@ def test_spill_notices_lost_rows_and_wrong_order() -> None:
     with pytest.raises(ValueError, match="unsorted"):
         spill.sorted_by_key(table)
     assert spill.sorted_by_key(table.sort_by("key")).num_rows == 100
+
+
+def test_minhash_counts_survivors() -> None:
+    result = toy("minhash")
+    assert result.settings["documents"] == 40
+    (row,) = result.tables[0].rows
+    assert row[0] == "stepwell_numpy"
+    assert 0 < int(row[6]) <= 40
 
 
 def test_signals_beside_datatrove() -> None:

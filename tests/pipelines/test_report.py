@@ -16,6 +16,7 @@ from pipelines.report import write_report
 from pipelines.report.accounts import checks, gather, levels
 from pipelines.report.markup import count, escape, percent, short, tag
 from pipelines.report.measure import KEPT, SEED, Panel, limits, measure
+from pipelines.report.overview import link
 from pipelines.report.svg import Curve, Histogram, Threshold, histogram, lines, nice_ticks
 from pipelines.report.training import bits_per_byte, smooth
 from pipelines.runner import Runner, RunOptions, between
@@ -47,6 +48,7 @@ sources:
 stages:
   extract: {}
   signals: {}
+  pii: {}
   exact: {}
   minhash: {}
   select@eligible: {}
@@ -75,7 +77,9 @@ def write_sources(folder: Path, files: int = 2) -> None:
     first: list[Any] = [
         {"text": sentence(i, 60 + i), "url": f"https://a.example/{i}", "title": f"T{i}"} for i in range(30)
     ]
-    first += [{"text": sentence(i, 5), "url": f"https://a.example/short/{i}"} for i in range(14)]
+    first += [
+        {"text": f"Write to p{i}@mail.com, {sentence(i, 5)}", "url": f"https://a.example/short/{i}"} for i in range(14)
+    ]
     first += [{"text": HOSTILE + sentence(99, 80), "title": HOSTILE, "url": "javascript:alert(3)"}]
     first += [{"text": HOSTILE, "title": HOSTILE, "url": "https://a.example/?q=<b>\"'"}]
     first += [{"text": "", "url": f"https://a.example/empty/{i}"} for i in range(3)]
@@ -199,6 +203,22 @@ def test_text_of_documents_is_never_markup(built: tuple[Pipeline, Root]) -> None
     hrefs = tree.xpath("//a/@href")
     assert all(h.startswith(("https://", "http://", "#")) for h in hrefs)
     assert "default-src 'none'" in tree.xpath("//meta[@http-equiv='Content-Security-Policy']/@content")[0]
+
+
+def test_a_report_is_a_release(built: tuple[Pipeline, Root]) -> None:
+    pipeline, root = built
+    before = page(pipeline, root)
+    assert "Write to " in before.text_content()
+    assert "@mail.com" not in before.text_content()
+    root.write_bytes("withdrawn.txt", b"a.example\n")
+    try:
+        tree = page(pipeline, root)
+    finally:
+        root.remove("withdrawn.txt")
+    assert "taken down, not shown" in texts(tree, "//article/h4")
+    assert before.xpath("//article//a[contains(@href, 'a.example')]")
+    assert not tree.xpath("//article//a[contains(@href, 'a.example')]")
+    assert "Write to " not in tree.text_content()
 
 
 def test_equal_roots_give_equal_pages(built: tuple[Pipeline, Root], tmp_path: Path) -> None:
@@ -361,6 +381,13 @@ def test_tags_escape_text_and_attributes() -> None:
         '<p title="&quot;&lt;" hidden>&lt;b&gt;<i>&amp;</i></p>'
     )
     assert escape("\ud800\x00\x85") == "?\u2400\ufffd"
+
+
+def test_only_addresses_of_the_web_become_links() -> None:
+    assert 'href="https://a.example/?q=&lt;b&gt;"' in link("https://a.example/?q=<b>")
+    for url in ("javascript:alert(1)", " https://a.example", "data:text/html,<b>", "//a.example"):
+        assert "href" not in link(url)
+        assert html.fromstring(link(url)).text_content() == url
 
 
 def test_column_of_strings_does_not_become_a_panel(built: tuple[Pipeline, Root]) -> None:
