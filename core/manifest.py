@@ -81,9 +81,11 @@ def read_manifest(root: Root, instance: str, dataset: str | None) -> Manifest | 
         return None
     except ValueError as e:
         raise ConfigError(f"{name}: not a manifest ({e}); remove the file to run {instance} again") from e
-    if stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or "format" not in stored:
+        raise ConfigError(f"{name}: not a manifest (no `format`); remove the file to run {instance} again")
+    if stored["format"] != FORMAT:
         raise ConfigError(
-            f"{name}: written in format {stored.get('format')}, expected {FORMAT}; upgrade stepwell or use another root"
+            f"{name}: written in format {stored['format']}, expected {FORMAT}; upgrade stepwell or use another root"
         )
     return Manifest(**{**stored, "identity": Identity(**stored["identity"])})
 

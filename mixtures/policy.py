@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from classifiers.rules import preset
 from core.dataset import Dataset, Shard
+from core.errors import ConfigError
 from core.predicate import Predicate
 from core.schema import FATE, TEXT
 from core.stage import StageConfig
@@ -31,7 +32,7 @@ class SelectConfig(StageConfig):
     """Knobs of one select; its rules stand in the config's `policy` under its label."""
 
     after: str | None = Field(default=None, description="an earlier fate that carries forward, such as fate@eligible")
-    duplicates: tuple[str, ...] = Field(
+    duplicates: tuple[Literal["exact", "minhash"], ...] = Field(
         default=(),
         description="relations through which duplicates fall: exact, minhash, or both",
         examples=[["exact", "minhash"]],
@@ -145,7 +146,10 @@ def _host(authority: str) -> str | None:
 
 def read_withdrawn(root: Root, path: str | None) -> frozenset[str]:
     """doc_ids, URLs and hosts that were taken down: the policy's file and what `pipelines forget` recorded in the root."""
-    lines = Path(path).read_text("utf-8").splitlines() if path else []
+    try:
+        lines = Path(path).read_text("utf-8").splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"policy.withdrawn: {path} cannot be read: {e}; correct the path, or remove the line") from e
     if root.exists(WITHDRAWN):
         lines += root.read_bytes(WITHDRAWN).decode().splitlines()
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))

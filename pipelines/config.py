@@ -134,6 +134,7 @@ class _Checker:
         if not sources and "sources" not in self.data:
             self.problems.append(f"{self.lines.where(())}: `sources` is missing; name at least one")
         self._check_datasets(stages, names)
+        self._check_columns(stages, policy)
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
         return Pipeline(self.path, str(root), engine or EngineConfig(), sources, tuple(stages), policy)
@@ -184,7 +185,8 @@ class _Checker:
     def _policy(self, stages: list[StageEntry], sources: list[str]) -> dict[str, Any]:
         given = self._mapping(("policy",))
         labels = [e.instance.partition("@")[2] for e in stages if e.stage.kind is Kind.DECIDE]
-        self._known_keys(("policy",), given, ["priority", "withdrawn", *labels])
+        named = [i.partition("@")[2] for i in self._mapping(("stages",)) if i.partition("@")[0] in REPEATABLE]
+        self._known_keys(("policy",), given, ["priority", "withdrawn", *named])
         out: dict[str, Any] = {
             "priority": self._validate(("policy", "priority"), tuple[str, ...], given.get("priority", []))
         }
@@ -224,6 +226,35 @@ class _Checker:
             for name in e.config.datasets or ():
                 if name not in sources:
                     self._problem(("stages", e.instance, "datasets"), f"no source {name!r}{nearest(name, sources)}")
+
+    def _check_columns(self, stages: list[StageEntry], policy: dict[str, Any]) -> None:
+        """Columns that a config names in layers of its own stages exist there: known before anything has run."""
+        from core.layer import layer_schema
+
+        layers = {e.instance: layer_schema(e.stage.layer).names for e in stages if e.stage.layer is not None}
+        named: list[tuple[tuple[str | int, ...], Iterable[str]]] = []
+        for e in stages:
+            if e.config.where and self._parses(e.config.where):
+                named.append((("stages", e.instance, "where"), Predicate(e.config.where).columns))
+            prefer = getattr(e.config, "prefer", ())
+            named.append((("stages", e.instance, "prefer"), [p.lstrip("-") for p in prefer]))
+            for i, rule in enumerate(policy.get(e.instance.partition("@")[2]) or ()):
+                if rule is not None and rule.drop is not None and self._parses(rule.drop):
+                    path = ("policy", e.instance.partition("@")[2], i, "drop")
+                    named.append((path, Predicate(rule.drop).columns))
+        for path, columns in named:
+            for column in columns:
+                layer, _, name = column.rpartition(".")
+                if layer in layers and name not in layers[layer]:
+                    near = nearest(name, layers[layer])
+                    self._problem(path, f"layer {layer!r} has no column {name!r}{near}")
+
+    @staticmethod
+    def _parses(text: str) -> bool:
+        try:
+            return Predicate(text).columns is not None
+        except ConfigError:  # noted where the predicate stands
+            return False
 
     def _predicate(self, path: tuple[str | int, ...], text: str | None) -> None:
         if text is None:

@@ -123,7 +123,7 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
         config["source"] = identity_fields(pipeline.sources[step.dataset or ""])
     seeds_file = getattr(pipeline.sources.get(step.dataset or ""), "seeds_file", None)
     if entry.stage.kind is Kind.CAPTURE and seeds_file:
-        inputs["seeds_file"] = file_digest(seeds_file)
+        inputs["seeds_file"] = _seeds_digest(seeds_file)
     if entry.stage.kind is Kind.INGEST and with_inputs:
         inputs = source_inputs(pipeline, root, step.dataset or "")
     for where, name in _inputs(pipeline, step) if with_inputs else ():
@@ -132,6 +132,13 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
     artifacts = {name: file_digest(path) for name, path in artifacts_of(entry).items()}
     libraries = {name: library_version(name) for name in entry.stage.libraries}
     return Identity(entry.stage.name, entry.stage.version, config, inputs, artifacts, libraries)
+
+
+def _seeds_digest(path: str) -> str:
+    try:
+        return file_digest(path)
+    except OSError as e:
+        raise ConfigError(f"crawl: seeds_file cannot be read, got {e}; expected UTF-8 text, one URL a line") from e
 
 
 def code_of(identity: Identity) -> str:

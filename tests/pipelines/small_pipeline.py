@@ -125,7 +125,11 @@ def state(root: Path) -> dict[str, str]:
     return {name: digest([stored[part] for part in parts]) for name, stored in manifests(root).items()}
 
 
+def scratch(root: Path) -> list[str]:
+    """What stages that have ended left of their intermediate files."""
+    return sorted(str(p.relative_to(root)) for p in (root / "exchange").glob("*"))
+
+
 def leftovers(root: Path) -> list[str]:
-    """Half-written files, and scratch of stages that have ended."""
-    found = [*root.rglob("*.tmp"), *(root / "exchange").glob("*"), *root.glob("staging/*/*")]
-    return sorted(str(p.relative_to(root)) for p in found)
+    """Scratch, and half-written files under temporary names: a run that could say goodbye leaves neither."""
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*.tmp")) + scratch(root)

@@ -283,7 +283,7 @@ def test_a_forgotten_document_leaves_fate_and_mixture(made):
     assert not (made.root / "withdrawn.txt").exists()
     assert pipelines("forget", "-c", made.config, "--url", wanted["url"]).code == 0
 
-    ran = pipelines("run", "all", "-c", made.config)
+    ran = pipelines("run", "all", "-c", made.config, "--until", "mix")
     assert (ran.code, ran.err) == (0, "")
     assert made.at(wanted["url"])["reason"] == "withdrawn"
     assert wanted["doc_id"] not in made.mixed() | made.mixed("held_out")

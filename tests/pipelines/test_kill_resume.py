@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -16,13 +17,14 @@ from tests.pipelines.small_pipeline import (
     environment,
     leftovers,
     pipelines,
+    scratch,
     state,
     texts,
     write_config,
     write_jsonl,
 )
 
-DOCS, FILES = 1500, 8
+DOCS, FILES = 1500, 6
 GONE_S = 30.0  # a worker that outlives its driver by this has not noticed
 
 
@@ -97,19 +99,48 @@ def disturb(config: Path, kill, delays: list[float]) -> int:
     return ended
 
 
-@pytest.mark.parametrize("kill", [kill_group, kill_driver, kill_worker])
-def test_a_killed_run_goes_on_to_the_same_bytes(kill, source, undisturbed, tmp_path):
-    expected, took_s = undisturbed
-    config = write_config(tmp_path / "p.yaml", JUDGED, root=tmp_path / "root", workers=2, source=source)
-    draw = random.Random(kill.__name__)
-    delays = (
-        [draw.uniform(0.2, 0.8) * took_s] if kill is kill_worker else [draw.uniform(0.1, 0.9) * took_s, 0.4 * took_s]
-    )
+def disturbed(config: Path, kill, draw: random.Random, took_s: float, kills: int) -> None:
+    """Kill a run `kills` times, then let it end; what is committed is whole at any moment."""
+    delays = [draw.uniform(0.1, 0.9) * took_s for _ in range(kills)]
     ended = disturb(config, kill, delays)
-    assert ended == 0 if kill is kill_worker else ended > 0
-    assert pipelines("check", "-c", config, "--content").code == 0  # what is committed is whole at any moment
-
+    assert ended == 0 if kill is kill_worker else ended <= kills
+    assert pipelines("check", "-c", config, "--content").code == 0
     ran = pipelines("run", "all", "-c", config)
     assert (ran.code, ran.err) == (0, "")
+
+
+@pytest.mark.parametrize(("kill", "kills"), [(kill_group, 2), (kill_driver, 2), (kill_worker, 1)])
+def test_a_killed_run_goes_on_to_the_same_bytes(kill, kills, source, undisturbed, tmp_path):
+    expected, took_s = undisturbed
+    config = write_config(tmp_path / "p.yaml", JUDGED, root=tmp_path / "root", workers=2, source=source)
+    disturbed(config, kill, random.Random(kill.__name__), took_s, kills)
     assert state(tmp_path / "root") == expected
-    assert leftovers(tmp_path / "root") == []
+    assert scratch(tmp_path / "root") == []
+
+
+@pytest.mark.soak
+def test_many_killed_runs_go_on_to_the_same_bytes(source, undisturbed, tmp_path, soak):
+    expected, took_s = undisturbed
+    for number in range(int(soak)):
+        draw = random.Random(number)
+        config = write_config(
+            tmp_path / f"{number}.yaml",
+            JUDGED,
+            root=tmp_path / f"{number}",
+            workers=draw.choice([1, 2, 3]),
+            source=source,
+        )
+        disturbed(config, draw.choice([kill_group, kill_driver]), draw, took_s, kills=3)
+        assert state(tmp_path / f"{number}") == expected
+        shutil.rmtree(tmp_path / f"{number}")
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_workers_and_the_order_in_which_files_were_made_change_nothing(workers, undisturbed, tmp_path):
+    write_jsonl(tmp_path / "source", texts(DOCS), FILES, order=workers)
+    config = write_config(
+        tmp_path / "p.yaml", JUDGED, root=tmp_path / "root", workers=workers, source=tmp_path / "source"
+    )
+    ran = pipelines("run", "all", "-c", config)
+    assert (ran.code, ran.err) == (0, "")
+    assert state(tmp_path / "root") == undisturbed[0]
