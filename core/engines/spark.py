@@ -87,7 +87,7 @@ class SparkEngine:
         return self._frame(rows, partial(spark_tasks.scan, fn, schema, label), schema, label)
 
     def table(self, table: pa.Table) -> SparkFrame:
-        rows = self._session.createDataFrame(table.cast(spark_tasks.for_spark(table.schema)))
+        rows = self._session.createDataFrame(spark_tasks.unknown(table, table.schema))
         return SparkFrame(table.schema, rows, table.nbytes)
 
     def map(self, frame: Frame, fn: ChunkFn, schema: pa.Schema, label: str = "map") -> SparkFrame:
@@ -115,8 +115,8 @@ class SparkEngine:
         if combine is not None:
             rows = _mapped(rows, partial(spark_tasks.combined, combine, given, keys), given, label)
         partitions = partitions_for(sum(f.bytes for f in sources), self.partition_bytes)
-        rows = rows.repartition(partitions, *[_column(k) for k in by])
-        rows = rows.sortWithinPartitions(*[_column(k).asc_nulls_last() for k in keys])
+        rows = rows.repartition(partitions, *[_column(given, k) for k in by])
+        rows = rows.sortWithinPartitions(*[_column(given, k).asc_nulls_last() for k in keys])
         cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key)
         capped = max_rows_per_key is not None
         return self._frame(rows, partial(spark_tasks.reduced, fn, given, schema, cut), schema, label, capped)
@@ -127,7 +127,11 @@ class SparkEngine:
         check_keys(a.schema, on)
         partitions = partitions_for(max(a.bytes, b.bytes), self.partition_bytes)
         self._session.conf.set("spark.sql.shuffle.partitions", partitions)
-        rows = a.rows.join(b.rows, list(on), how.replace(" ", "_")).select(*[_column(c) for c in schema.names])
+        keys = {b.schema.names.index(k): _name(a.schema, k) for k in on}
+        right_rows = b.rows.toDF(*[keys.get(i, f"r{i}") for i in range(len(b.schema))])
+        rows = a.rows.join(right_rows, list(keys.values()), how.replace(" ", "_"))
+        added = [f"r{i}" for i in range(len(b.schema)) if i not in keys]
+        rows = rows.select(*spark_tasks.names(a.schema), *added).toDF(*spark_tasks.names(schema))
         return self._frame(rows, partial(spark_tasks.mapped, spark_tasks.same, schema, schema), schema, label)
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
@@ -136,13 +140,14 @@ class SparkEngine:
         cut = Cut((), (), partitions, target)
         schema = source.schema
         tag = partial(spark_tasks.tagged, schema, cut)
-        rows = _mapped(source.rows, tag, spark_tasks.with_partition(schema), target.label)
+        tagged = spark_tasks.with_partition(schema)
+        rows = _mapped(source.rows, tag, tagged, target.label)
 
         def work(group: pa.Table) -> pa.Table:  # Spark reads the signature, so no partial
             return spark_tasks.aligned(schema, target, partitions, group)
 
         self._session.conf.set("spark.sql.shuffle.partitions", partitions)
-        replies = rows.groupBy("partition").applyInArrow(work, spark_tasks.spark_struct(spark_tasks.REPLY))
+        replies = rows.groupBy(_name(tagged, spark_tasks.PARTITION)).applyInArrow(work, spark_tasks.spark_struct(spark_tasks.REPLY))
         made = dict(pickle.loads(reply[0]) for reply in _driver(replies.collect, target.label))
         for reply in made.values():
             _checked(reply)
@@ -169,7 +174,7 @@ class SparkEngine:
 
     def collect(self, frame: Frame) -> pa.Table:
         source = _of(frame)
-        table = _driver(source.rows.toArrow, "collect").cast(source.schema)
+        table = spark_tasks.known(_driver(source.rows.toArrow, "collect"), source.schema)
         return sorted_table(table, sortable(source.schema))
 
     def dropped_rows(self) -> dict[str, int]:
@@ -182,15 +187,16 @@ class SparkEngine:
 
     def _frame(self, rows: DataFrame, work: Any, schema: pa.Schema, label: str, capped: bool = False) -> SparkFrame:
         """A frame that is computed here and now, together with its size and, where `work` caps, the rows that it cut."""
-        made = _mapped(rows, work, spark_tasks.with_lost(schema) if capped else schema, label).persist()
+        whole = spark_tasks.with_lost(schema) if capped else schema
+        made = _mapped(rows, work, whole, label).persist()
         self._cached.append(made)
         with self.display.task(label, 1, 0) as advance:
-            facts = _driver(made.mapInArrow(spark_tasks.sized, "size long, lost long").collect, label)
+            facts = _driver(made.mapInArrow(partial(spark_tasks.sized, capped), "size long, lost long").collect, label)
             advance(0, 0, 1)
         if lost := sum(int(fact[1]) for fact in facts):
             self._dropped[label] = self._dropped.get(label, 0) + lost
         if capped:
-            made = made.filter(_column(spark_tasks.LOST).isNull()).drop(spark_tasks.LOST)
+            made = made.filter(_column(whole, spark_tasks.LOST).isNull()).drop(_name(whole, spark_tasks.LOST))
         return SparkFrame(schema, made, sum(int(fact[0]) for fact in facts))
 
 
@@ -199,9 +205,13 @@ def _mapped(rows: DataFrame, work: Any, schema: pa.Schema, label: str) -> DataFr
     return rows.mapInArrow(partial(spark_tasks.guarded, label, work), spark_tasks.spark_struct(schema))
 
 
-def _column(name: str) -> Any:
-    """A column by its whole name: Spark would read a dot as a field of a struct."""
-    return F.col("`" + name.replace("`", "``") + "`")
+def _name(schema: pa.Schema, column: str) -> str:
+    """What a column is called within Spark."""
+    return spark_tasks.names(schema)[schema.names.index(column)]
+
+
+def _column(schema: pa.Schema, column: str) -> Any:
+    return F.col(_name(schema, column))
 
 
 def _of(frame: Frame) -> SparkFrame:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
             f"spark: cannot start on {address or 'this machine'}: {reason}; its log is {log}; check Java (17 or newer) and "
             "`engine.address`"
         ) from e
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # frames are Arrow
     context.setLogLevel("ERROR")
     return SparkSession.builder.getOrCreate()
 

@@ -26,14 +26,21 @@ from core.errors import ConfigError, StageError, StepwellError
 Batches = Iterator[pa.RecordBatch]
 
 REPLY = pa.schema([("reply", pa.binary())])
+PARTITION = "partition of align"
 LOST = "rows lost to the cap"  # a column whose only non-null value says how many rows of its partition were cut
 CARRIED = re.compile(r"stepwell-error:([A-Za-z0-9+/=]+);")
 
 
 def for_spark(schema: pa.Schema) -> pa.Schema:
-    """The Arrow schema that Spark itself uses for these columns; order and equality of values are kept."""
-    plain = pa.schema([pa.field(f.name, _known_type(f.type)) for f in schema])
-    return to_arrow_schema(from_arrow_schema(plain))
+    """The Arrow schema that Spark itself uses for these columns; order and equality of values are kept. Columns are known by
+    their place, as pyspark reads a dot in a name as a field of a struct and ignores case here and there."""
+    plain = pa.schema([pa.field(n, _known_type(f.type)) for n, f in zip(names(schema), schema, strict=True)])
+    return to_arrow_schema(from_arrow_schema(plain), timezone="UTC")
+
+
+def names(schema: pa.Schema) -> list[str]:
+    """What the columns are called within Spark."""
+    return [f"c{i}" for i in range(len(schema))]
 
 
 def spark_struct(schema: pa.Schema) -> Any:
@@ -84,12 +91,22 @@ def tables(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.
     """What Spark hands in, as the declared schema."""
     for batch in batches:
         if batch.num_rows:
-            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            yield known(pa.Table.from_batches([batch]), schema)
+
+
+def known(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of Spark's as the declared schema."""
+    return table.select(names(schema)).rename_columns(schema.names).cast(schema)
+
+
+def unknown(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of the declared schema as Spark wants it."""
+    return table.select(schema.names).cast(schema).rename_columns(names(schema)).cast(for_spark(schema))
 
 
 def out(table: pa.Table, schema: pa.Schema) -> Batches:
     """The declared schema, as Spark wants it."""
-    yield from table.select(schema.names).cast(schema).cast(for_spark(schema)).combine_chunks().to_batches(BATCH_ROWS)
+    yield from unknown(table, schema).combine_chunks().to_batches(BATCH_ROWS)
 
 
 def scan(
@@ -149,24 +166,25 @@ def tagged(given: pa.Schema, cut: Cut, batches: Batches) -> Batches:
     """Rows with the number of the align partition that writes them."""
     schema = with_partition(given)
     for table in tables(batches, given):
-        yield from out(table.append_column("partition", pa.array(cut.partition_of(table))), schema)
+        yield from out(table.append_column(PARTITION, pa.array(cut.partition_of(table))), schema)
 
 
 def with_partition(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([*schema, ("partition", pa.int64())])
+    return pa.schema([*schema, (PARTITION, pa.int64())])
 
 
 def aligned(schema: pa.Schema, target: Align, partitions: int, group: pa.Table) -> pa.Table:
     """Write the shards of one partition; the reply is (partition, reports or an error)."""
-    partition = group.column("partition")[0].as_py()
-    table = sorted_table(group.select(schema.names).cast(schema), ["row"])
+    group = known(group, with_partition(schema))
+    partition = group.column(PARTITION)[0].as_py()
+    table = sorted_table(group.select(schema.names), ["row"])
     shards = shards_of(partition, partitions, target)
     reply: Any
     try:
         reply = attempted(partial(write_shards, target, table, shards, quiet_note), target.label, str(partition))
     except StepwellError as e:
         reply = e
-    return pa.table([pa.array([pickle.dumps((partition, reply))], pa.binary())], schema=REPLY)
+    return pa.table([pa.array([pickle.dumps((partition, reply))], pa.binary())], schema=for_spark(REPLY))
 
 
 def write_empty(schema: pa.Schema, target: Align, unit: Unit, note: Any) -> Report:
@@ -181,14 +199,14 @@ def folded(
         here = fn(table)
         value = here if value is None else merge(value, here)
     if value is not None:
-        yield pa.record_batch([pa.array([pickle.dumps(value)], pa.binary())], schema=REPLY)
+        yield pa.record_batch([pa.array([pickle.dumps(value)], pa.binary())], schema=for_spark(REPLY))
 
 
-def sized(batches: Batches) -> Batches:
-    """One row: bytes, and the rows that were cut."""
+def sized(capped: bool, batches: Batches) -> Batches:
+    """One row: bytes, and the rows that were cut, which the last column of a capped frame tells."""
     size = lost = 0
     for batch in batches:
         size += batch.nbytes
-        if LOST in batch.schema.names:
-            lost += sum(batch.column(LOST).drop_null().to_pylist())
+        if capped:
+            lost += sum(batch.column(batch.num_columns - 1).drop_null().to_pylist())
     yield pa.record_batch([pa.array([size], pa.int64()), pa.array([lost], pa.int64())], names=["size", "lost"])
