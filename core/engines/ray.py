@@ -10,6 +10,7 @@ one partition whole, so a worker wants about 6 x `partition_bytes`.
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ except ImportError as e:
 IN_FLIGHT = 4  # tasks asked for per worker: enough to hide scheduling, few enough to bound what waits for one; untested
 RETRIES = 3  # of a task whose worker or node died; an exception from our own code is not retried
 STORE_SHARE = 0.3  # of memory_gb for the object store, Ray's own default share
+KNOCK_S = 10.0  # for a cluster's head to take a connection: chosen, untested
 STORE_BYTES = 80 << 20  # Ray refuses a store below 75 MB
 
 
@@ -243,6 +245,7 @@ def _start(address: str | None, scratch: Path, workers: int, memory_gb: float) -
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the new behaviour, without its warning
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **quiet_logs)
             return
         scratch.mkdir(parents=True, exist_ok=True)
@@ -258,6 +261,13 @@ def _start(address: str | None, scratch: Path, workers: int, memory_gb: float) -
         raise ConfigError(
             f"ray: cannot reach a cluster at {address or 'this machine'}: {e}; check `engine.address` and RAY_ADDRESS"
         ) from e
+
+
+def _knock(address: str) -> None:
+    """OSError if nobody listens at HOST:PORT: Ray would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), KNOCK_S).close()
 
 
 def _get(ref: Any, label: str, name: str) -> Any:

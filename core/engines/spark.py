@@ -147,7 +147,9 @@ class SparkEngine:
             return spark_tasks.aligned(schema, target, partitions, group)
 
         self._session.conf.set("spark.sql.shuffle.partitions", partitions)
-        replies = rows.groupBy(_name(tagged, spark_tasks.PARTITION)).applyInArrow(work, spark_tasks.spark_struct(spark_tasks.REPLY))
+        replies = rows.groupBy(_name(tagged, spark_tasks.PARTITION)).applyInArrow(
+            work, spark_tasks.spark_struct(spark_tasks.REPLY)
+        )
         made = dict(pickle.loads(reply[0]) for reply in _driver(replies.collect, target.label))
         for reply in made.values():
             _checked(reply)

@@ -16,6 +16,9 @@ from typing import Any
 from core.engines.environment import environment
 from core.errors import ConfigError
 
+# Said at import already, of a package that nothing here uses: frames are Arrow.
+warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+
 try:
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkException
@@ -58,7 +61,6 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
             f"spark: cannot start on {address or 'this machine'}: {reason}; its log is {log}; check Java (17 or newer) and "
             "`engine.address`"
         ) from e
-    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # frames are Arrow
     context.setLogLevel("ERROR")
     return SparkSession.builder.getOrCreate()
 

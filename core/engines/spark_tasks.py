@@ -109,9 +109,7 @@ def out(table: pa.Table, schema: pa.Schema) -> Batches:
     yield from unknown(table, schema).combine_chunks().to_batches(BATCH_ROWS)
 
 
-def scan(
-    fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, label: str, batches: Batches
-) -> Batches:
+def scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, label: str, batches: Batches) -> Batches:
     for batch in batches:
         for pickled in batch.column(0).to_pylist():
             unit: Unit = pickle.loads(pickled)

@@ -37,7 +37,11 @@ class Raises:
 def longer(table: pa.Table) -> pa.Table:
     """Strings grown, and rows with an odd `v` left out: a map may change how many rows there are."""
     table = table.filter(pc.equal(pc.bit_wise_and(table.column("v"), 1), 0))
-    return table.set_column(1, "s", pc.binary_join_element_wise(table.column("s"), *(pa.scalar(x, pa.large_string()) for x in ("\x00é", ""))))
+    return table.set_column(
+        1,
+        "s",
+        pc.binary_join_element_wise(table.column("s"), *(pa.scalar(x, pa.large_string()) for x in ("\x00é", ""))),
+    )
 
 
 def squared(unit: Unit, note: Note) -> Report:

@@ -72,7 +72,9 @@ def test_a_run_says_what_local_says_and_leaves_nothing(name, config):
 def test_without_its_package_an_engine_says_what_to_install(name, config, tmp_path):
     package = {"ray": "ray", "spark": "pyspark"}[name]
     (tmp_path / "hidden" / package).mkdir(parents=True)
-    (tmp_path / "hidden" / package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
+    (tmp_path / "hidden" / package / "__init__.py").write_text(
+        f"raise ModuleNotFoundError('No module named {package}')"
+    )
     path = os.pathsep.join([str(tmp_path / "hidden"), str(REPO)])
     code, out, err = pipelines("run", "all", "-c", config, "--engine", name, PYTHONPATH=path)
     assert (code, out) == (2, "")

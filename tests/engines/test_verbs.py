@@ -42,12 +42,7 @@ STAGE = itertools.count()
 pytestmark = pytest.mark.filterwarnings("ignore:PySpark does not yet")
 
 # (partition_bytes, seed that orders units, rows of a batch); 300 rows here are about 10 KB
-ARRANGEMENTS = [(PARTITION_BYTES, None, 1000), (2000, 5, 7)]
-
-
-@pytest.fixture(params=ARRANGEMENTS, ids=["whole", "many-parts"])
-def how(request):
-    return request.param
+WHOLE, MANY = (PARTITION_BYTES, None, 1000), (2000, 5, 7)
 
 
 def table_of(rows, schema=SCHEMA):
@@ -55,7 +50,9 @@ def table_of(rows, schema=SCHEMA):
 
 
 ROWS = table_of([((i * 7) % 13 if i % 11 else None, ["", "a", "a\0", "é" * 40, None][i % 5], i) for i in range(300)])
-NAMES = table_of([(k, s, f"{k}{s}{i}", i) for i, (k, s) in enumerate([(1, "a"), (2, ""), (2, ""), (3, None), (77, "a")])], NAMED)
+NAMES = table_of(
+    [(k, s, f"{k}{s}{i}", i) for i, (k, s) in enumerate([(1, "a"), (2, ""), (2, ""), (3, None), (77, "a")])], NAMED
+)
 
 
 class Bench:
@@ -87,7 +84,11 @@ def mapped(bench):
 
 
 def shuffled(bench):
-    frames = [bench.frame(ROWS.slice(0, 200)), bench.engine.table(SCHEMA.empty_table()), bench.frame(ROWS.slice(200), 1)]
+    frames = [
+        bench.frame(ROWS.slice(0, 200)),
+        bench.engine.table(SCHEMA.empty_table()),
+        bench.frame(ROWS.slice(200), 1),
+    ]
     return bench.digest(bench.engine.shuffle(frames, ["k", "s"], ranked, RANKED, ["v"], label="rank"))
 
 
@@ -125,7 +126,11 @@ def chained(bench):
 CASES = [scanned, mapped, shuffled, capped, combined, joined_inner, joined_outer, joined_to_nothing, chained]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [pytest.param(case, MANY, id=f"{case.__name__}-many-parts") for case in CASES]
+    + [pytest.param(case, WHOLE, id=f"{case.__name__}-whole") for case in (shuffled, capped)],
+)
 def test_a_frame_is_what_a_naive_engine_makes_of_it(engine, how, case, tmp_path):
     expected = case(Bench(OracleEngine(), tmp_path, (0, None, 50)))
     assert case(Bench(engine, tmp_path, how)) == expected
@@ -146,10 +151,10 @@ def test_types_that_an_engine_may_lack_come_back_as_they_went(engine, tmp_path):
     assert sorted(got.to_pylist(), key=repr) == sorted(table.to_pylist(), key=repr)
 
 
-def test_a_cap_counts_what_combine_left(engine, how, tmp_path):
+def test_a_cap_counts_what_combine_left(engine, tmp_path):
     """By hand: for each k, the sums of the first two strings; how often a string came does not count."""
     pairs = pa.table([ROWS["k"], ROWS["s"], np.ones(300, np.int64), ROWS["v"]], schema=SUMS)
-    bench = Bench(engine, tmp_path, how)
+    bench = Bench(engine, tmp_path, MANY)
     out = engine.shuffle(
         bench.frame(pairs), ["k"], identity, SUMS, ["s"], combine=summed, max_rows_per_key=2, label="cap"
     )
@@ -167,8 +172,10 @@ def test_a_cap_counts_what_combine_left(engine, how, tmp_path):
     assert engine.dropped_rows() == {"cap": lost}
 
 
-@pytest.mark.parametrize(("shards", "used"), [(7, (0, 2, 5)), (3, ()), (0, ()), (40, tuple(range(0, 40, 3)))])
-def test_align_writes_every_shard_once_in_order(engine, how, shards, used, tmp_path):
+@pytest.mark.parametrize(
+    ("shards", "used", "how"), [(7, (0, 2, 5), WHOLE), (3, (), MANY), (0, (), MANY), (40, tuple(range(0, 40, 3)), MANY)]
+)
+def test_align_writes_every_shard_once_in_order(engine, shards, used, how, tmp_path):
     rows = [(int(pack(2, s, np.array([r]))[0]), f"{s}.{r}") for s in used for r in range(0, 40, 1 + s)]
     bench = Bench(engine, tmp_path, how)
     table = table_of(sorted(rows, key=lambda r: r[1]), PLACED)
@@ -182,20 +189,20 @@ def test_align_writes_every_shard_once_in_order(engine, how, shards, used, tmp_p
 
 @pytest.mark.parametrize("place", [(1, 0), (2, 3)], ids=["another dataset", "a shard too many"])
 def test_align_refuses_rows_outside_its_target(engine, place, tmp_path):
-    bench = Bench(engine, tmp_path, ARRANGEMENTS[0])
+    bench = Bench(engine, tmp_path, WHOLE)
     rows = [(int(pack(*where, np.array([4]))[0]), "x") for where in ((2, 0), place)]
     with pytest.raises(StageError, match=r"align: 1 rows are not of dataset number 2 with 3 shards"):
         engine.align(bench.frame(table_of(rows, PLACED), 1), Align(written, 3, 2, "align"))
 
 
-def test_fold(engine, how, tmp_path):
-    bench = Bench(engine, tmp_path, how)
+def test_fold(engine, tmp_path):
+    bench = Bench(engine, tmp_path, MANY)
     assert engine.fold(bench.frame(ROWS), count_and_sum, add_pairs) == (300, sum(range(300)))
     assert engine.fold(engine.table(SCHEMA.empty_table()), count_and_sum, add_pairs) is None
 
 
 def test_units_report_in_their_order(engine, tmp_path):
-    Bench(engine, tmp_path, ARRANGEMENTS[0])
+    Bench(engine, tmp_path, WHOLE)
     units = [Unit(f"u{i}", i, bytes=10) for i in range(20)]
     reports = engine.run_units(squared, units, "square")
     assert [(r.unit, r.value, r.docs, r.bytes) for r in reports] == [(f"u{i}", i * i, 1, 10) for i in range(20)]
@@ -204,7 +211,7 @@ def test_units_report_in_their_order(engine, tmp_path):
 
 
 def test_a_unit_that_asks_for_another_try_gets_it(engine, tmp_path):
-    Bench(engine, tmp_path, ARRANGEMENTS[0])
+    Bench(engine, tmp_path, WHOLE)
     payload = {"folder": str(tmp_path), "fault": "retry", "times": 1}
     assert [r.value for r in engine.run_units(faulty, [Unit("busy", payload)], "try")] == [1]
 
@@ -219,7 +226,7 @@ ARRIVES = {
 
 @pytest.mark.parametrize("error", ARRIVES)
 def test_what_a_function_raises_arrives_in_one_form(engine, error, tmp_path):
-    bench = Bench(engine, tmp_path, ARRANGEMENTS[0])
+    bench = Bench(engine, tmp_path, WHOLE)
     frame, fn = engine.table(ROWS), Raises(error)
     kind, said = ARRIVES[error]
     calls = {
@@ -242,7 +249,7 @@ def test_what_a_function_raises_arrives_in_one_form(engine, error, tmp_path):
 
 
 def test_keys_and_names_that_no_two_engines_would_treat_alike_are_refused(engine, tmp_path):
-    Bench(engine, tmp_path, ARRANGEMENTS[0])
+    Bench(engine, tmp_path, WHOLE)
     floats = engine.table(pa.table({"k": [0.0, -0.0], "v": [1, 2]}))
     with pytest.raises(StageError, match=r"key columns \['k'\] hold floats"):
         engine.shuffle(floats, ["k"], identity, floats.schema)
