@@ -67,7 +67,7 @@ def guarded(label: str, work: Callable[[Batches], Batches], batches: Batches) ->
     """`work(batches)`; what it raises is made to survive the way through Spark."""
     try:
         yield from work(batches)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
         if not isinstance(e, ConfigError | StageError):
             e = failed_unit(label, "of Spark", e, traceback.format_exc())
         raise RuntimeError(f"stepwell-error:{base64.b64encode(pickle.dumps(e)).decode()};") from None

@@ -1,5 +1,5 @@
-"""The engine contract, verb by verb: every engine gives what a naive engine in memory gives, with several partition counts, orders
-of units and batch sizes."""
+"""The engine contract, verb by verb: every engine gives what a naive engine in memory gives, with several partition counts,
+orders of units and batch sizes."""
 
 import datetime
 import itertools
