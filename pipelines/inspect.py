@@ -107,9 +107,9 @@ def _shard_problems(dataset: Dataset, shard: Shard, layer: str, manifest: Manife
     found = table_digest(dataset.root.read_table(name))
     if found == expected:
         return []
-    return [f"{name}: content {found[:12]}, expected {expected[:12]}: it was changed; `pipelines run stage {layer} --force`"]
-        ]
-    )
+    return [
+        f"{name}: content {found[:12]}, expected {expected[:12]}: it was changed; `pipelines run stage {layer} --force`"
+    ]
 
 
 def explain_lines(pipeline: Pipeline, root: Root, doc_id: str) -> Iterator[str]:
