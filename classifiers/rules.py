@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import ConfigError
@@ -105,21 +104,12 @@ class FineWeb(_Thresholds):
     max_newline_ratio: float = Field(default=0.3, ge=0, description="datatrove's FineWeb filter: newlines per word")
 
 
-def _number(value: float) -> str:
-    """A threshold as the float32 nearest to it, written out exactly.
-
-    Signals are float32: a stored 0.3 is 0.30000001192..., which is greater than the double 0.3, and a document exactly on
-    a threshold would fall on the wrong side.
-    """
-    return repr(value) if isinstance(value, int) else repr(float(np.float32(value)))
-
-
 def _above(column: str, limit: float) -> str:
-    return f"signals.{column} > {_number(limit)}"
+    return f"signals.{column} > {limit!r}"
 
 
 def _below(column: str, limit: float) -> str:
-    return f"signals.{column} < {_number(limit)}"
+    return f"signals.{column} < {limit!r}"
 
 
 def _gopher_quality(t: GopherQuality) -> list[Rule]:

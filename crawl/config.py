@@ -51,7 +51,7 @@ class CrawlConfig(BaseModel):
     max_tries: int = Field(default=5, ge=1, description="requests for one page that meets faults")
     retry_s: float = Field(default=30.0, gt=0, description="first wait after a fault; doubles, at most 3600")
     breaker_s: float = Field(default=900.0, ge=0, description="rest of a host after five faults in a row")
-    connect_timeout_s: float = Field(default=10.0, gt=0)
+    connect_timeout_s: float = Field(default=10.0, gt=0, description="to open a connection, TLS included")
     read_timeout_s: float = Field(default=20.0, gt=0, description="without a byte")
     total_timeout_s: float = Field(default=60.0, gt=0, description="of one exchange")
 

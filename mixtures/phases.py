@@ -24,7 +24,7 @@ class Component(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str
+    dataset: str = Field(description="name of a source")
     name: str | None = Field(
         default=None, pattern=NAME, description="its domain in the index; the dataset if not given"
     )
@@ -51,7 +51,7 @@ class Phase(BaseModel):
 
     tokens: int | None = Field(default=None, gt=0, description="length; null: as long as every weight holds")
     seed: int = Field(default=0, description="of the order, and of the choice of documents in a partial epoch")
-    components: tuple[Component, ...] = Field(min_length=1)
+    components: tuple[Component, ...] = Field(min_length=1, description="its parts; weights sum to 1")
 
 
 class MixConfig(StageConfig):

@@ -63,6 +63,9 @@ def run_stage(
     workers: Annotated[int | None, typer.Option(min=0, help="worker processes; 0: one per core")] = None,
     dataset: Annotated[str | None, typer.Option(help="only this dataset")] = None,
     shards: Annotated[str | None, typer.Option(help="A:B, only these shards (annotate stages)")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="remove what it wrote and run it anew, up to date or not")
+    ] = False,
     run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
 ) -> None:
     """Run one stage if it is not up to date.
@@ -74,7 +77,7 @@ def run_stage(
     pipeline = _load(config, engine, workers)
     entry = pipeline.entry(name)
     chosen = [s for s in steps(pipeline) if s.entry is entry]
-    _run(pipeline, chosen, run_id, dataset, _shard_range(shards))
+    _run(pipeline, chosen, run_id, dataset, _shard_range(shards), force)
 
 
 @app.command()
@@ -225,14 +228,21 @@ def _root(pipeline: Any) -> Any:
     return Root(pipeline.root)
 
 
-def _run(pipeline: Any, chosen: Any, run_id: str | None, dataset: str | None, shards: tuple[int, int] | None) -> None:
+def _run(
+    pipeline: Any,
+    chosen: Any,
+    run_id: str | None,
+    dataset: str | None,
+    shards: tuple[int, int] | None,
+    force: bool = False,
+) -> None:
     from core.errors import ConfigError
     from core.progress import terminal
     from pipelines.runner import Runner, RunOptions, new_run_id
 
     if dataset is not None and dataset not in pipeline.sources:
         raise ConfigError(f"--dataset: no source {dataset!r}; the config has {', '.join(pipeline.sources)}")
-    options = RunOptions(run_id or new_run_id(), dataset, shards)
+    options = RunOptions(run_id or new_run_id(), dataset, shards, force)
     try:
         Runner(pipeline, options, terminal(), typer.echo).run(chosen)
     except KeyboardInterrupt:  # said here: typer turns it into a silent exit before `main` would see it

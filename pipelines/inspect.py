@@ -37,7 +37,7 @@ def status_lines(pipeline: Pipeline, root: Root) -> Iterator[str]:
             f"{o.get('docs_per_s', 0):,.0f} docs/s, {o.get('mb_per_s', 0):,.1f} MB/s, " if o.get("docs_per_s") else ""
         )
         memory = f"{o.get('peak_memory_bytes', 0) / 1e6:,.0f} MB, " if o.get("peak_memory_bytes") else ""
-        yield f"{step.name:<28}{counts}; {speed}{memory}{o.get('seconds', 0):.1f} s, run {o.get('run_id')}"
+        yield f"{step.name:<28}{counts + '; ' if counts else ''}{speed}{memory}{o.get('seconds', 0):.1f} s, run {o.get('run_id')}"
 
 
 def check_root(pipeline: Pipeline, root: Root, content: bool) -> tuple[list[str], str]:
@@ -96,18 +96,20 @@ def layer_manifests(pipeline: Pipeline, root: Root, dataset: str) -> Iterator[tu
 def _shard_problems(dataset: Dataset, shard: Shard, layer: str, manifest: Manifest | None, content: bool) -> list[str]:
     name = dataset.documents_name(shard) if manifest is None else dataset.layer_name(layer, shard)
     if not dataset.root.exists(name):
-        return [f"{name}: named by a manifest and not there; run its stage again"]
+        return [f"{name}: named by a manifest and not there; `pipelines run stage {layer} --force`"]
     if manifest is not None:
         note = dataset.root.note(name)
         if note is None or note["documents"] != shard.content:
-            return [f"{name}: made from other documents; run {layer} again"]
+            return [f"{name}: made from other documents; `pipelines run stage {layer} --force`"]
     if not content:
         return []
     expected = shard.content if manifest is None else manifest.outputs[shard.name]["content"]
     found = table_digest(dataset.root.read_table(name))
-    return (
-        [] if found == expected else [f"{name}: content {found[:12]}, expected {expected[:12]}; the file was changed"]
-    )
+    if found == expected:
+        return []
+    return [
+        f"{name}: content {found[:12]}, expected {expected[:12]}: it was changed; `pipelines run stage {layer} --force`"
+    ]
 
 
 def explain_lines(pipeline: Pipeline, root: Root, doc_id: str) -> Iterator[str]:

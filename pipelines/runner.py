@@ -21,11 +21,12 @@ from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.captures import staging
 from core.dataset import Dataset, open_dataset
 from core.engines.contract import Engine
+from core.engines.measure import peak_memory, reset_peak_memory
 from core.errors import ConfigError, StageError
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
 from core.lock import held
-from core.manifest import Identity, Manifest, write_manifest
+from core.manifest import Identity, Manifest, manifest_name, write_manifest
 from core.progress import Display, quiet
 from core.stage import Kind
 from core.storage import Root
@@ -102,19 +103,26 @@ class Runner:
         return self._engine
 
     def _step(self, step: Step) -> Planned:
+        if self.options.force:
+            remove_output(self.root, step)
         planned = plan_step(self.pipeline, self.root, step)
+<<<<<<< HEAD
         if not planned.run and not self.options.force:
             self._sweep(step, planned.identity)
+=======
+        if not planned.run:
+>>>>>>> main
             self.say(f"{step.name}: up to date")
             return planned
         with held(self.root, _lock_name(step), self.options.run_id):
             planned = plan_step(self.pipeline, self.root, step)  # another run may have ended since the first look
-            if planned.run or self.options.force:
+            if planned.run:
                 self._execute(step, planned.identity or identity_of(self.pipeline, self.root, step))
         return planned
 
     def _execute(self, step: Step, identity: Identity) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
+        reset_peak_memory()
         job = self._job(step, identity)
         self.engine.begin(self._scratch_of(step, identity))
         outcome = step.entry.stage.fn(job)
@@ -171,8 +179,9 @@ class Runner:
         planned: list[Planned] = []
         running: set[tuple[str | None, str]] = set()
         for step in group:
+            if self.options.force:
+                remove_output(self.root, step)
             p = plan_step(self.pipeline, self.root, step, running)
-            p.run = p.run or self.options.force
             planned.append(p)
             if p.run:
                 running.add((step.dataset, step.manifest))
@@ -230,6 +239,7 @@ class Runner:
             "began": began.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "host": socket.gethostname(),
+            "cores": os.cpu_count(),
             "python": platform.python_version(),
             "engine": self.pipeline.engine.name,
         }
@@ -237,9 +247,8 @@ class Runner:
             out["docs_per_s"] = round(figures["docs"] / max(seconds, 1e-9), 1)
         if figures.get("bytes"):
             out["mb_per_s"] = round(figures["bytes"] / 1e6 / max(seconds, 1e-9), 2)
-        out["peak_memory_bytes"] = max(
-            figures.get("peak_memory_bytes", 0), getattr(self._engine, "peak_memory_bytes", 0)
-        )
+        workers = max(figures.get("peak_memory_bytes", 0), getattr(self._engine, "peak_memory_bytes", 0))
+        out["peak_memory_bytes"] = workers or peak_memory()  # crawl, train and evaluate work in this process
         return out
 
 
@@ -268,6 +277,24 @@ def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Ste
         raise ConfigError(f"--from {first} stands after --until {last} in {pipeline.path}")
     inside = set(names[begin : end + 1])
     return [s for s in steps(pipeline) if s.entry.instance in inside]
+
+
+def remove_output(root: Root, step: Step) -> None:
+    """Forget that a step was run and what it wrote beside the documents, so that it runs anew, every shard of it."""
+    instance, kind = step.entry.instance, step.entry.stage.kind
+    if kind is Kind.CAPTURE:
+        raise ConfigError(
+            f"{step.name}: a capture is not made again; remove its folder below captures/ to start afresh"
+        )
+    root.remove(manifest_name(step.manifest, step.dataset))
+    label = instance.partition("@")[2]
+    layers = [f"fate@{label}", f"duplicates@{label}"] if kind is Kind.DECIDE else [instance]
+    for dataset in [step.dataset] if step.dataset else root.names("datasets"):
+        for layer in layers if kind is not Kind.INGEST else []:
+            root.remove(f"datasets/{dataset}/layers/{layer}")
+            root.remove(manifest_name(layer, dataset))
+    for folder in (f"relations/{instance}", "tokens" if instance == "tokenize" else f"models/{instance}"):
+        root.remove(folder)
 
 
 def preflight(root: Root) -> None:

@@ -113,8 +113,10 @@ def _mix(h: np.ndarray) -> np.ndarray:
 def _column_words(array: pa.Array) -> np.ndarray:
     """uint64 [n] from one key column; nulls become one fixed word."""
     kind = array.type
-    if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        array = array.cast(pa.large_binary() if pa.types.is_binary(kind) else pa.large_string())
+    if pa.types.is_string(kind):
+        array = array.cast(pa.large_string())
+    elif pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        array = array.cast(pa.large_binary())
     if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
         words = _string_words(array)
     else:

@@ -155,7 +155,7 @@ class Engine(Protocol):
         """All rows on the driver, sorted by all columns that can be sorted: small frames only."""
 
     def dropped_rows(self) -> dict[str, int]:
-        """Rows cut by `max_rows_per_key`, by label, since the engine was made."""
+        """Rows cut by `max_rows_per_key`, by label, since the stage began."""
 
     def close(self) -> None:
         """Stop workers and free scratch memory. Committed files stay."""

@@ -15,11 +15,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from core.engines.contract import NO_ROW, Report, Unit, UnitFn
+from core.engines.contract import NO_ROW, Note, Report, Unit, UnitFn
 from core.engines.measure import measured
 from core.errors import ConfigError, RetryableError, StageError
 
@@ -196,7 +197,7 @@ class _Run:
         elif isinstance(error, ConfigError | StageError):
             self.failure = self.failure or error
         else:
-            self.failure = self.failure or failed_unit(self.label, task.unit, error, trace)
+            self.failure = self.failure or failed_unit(self.label, task.unit.name, error, trace)
 
     def _died(self, worker: _Worker, how: str) -> None:
         task = worker.task
@@ -229,9 +230,9 @@ class _Run:
                 self._died(worker, f"gave no sign for {self.stall_s:.0f} s")
 
 
-def failed_unit(label: str, unit: Unit, error: Exception, trace: str) -> StageError:
+def failed_unit(label: str, unit: str, error: Exception, trace: str) -> StageError:
     """What a unit's exception becomes: one line, with the worker's traceback as a note for `--debug`."""
-    failure = StageError(f"{label}: unit {unit.name} failed: {type(error).__name__}: {error}")
+    failure = StageError(f"{label}: unit {unit} failed: {type(error).__name__}: {error}")
     failure.add_note(trace)
     return failure
 
@@ -240,18 +241,29 @@ def run_here(fn: UnitFn, units: Sequence[Unit], label: str, progress: Progress) 
     """`fn` on every unit in this process, for debugging and for roots that live in memory; errors and retries as in a pool."""
     reports = []
     for unit in units:
-        for tries in range(RETRIES + 1):
-            try:
-                reports.append(measured(fn, unit, lambda docs=0, bytes=0, row=None: progress(docs, bytes, 0)))
-                break
-            except (ConfigError, StageError):
-                raise
-            except Exception as e:
-                if not isinstance(e, RetryableError) or tries == RETRIES:
-                    raise failed_unit(label, unit, e, traceback.format_exc()) from e
-                time.sleep(FIRST_WAIT_S * 2**tries)
+        note: Note = lambda docs=0, bytes=0, row=None: progress(docs, bytes, 0)  # noqa: E731 - has no name to give
+        reports.append(attempted(partial(measured, fn, unit, note), label, unit.name))
         progress(0, 0, 1)
     return reports
+
+
+def attempted(work: Callable[[], Any], label: str, unit: str) -> Any:
+    """`work()`, tried again after a RetryableError; what it raises takes the form that the contract gives to errors."""
+    tries = 0
+    while True:
+        try:
+            return work()
+        except (ConfigError, StageError):
+            raise
+        except Exception as e:
+            if not isinstance(e, RetryableError) or tries == RETRIES:
+                raise failed_unit(label, unit, e, traceback.format_exc()) from e
+        time.sleep(FIRST_WAIT_S * 2**tries)
+        tries += 1
+
+
+def quiet_note(docs: int = 0, bytes: int = 0, row: int | None = None) -> None:
+    """The `note` of engines that know by themselves whether a worker lives."""
 
 
 def _exit_reason(code: int | None) -> str:

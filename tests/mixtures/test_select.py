@@ -114,7 +114,7 @@ def run(root: Root, tmp_path: Path, datasets: tuple[Dataset, ...], policy: dict,
         identity = Identity(stage.name, 1, made.model_dump(mode="json"), {})
         unit = digest([instance, knobs, repr(policy)])
         engine.begin(tmp_path / "scratch" / unit)
-        job = Job(stage, instance, made, root, engine, datasets, unit, options={"policy": policy})
+        job = Job(stage, instance, made, root, engine, datasets, unit, policy=policy)
         outcome = stage.fn(job)
         for (name, layer), outputs in outcome.layers.items():
             write_manifest(root, Manifest(layer, name, identity, outputs))

@@ -1,0 +1,115 @@
+"""Starts and ends the Spark of the `spark` engine: which master, which Python, and where its messages go.
+
+In: scratch folder, workers, memory, and the master's address or none. Out: a session. What Java and Spark have to say, which is
+much, goes to `spark.log` in the scratch folder: a terminal shows errors of ours only. Start-up takes about 15 s.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from core.engines.environment import environment
+from core.errors import ConfigError
+
+# Said at import already, of a package that nothing here uses: frames are Arrow.
+warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+
+try:
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkException
+    from pyspark.java_gateway import launch_gateway
+    from pyspark.sql import SparkSession
+except ImportError as e:
+    raise ConfigError(
+        f"spark: cannot be imported here ({e}); install this project with the extra `spark`, or use --engine local"
+    ) from e
+
+BATCH_ROWS = 20_000  # rows of one Arrow batch between Spark and Python; frames hold short rows, documents never travel
+DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
+END_S = 20.0  # for Java to end by itself
+
+
+def start_session(scratch: Path, workers: int, memory_gb: float, address: str | None) -> SparkSession:
+    """The running session, or a new one. ConfigError where there is no Java or no master."""
+    if (running := SparkSession.getActiveSession()) is not None:
+        return running
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit started Java and this process
+    if not submitted and shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        raise ConfigError("spark: no Java found, expected 17 or newer; install a JRE (Debian: openjdk-17-jre-headless)")
+    scratch.mkdir(parents=True, exist_ok=True)
+    log = scratch / "spark.log"
+    asked = submitted or "--master" in os.environ.get("PYSPARK_SUBMIT_ARGS", "")
+    conf = SparkConf().setAll(list(_settings(scratch, memory_gb, asked, workers, address).items()))
+    python = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}  # or workers start another Python
+    place = {} if asked or address else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
+    try:
+        with environment(**python, **place), log.open("wb") as out:
+            gateway = launch_gateway(conf, {"stdout": out, "stderr": out})
+            context = SparkContext(conf=conf, gateway=gateway)
+    except Exception as e:
+        from py4j.protocol import Py4JError
+
+        if not isinstance(e, PySparkException | Py4JError | OSError):
+            raise
+        reason = str(e).splitlines()[0][:300]
+        raise ConfigError(
+            f"spark: cannot start on {address or 'this machine'}: {reason}; its log is {log}; check Java (17 or newer) and "
+            "`engine.address`"
+        ) from e
+    context.setLogLevel("ERROR")
+    return SparkSession.builder.getOrCreate()
+
+
+def end_session(session: SparkSession) -> None:
+    """Stop the session, and the Java that `start_session` started for it: it would live as long as this process."""
+    context: Any = session.sparkContext
+    gateway = context._gateway
+    session.stop()
+    java: subprocess.Popen[bytes] | None = getattr(gateway, "proc", None)
+    if java is None:
+        return  # spark-submit's
+    gateway.shutdown()
+    SparkContext._gateway = SparkContext._jvm = None
+    assert java.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        java.stdin.close()  # Java ends at the end of its input
+    try:
+        java.wait(END_S)
+    except subprocess.TimeoutExpired:
+        java.kill()
+        java.wait()
+
+
+def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, address: str | None) -> dict[str, str]:
+    settings = {
+        "spark.app.name": "stepwell",
+        "spark.driver.memory": f"{max(512, round(memory_gb * 1024 * DRIVER_SHARE))}m",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.adaptive.enabled": "false",  # the partition count is ours
+        "spark.sql.caseSensitive": "true",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
+        "spark.sql.session.timeZone": "UTC",
+    }
+    if asked:
+        return settings
+    if address:
+        return {**settings, "spark.master": address}
+    here = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    return {
+        **settings,
+        **here,
+        "spark.master": f"local[{workers}]",
+        "spark.local.dir": str(scratch.resolve()),
+        "spark.executorEnv.PYTHONPATH": _paths(),
+    }
+
+
+def _paths() -> str:
+    """Workers on this machine import what this process can."""
+    return os.pathsep.join(p for p in sys.path if p)
