@@ -106,12 +106,8 @@ class Runner:
         if self.options.force:
             remove_output(self.root, step)
         planned = plan_step(self.pipeline, self.root, step)
-<<<<<<< HEAD
-        if not planned.run and not self.options.force:
-            self._sweep(step, planned.identity)
-=======
         if not planned.run:
->>>>>>> main
+            self._sweep(step, planned.identity)
             self.say(f"{step.name}: up to date")
             return planned
         with held(self.root, _lock_name(step), self.options.run_id):
