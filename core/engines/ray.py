@@ -220,13 +220,11 @@ class RayEngine:
         try:
             while True:
                 while len(waiting) < IN_FLIGHT * self.workers and (todo := next(named, None)) is not None:
-                    call, name = todo
-                    made = task.remote(shared, label, name, *call)
+                    made = task.remote(shared, label, todo[1], *todo[0])
                     *refs, fact = made if keep else [made]
                     waiting[fact] = len(kept)
                     kept.append(refs)
                     facts.append(None)
-                    del todo, call
                 if not waiting:
                     return list(zip(kept, facts, strict=True))
                 for ref in ray.wait(list(waiting))[0]:
