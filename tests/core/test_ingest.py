@@ -244,7 +244,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, soak):
         for _ in range(2):
             process = subprocess.Popen([*command, root.url, str(generation)], start_new_session=True)
             try:
-                process.wait(whole * rng.uniform(0.3, 0.8))
+                process.wait(whole * rng.uniform(0.15, 0.6))
                 how["ended"] += 1
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
