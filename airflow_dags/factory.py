@@ -5,7 +5,6 @@ The scheduler needs this folder and Airflow, nothing else of the project, which 
 
 Nothing is decided here. Each task runs its step's own command, and the runner finds out then whether the step is up to date. So a
 plan goes stale only when sources or stages are added to the config or taken from it.
-Cost: N
 """
 
 from pathlib import Path

