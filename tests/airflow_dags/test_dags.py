@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from tests.pipelines.small_pipeline import (
     JUDGED,
     REPO,
-    command,
     manifests,
     pipelines,
     state,
@@ -51,7 +51,8 @@ class Scheduler:
         self.plans = folder / "plans"
         self.plans.mkdir()
         (self.plans / "small.json").write_text(pipelines("plan", "--json", "-c", self.config).out)
-        settings = f"command = {json.dumps(command())}\nretries = 2\nretry_delay_s = 1\n"
+        command = [sys.executable, str(Path(__file__).with_name("killed_once.py")), str(self.root)]
+        settings = f"command = {json.dumps(command)}\nretries = 2\nretry_delay_s = 1\n"
         settings += f'environment = {{PYTHONPATH = "{REPO}"}}\n[stages.minhash]\nretries = 0\ntimeout_s = 600\n'
         (self.plans / "small.toml").write_text(settings)
         self.environment = {
@@ -99,16 +100,18 @@ def test_the_dag_holds_what_plan_and_settings_say(airflow):
 
 
 def test_a_dag_runs_the_pipeline_and_then_finds_nothing_to_do(airflow, tmp_path):
-    """The same bytes as `pipelines run all`; a second run of the DAG skips every step."""
+    """With a task killed in the middle: the same bytes as an undisturbed `run all`. A second run of the DAG skips every step."""
     said = airflow.run("airflow", "dags", "test", "small", "-c", '{"workers": 1}')
     assert "up to date" not in said
-    config = write_config(
-        tmp_path / "p.yaml", JUDGED, root=tmp_path / "root", workers=2, source=airflow.plans.parent / "notes"
-    )
+    stored = manifests(airflow.root)
+    (run_id,) = {m["observed"]["run_id"] for m in stored.values()}
+    assert run_id.startswith("small/manual__")
+    assert json.loads(Path(f"{airflow.root}.lock").read_text())["run_id"] == run_id  # the retry re-entered this one
+
+    source = airflow.plans.parent / "notes"
+    config = write_config(tmp_path / "p.yaml", JUDGED, root=tmp_path / "root", workers=2, source=source)
     assert pipelines("run", "all", "-c", config).code == 0
     assert state(airflow.root) == state(tmp_path / "root")
-    stored = manifests(airflow.root)
-    assert {m["observed"]["run_id"].partition("__")[0] for m in stored.values()} == {"small/manual"}
 
     said = airflow.run("airflow", "dags", "test", "small")
     assert said.count(": up to date") == len(TASKS)
