@@ -19,6 +19,7 @@ from tests.pipelines.small_pipeline import (
     write_jsonl,
 )
 
+pytestmark = pytest.mark.timeout(900)  # a minute of CPU time, and several on a machine that is shared
 AIRFLOW = REPO / ".venv-airflow" / "bin"
 TASKS = ["notes.extract", "notes.signals", "notes.pii", "exact", "minhash", "select-final"]
 
