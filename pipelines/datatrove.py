@@ -30,7 +30,8 @@ layer `signals`: `computed`, `error`, then the stage's columns. Values do not de
   A document without an id gets one from its content, counted as `without_id`; a text that is None is empty.
 
 The way back is a source `{kind: datatrove, reader: datatrove.pipeline.readers.JsonlReader, arguments: {add_file_path: false}}`.
-Cost: that of the stage, and about N us a document for moving it into columns and back; a batch of documents is held.
+Cost: that of the stage and 0.06 to 0.11 ms a document besides (1,634 pages of 8 kB: 9 to 17% of `language`, `signals`, `pii`).
+Memory: one batch of documents, their columns and what the stage takes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -231,3 +231,14 @@ def test_the_folder_stands_on_the_standard_library():
     code = "import airflow_dags.factory, airflow_dags.tasks, airflow_dags.settings"
     ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=REPO, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_the_settings_of_the_docs_can_be_read(tmp_path):
+    page = (REPO / "docs" / "operations.md").read_text("utf-8")
+    found = re.search(r"<!-- airflow -->\n```toml\n(.*?)```", page, re.DOTALL)
+    assert found
+    (tmp_path / "p.toml").write_text(found.group(1))
+    settings = read_settings(tmp_path / "p.toml")
+    assert settings.schedule == "@daily"
+    assert settings.of("train") == TaskSettings(retries=3, pool="gpu", timeout_s=86400)
+    assert settings.of("signals").arguments() == TaskSettings().arguments()
