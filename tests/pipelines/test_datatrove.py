@@ -205,9 +205,23 @@ def test_broken_documents_pass_and_are_counted():
     assert all(d.metadata["split"]["split"] in ("train", "held_out") for d in done)
     assert re.fullmatch("[0-9a-f]{32}", done[3].id)
     assert done[3].id == done[4].id
-    assert counts(step) == {"lone_surrogates": 2, "without_id": 2, "total": 6, "forwarded": 6}
+    assert counts(step) == {
+        "lone_surrogates": 2,
+        "without_text": 1,
+        "without_id": 2,
+        "total": 6,
+        "forwarded": 6,
+    }
     assert through(Step("signals"), []) == []
     assert list(Step("signals").run(None)) == []
+
+
+def test_what_another_program_wrote_under_a_layers_name_is_unknown():
+    found = [{"words": 5}, {"words": "many"}, "en", {"words": 1 << 40}, {}, {"words": None}, None]
+    docs = [Document(text="a b", id=str(i), metadata={"signals": value}) for i, value in enumerate(found)]
+    step = Step("pii", drop="signals.words > 3")
+    assert [d.id for d in through(step, docs)] == ["1", "2", "3", "4", "5", "6"]
+    assert (counts(step)["unreadable"], counts(step)["unjudged"]) == (2, 6)
 
 
 @pytest.fixture
@@ -285,6 +299,8 @@ def test_where_limits_what_is_computed_and_a_label_names_the_layer():
         ),
         ({"stage": "signals", "drop": "fetched_at is null"}, "reads 'fetched_at', which a datatrove pipeline does not"),
         ({"stage": "signals", "drop": "signals.words <"}, "expected something like"),
+        ({"stage": "signals", "drop": "signals.words < 'a'"}, "predicate \"signals.words < 'a'\""),
+        ({"stage": "signals", "config": {"where": "url > 3"}}, "predicate 'url > 3'"),
         ({"stage": "signals", "config": {"where": "fate@final"}}, "reads 'fate@final.keep'"),
         ({"stage": "split", "config": {"by": ["minhash.component"]}}, "reads 'minhash.component'"),
     ],
