@@ -88,6 +88,7 @@ class Resources:
 Artifacts = Mapping[
     str, str
 ]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
+ROOT = "root"  # artifact of annotate stages that read other stages' outputs ("@raters"): the URL of the root, in no identity
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Stage:
     artifacts: Callable[[Any], Artifacts] | None = None
     libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity
     resources: Resources = field(default_factory=Resources)
-    per_dataset: bool = False  # capture and ingest work on one source; annotate always does
+    per_dataset: bool = False  # capture: once for each source whose kind is the stage's name, not once for the root
 
     def columns(self, config: Any) -> tuple[str, ...]:
         """What this stage reads under `config`, in order."""
