@@ -22,7 +22,7 @@ layer `signals`: `computed`, `error`, then the stage's columns. Values do not de
 
 - Columns that a stage reads: `text`; `doc_id` is the document's id; `url`, `source`, `kind`, `license` are looked for in the
   metadata and null where absent; `language.score` is what an earlier Step("language") wrote, null where none did. A stage that
-  reads relations or models of a root cannot run here, where one document is seen at a time.
+  reads relations cannot run here, where one document is seen at a time; models that ours have made are read from `root`.
 - A document on which the stage fails is kept, with the reason in `error`, and counted as `rejected` in datatrove's statistics.
 - `drop` is a predicate as in a policy, over all of these columns and those of the stage. One that is unknown (null) drops nothing
   and is counted as `unjudged`. Dropped documents go to `exclusion_writer`, with `filter_reason` in their metadata.
@@ -37,6 +37,7 @@ Memory: one batch of documents, their columns and what the stage takes.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -54,7 +55,7 @@ from core.layer import layer_schema
 from core.predicate import Predicate
 from core.records import well_formed
 from core.schema import TEXT
-from core.stage import Kind, Stage, StageConfig
+from core.stage import ROOT, Kind, Stage, StageConfig
 from pipelines.stages import BY_NAME, load
 
 BATCH_ROWS = 1000  # as datatrove's readers hand them on
@@ -77,6 +78,7 @@ class Step(PipelineStep):
         drop: str | None = None,
         reason: str | None = None,
         exclusion_writer: Any = None,
+        root: str | None = None,
         batch_rows: int = BATCH_ROWS,
         batch_bytes: int = BATCH_BYTES,
     ) -> None:
@@ -86,6 +88,7 @@ class Step(PipelineStep):
         self.drop = Predicate(drop) if drop else None
         self.reason = reason or stage
         self.exclusion_writer = exclusion_writer
+        self.root = root
         self.batch_rows, self.batch_bytes = batch_rows, batch_bytes
         for column in self._annotation().columns:
             _type(stage, column)
@@ -115,8 +118,17 @@ class Step(PipelineStep):
     def _annotation(self) -> AnnotateRun:
         """The stage as the runner would call it. Made where it is used: a worker gets the Step itself, which is small."""
         stage = _stage(self.layer)
-        artifacts = stage.artifacts(self.config) if stage.artifacts else {}
-        code = digest([self.layer, stage.version, self.config.model_dump(mode="json"), dict(artifacts)])
+        artifacts = dict(stage.artifacts(self.config) if stage.artifacts else {})
+        reads = stage.columns(self.config)
+        models = [column for column in reads if column.startswith("@")]
+        if models and self.root is None:
+            raise ConfigError(
+                f"{self.layer}: reads {models[0]!r}, made by a stage of ours; name its finished root in `root`"
+            )
+        if models and self.root:
+            artifacts[ROOT] = self.root
+        stage = replace(stage, reads=tuple(column for column in reads if column not in models))
+        code = digest([self.layer, stage.version, self.config.model_dump(mode="json"), artifacts])
         return AnnotateRun(stage, self.layer, self.config, artifacts, code)
 
     def _batches(self, data: Iterable[Document]) -> Iterator[list[Document]]:

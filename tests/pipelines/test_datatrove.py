@@ -230,6 +230,19 @@ def picky(monkeypatch):
     monkeypatch.setitem(BY_NAME, "picky", Line("picky", Kind.ANNOTATE, "tests.pipelines.picky:STAGE", "fails on some"))
 
 
+def test_a_stage_reads_models_from_a_finished_root(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        BY_NAME, "knowing", Line("knowing", Kind.ANNOTATE, "tests.pipelines.picky:KNOWING", "knows some")
+    )
+    with pytest.raises(ConfigError, match=r"reads '@words', made by a stage of ours; name its finished root in `root`"):
+        Step("knowing")
+    docs = [Document(text="a boat and a horse", id="1"), Document(text="nothing", id="2")]
+    for name, words, counts in (("one", ["a", "boat"], [3, 0]), ("two", ["nothing"], [0, 1])):
+        Root(str(tmp_path / name)).write_json("models/words.json", words)
+        done = through(Step("knowing", root=str(tmp_path / name)), docs)
+        assert [d.metadata["knowing"]["known"] for d in done] == counts
+
+
 def test_a_document_on_which_the_stage_fails_is_kept_and_says_why(picky):
     docs = [Document(text=t, id=t) for t in ("one", "raise", "three", "reject me", "five")]
     step = Step("picky", drop="picky.chars > 4")
