@@ -1,8 +1,8 @@
 """Chat files to raw records: one JSON object a line, or one array of objects in a file, plain or compressed.
 
-A file whose first character is `[` is an array; it is read element by element, so it may be larger than memory. The payload is the
-object; offset and length are its bytes in the decompressed stream. Broken JSON costs one record in a JSONL file. In an array nothing
-behind it can be found again, so the rest of the file is one reject that says where it begins.
+A file whose first character is `[` is an array; it is read element by element, so it may be larger than memory. The payload
+is the object; offset and length are its bytes in the decompressed stream. Broken JSON costs one record in a JSONL file. In an
+array nothing behind it can be found again, so the rest of the file is one reject that says where it begins.
 """
 
 import codecs
@@ -59,7 +59,12 @@ def parse_chat(raw: Raw, source: ChatSource) -> Found | Dropped:
     metadata.update(chat=conversation.canonical, shape=conversation.shape)
     text, _ = render(conversation.messages)
     return Found(
-        raw.origin, text, raw.url, source.document_kind or "other", source.license or _license(record), metadata=metadata
+        raw.origin,
+        text,
+        raw.url,
+        source.document_kind or "other",
+        source.license or _license(record),
+        metadata=metadata,
     )
 
 
@@ -80,7 +85,9 @@ def _elements(file: BinaryIO, path: str, most: int) -> Iterator[Raw | Failed]:
             try:
                 value = stream.value(most)
             except (ValueError, RecursionError) as e:
-                yield Failed(Origin(path, start), "torn_record", f"element {number}: {e}; the rest of the array is lost")
+                yield Failed(
+                    Origin(path, start), "torn_record", f"element {number}: {e}; the rest of the array is lost"
+                )
                 return
             origin = Origin(path, start, stream.offset - start)
             if isinstance(value, dict):
@@ -90,7 +97,9 @@ def _elements(file: BinaryIO, path: str, most: int) -> Iterator[Raw | Failed]:
                 yield Failed(origin, InputError.__name__, detail)
             stream.skip(BETWEEN)
         if stream.at_end():
-            yield Failed(Origin(path, stream.offset), "torn_record", f"the array ends after element {number} without `]`")
+            yield Failed(
+                Origin(path, stream.offset), "torn_record", f"the array ends after element {number} without `]`"
+            )
     except TornMemberError as e:
         yield Failed(Origin(path, e.offset), "torn_record", str(e))
 

@@ -1,15 +1,15 @@
 """Conversations in one form, and the plain text that stands for one.
 
-In: a JSON object of one of three shapes. *conversations*: `conversations` of `{role, content, name, loss_mask, tool_schemas}` and
-`images`, content being text or a list of `{type, value, loss_mask}` (the SFT schema published with Step 3.5 Flash).
-*messages*: OpenAI's `messages`. *sharegpt*: `conversations` of `{from, value}`. Out: `Conversation.canonical`, always the first
-shape: roles in lower case, known keys only, everything else as it was given. A message may keep two keys that the published schema
-lacks, `reasoning_content` (text) and `tool_calls` (OpenAI's).
+In: a JSON object of one of three shapes. *conversations*: `conversations` of `{role, content, name, loss_mask, tool_schemas}`
+and `images`, content being text or a list of `{type, value, loss_mask}` (the SFT schema published with Step 3.5 Flash).
+*messages*: OpenAI's `messages`. *sharegpt*: `conversations` of `{from, value}`. Out: `Conversation.canonical`, always the
+first shape: roles in lower case, known keys only, everything else as it was given. A message may keep two keys that the
+published schema lacks, `reasoning_content` (text) and `tool_calls` (OpenAI's).
 
 The rendering is what all text stages judge: for each message its role and name, a colon and a newline, then its reasoning
 between `<think>` tags, its text segments end to end, its tool calls as `name(arguments)` a line, and an empty line. Images,
-tool schemas and masks are not rendered. Each text of the conversation is one `Piece` of the rendering, so that byte spans found there
-can be taken back to where they belong.
+tool schemas and masks are not rendered. Each text of the conversation is one `Piece` of the rendering, so that byte spans
+found there can be taken back to where they belong.
 """
 
 import json
@@ -109,9 +109,13 @@ def _message(turn: Any, i: int, shape: str) -> dict[str, Any]:
     """One message in the published schema. Unknown keys are left out."""
     if not isinstance(turn, dict):
         raise ChatShapeError("bad_message", f"message {i} is {type(turn).__name__}, expected an object")
-    role, content = (turn.get("from"), turn.get("value")) if shape == "sharegpt" else (turn.get("role"), turn.get("content"))
+    role, content = (
+        (turn.get("from"), turn.get("value")) if shape == "sharegpt" else (turn.get("role"), turn.get("content"))
+    )
     if not isinstance(role, str) or _role(role) not in ROLES:
-        raise ChatShapeError("bad_role", f"message {i} has the role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
+        raise ChatShapeError(
+            "bad_role", f"message {i} has the role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}"
+        )
     made = {k: turn[k] for k in MESSAGE_KEYS if k in turn and (turn[k] is not None or k in PUBLISHED)}
     for key in ("name", "reasoning_content"):
         if not isinstance(made.get(key, ""), str | None):
@@ -133,7 +137,9 @@ def _content(content: Any, i: int, shape: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ChatShapeError("bad_content", f"message {i}: content is {type(content).__name__}, expected text or segments")
+        raise ChatShapeError(
+            "bad_content", f"message {i}: content is {type(content).__name__}, expected text or segments"
+        )
     return [_segment(part, i, shape) for part in content]
 
 

@@ -1,17 +1,17 @@
 r"""Whether a conversation keeps to one language: main languages of prompt, answer and reasoning, and the share that switches.
 
-Texts are cut into lines and sentences after code, LaTeX, quotations, addresses and markup are taken out; segments with fewer than 20
-letters are not judged. A segment's language is lid.176's where its probability is at least `min_score`, otherwise unknown; unknown
-segments count on neither side. The main language of a part is that with most letters. `switch_fraction` = letters of answer and
-reasoning in segments whose language is neither the main one of their own part nor, for a script that lid.176 confuses within (Serbian,
-Croatian, Bosnian; Norwegian, Danish; Indonesian, Malay), its sister, over letters of all known segments. Null: nothing was judged.
+Texts are cut into lines and sentences after code, LaTeX, quotations, addresses and markup are taken out; segments with fewer
+than 20 letters are not judged. A segment's language is lid.176's where its probability is at least `min_score`, otherwise
+unknown; unknown segments count on neither side. The main language of a part is that with most letters. `switch_fraction` =
+letters of answer and reasoning in segments whose language is neither the main one of their own part nor, for a script that
+lid.176 confuses within (Serbian, Croatian, Bosnian; Norwegian, Danish; Indonesian, Malay), its sister, over letters of all
+known segments. Null: nothing was judged.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-
 
 MIN_LETTERS = 20  # language identification of shorter segments is little better than chance
 SEGMENTS = 256  # of a part, evenly spread: bounds a long reasoning at about 30 ms
@@ -23,11 +23,19 @@ REMOVED = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？।؟])|\n+")
-SISTERS = ({"sr", "hr", "bs", "sh"}, {"no", "da", "nn", "nb"}, {"id", "ms"}, {"cs", "sk"}, {"gl", "pt"}, {"zh", "wuu", "yue"})
+SISTERS = (
+    {"sr", "hr", "bs", "sh"},
+    {"no", "da", "nn", "nb"},
+    {"id", "ms"},
+    {"cs", "sk"},
+    {"gl", "pt"},
+    {"zh", "wuu", "yue"},
+)
 TRANSLATION = re.compile(
     r"\btranslat(?:e|ion|ing)\b|\bübersetz|\btradu(?:ce|cir|cción|ire|is|isez|ction|zir|za|ção)\b|\bperevedi|перев(?:ед|од)|翻译|翻譯|翻訳|訳して"
     r"|번역|ترجم|अनुवाद"
-    r"|\b(?:in|into|to|auf|en|em) (?:English|German|Deutsch|French|Spanish|Italian|Portuguese|Russian|Chinese|Japanese|Korean|Arabic|Hindi"
+    r"|\b(?:in|into|to|auf|en|em) (?:English|German|Deutsch|French|Spanish|Italian|Portuguese|Russian|Chinese|Japanese|Korean"
+    r"|Arabic|Hindi"
     r"|Englisch|Französisch|Spanisch|inglés|español|français|anglais)\b",
     re.IGNORECASE,
 )

@@ -1,8 +1,9 @@
 """What rules see in a conversation: order of roles, empty answers, leftovers of templates, endless repetition, phrases.
 
-Each function takes `Parts` and gives a value, null where nothing is wrong. The kinds of rules follow open-instruct's data scripts
-(AI2, Apache-2.0): repetition by paragraph, sentence and consecutive line with its limits, identity phrases, knowledge-cutoff phrases,
-thinking-tag format. Patterns are English, German, French, Spanish, Chinese for identity and cut-off; others pass unseen.
+Each function takes `Parts` and gives a value, null where nothing is wrong. The kinds of rules follow open-instruct's data
+scripts (AI2, Apache-2.0): repetition by paragraph, sentence and consecutive line with its limits, identity phrases,
+knowledge-cutoff phrases, thinking-tag format. Patterns are English, German, French, Spanish, Chinese for identity and
+cut-off; others pass unseen.
 """
 
 import re
@@ -25,17 +26,20 @@ LEFTOVER = re.compile(
     re.MULTILINE,
 )
 MODELS = r"(?:ChatGPT|GPT-?\d\w*|Claude|Gemini|Bard|Llama|LLaMA|Qwen|DeepSeek\w*|Mistral|Grok|Kimi|Bing Chat|通义千问|文心一言)"
-MAKERS = r"(?:OpenAI|Anthropic|Google(?: DeepMind)?|Meta(?: AI)?|Alibaba(?: Cloud)?|DeepSeek|Mistral AI|Microsoft|Moonshot AI|xAI)"
+MAKERS = r"(?:OpenAI|Anthropic|Google(?: DeepMind)?|Meta(?: AI)?|Alibaba(?: Cloud)?|DeepSeek|Mistral AI|Microsoft|xAI)"
 IDENTITY = re.compile(
     rf"\b(?:I am|I'm|my name is|ich bin|je suis|soy|我是)\s*(?:an? |ein(?:e)? |un(?:e)? )?(?:[\w -]{{0,40}}?\b)?{MODELS}"
     rf"|\b(?:trained|developed|created|made|built|entwickelt|développé|desarrollado)\s+(?:by|von|par|por)\s+{MAKERS}"
     r"|\bas an? (?:AI|artificial intelligence)(?: language)? (?:model|assistant)\b|\bals KI-(?:Sprach)?[Mm]odell\b"
-    r"|\ben tant qu['’](?:IA|intelligence artificielle)|\bcomo (?:un )?modelo de lenguaje\b|作为(?:一个|一款)?(?:AI|人工智能)(?:语言)?(?:模型|助手)",
+    r"|\ben tant qu['’](?:IA|intelligence artificielle)|\bcomo (?:un )?modelo de lenguaje\b"
+    r"|作为(?:一个|一款)?(?:AI|人工智能)(?:语言)?(?:模型|助手)",
     re.IGNORECASE,
 )
 CUTOFF = re.compile(
-    r"\bknowledge[ -]cut-?off\b|\bmy (?:training|knowledge) (?:data )?(?:only )?(?:goes|extends|is current|is limited|ends|ended) (?:up )?"
-    r"(?:to|until|in|as of)\b|\b(?:as of|up to|until) my (?:last|latest|most recent) (?:knowledge |training )?(?:update|training|data)\b"
+    r"\bknowledge[ -]cut-?off\b|\bmy (?:training|knowledge) (?:data )?(?:only )?"
+    r"(?:goes|extends|is current|is limited|ends|ended) (?:up )?"
+    r"(?:to|until|in|as of)\b|\b(?:as of|up to|until) my (?:last|latest|most recent) (?:knowledge |training )?"
+    r"(?:update|training|data)\b"
     r"|\bStand meines (?:letzten )?(?:Wissens|Trainings)|\bma (?:dernière )?mise à jour|\bmi última actualización\b"
     r"|我的(?:知识|训练数据)截[至止]",
     re.IGNORECASE,
@@ -102,8 +106,9 @@ def _phrase(pattern: re.Pattern[str], texts: tuple[str, ...]) -> str | None:
 
 
 def repetition(parts: Parts) -> tuple[float, float, float]:
-    """(paragraph, sentence, consecutive): how often the most repeated one of an assistant message occurs, divided by what its kind
-    is allowed: code 2, paragraphs of several lines 4; consecutive lines with maths 2, list items 3. Limits apply to these."""
+    """(paragraph, sentence, consecutive): how often the most repeated one of an assistant message occurs, divided by what its
+    kind is allowed: code 2, paragraphs of several lines 4; consecutive lines with maths 2, list items 3. Limits apply to
+    these."""
     worst = (0.0, 0.0, 0.0)
     for text in (*parts.raw, *parts.reasoning):
         prose = FENCED.sub("\n\n", text)

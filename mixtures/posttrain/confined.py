@@ -1,8 +1,9 @@
 """Runs in the process of a sandbox, before and around foreign code. Started as source text (`python -I -S -B -c`), so it
 imports the standard library only and nothing of this project. See `mixtures.posttrain.sandbox` for what it promises.
 
-argv: a JSON object with `mode` and the limits. Modes: `probe` prints what is in force; `program` runs `program.py`; `serve` runs it and
-then answers calls of its functions on two file descriptors; `check` runs tests whose unknown names are such functions.
+argv: a JSON object with `mode` and the limits. Modes: `probe` prints what is in force; `program` runs `program.py`; `serve`
+runs it and then answers calls of its functions on two file descriptors; `check` runs tests whose unknown names are such
+functions.
 """
 
 import ast
@@ -14,6 +15,8 @@ import platform
 import resource
 import struct
 import sys
+from pathlib import Path
+from typing import Any, TextIO
 
 # Syscall numbers from the kernel's tables (unistd_64.h, asm-generic/unistd.h). Denied: new processes, new sockets and io_uring,
 # signals to and memory of other processes, namespaces, mounts. `clone` is let through for threads only.
@@ -23,13 +26,22 @@ SYSCALLS = {
 }
 CLONE3, CLONE_THREAD, X32 = 435, 0x00010000, 0x40000000
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
+LOAD, RETURN, IF_EQUAL, IF_ABOVE, IF_SET = (
+    0x20,
+    0x06,
+    0x15,
+    0x35,
+    0x45,
+)  # BPF: operation, jump if so, jump if not, value
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_RIGHTS = 1 | 4 | 8  # execute, read file, read folder
-WRITE_RIGHTS = READ_RIGHTS | 2 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14  # write, remove, make folders and files, truncate
+WRITE_RIGHTS = (
+    READ_RIGHTS | 2 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14
+)  # write, remove, make folders and files, truncate
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def limit(limits):
+def limit(limits: dict[str, Any]) -> None:
     """Resource limits; each as low as the system lets it be."""
     wanted = {
         resource.RLIMIT_AS: limits["memory_bytes"],
@@ -45,8 +57,9 @@ def limit(limits):
         resource.setrlimit(name, (most, most))
 
 
-def restrict_files(folder):
-    """Landlock: reading the interpreter and the system's libraries, writing below `folder`, nothing else. False: no Landlock."""
+def restrict_files(folder: str) -> bool:
+    """Landlock: reading the interpreter and the system's libraries, writing below `folder`, nothing else. False: no
+    Landlock."""
     version = LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)
     if version < 1:
         return False
@@ -54,7 +67,15 @@ def restrict_files(folder):
     rules = LIBC.syscall(LANDLOCK_CREATE, struct.pack("Q", handled), 8, 0)
     if rules < 0:
         return False
-    readable = ["/usr", "/lib", "/lib64", "/dev/urandom", "/dev/null", os.path.dirname(os.__file__), sys.base_prefix + "/lib"]
+    readable = [
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/dev/urandom",
+        "/dev/null",
+        os.path.dirname(os.__file__),
+        sys.base_prefix + "/lib",
+    ]
     for path, rights in [*((p, READ_RIGHTS) for p in readable), ("/dev/null", 2 | 4), (folder, WRITE_RIGHTS)]:
         if not os.path.exists(path):
             continue
@@ -68,39 +89,39 @@ def restrict_files(folder):
     return done
 
 
-def restrict_calls():
+def restrict_calls() -> bool:
     """seccomp: the syscalls above fail with EPERM. False: no seccomp, or a processor that the table does not list."""
     if platform.machine() not in SYSCALLS or struct.calcsize("P") != 8:
         return False
     audit, clone, denied = SYSCALLS[platform.machine()]
-    load = lambda offset: (0x20, 0, 0, offset)  # noqa: E731 - BPF: A = word of the syscall's description
-    back = lambda value: (0x06, 0, 0, value)  # noqa: E731 - BPF: return
-    equal = lambda value, yes, no: (0x15, yes, no, value)  # noqa: E731 - BPF: jump if A == value
-    code = [load(4), equal(audit, 1, 0), back(EPERM), load(0), (0x35, 0, 1, X32), back(EPERM)]
+    code = [(LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, audit), (RETURN, 0, 0, EPERM)]  # word 4: the architecture
+    code += [(LOAD, 0, 0, 0), (IF_ABOVE, 0, 1, X32), (RETURN, 0, 0, EPERM)]  # word 0: the syscall's number
     for number in denied:
-        code += [equal(number, 0, 1), back(ENOSYS if number == CLONE3 else EPERM)]
-    code += [equal(clone, 0, 4), load(16), (0x45, 1, 0, CLONE_THREAD), back(EPERM), back(ALLOW), back(ALLOW)]
+        code += [(IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ENOSYS if number == CLONE3 else EPERM)]
+    code += [(IF_EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (IF_SET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM)]
+    code += [(RETURN, 0, 0, ALLOW)]
     packed = b"".join(struct.pack("HBBI", *line) for line in code)
     held = ctypes.create_string_buffer(packed, len(packed))
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(held))
     return LIBC.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0
 
 
-def block_in_python():
+def block_in_python() -> None:
     """Where seccomp is missing: names that start processes or open sockets raise. Foreign code that wants to can undo this."""
 
-    def refuse(*_, **__):
+    def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError("not allowed in this sandbox")
 
     import _socket
     import socket
 
-    _socket.socket = socket.socket = socket.create_connection = refuse
+    for module, name in ((_socket, "socket"), (socket, "socket"), (socket, "create_connection")):
+        setattr(module, name, refuse)
     for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "kill", "killpg"):
         setattr(os, name, refuse)
 
 
-def confine(options):
+def confine(options: dict[str, Any]) -> dict[str, bool]:
     """All restrictions, weakest first. Returns which of the two strong ones are in force."""
     LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL: nobody is left behind when the checker dies
     limit(options)
@@ -117,7 +138,7 @@ def confine(options):
 BY_TAG = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def encode(value):
+def encode(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -132,7 +153,7 @@ def encode(value):
     raise TypeError(f"a value of type {kind.__name__} is no plain data")
 
 
-def decode(value):
+def decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((tag, inner),) = value.items()
@@ -145,24 +166,25 @@ def decode(value):
     return BY_TAG[tag](decode(v) for v in inner)
 
 
-def serve(source, read_fd, write_fd):
-    """Run the candidate, then answer [name, arguments, keywords] with [value or null, error or null, arguments after the call]."""
-    space = {"__name__": "candidate"}
-    error = None
+def serve(source: str, read_fd: int, write_fd: int) -> None:
+    """Run the candidate, then answer [name, arguments, keywords] with [value or null, error or null, arguments after the
+    call]."""
+    space: dict[str, Any] = {"__name__": "candidate"}
+    error: list[str] | None = None
     try:
         exec(compile(source, "candidate.py", "exec"), space)
-    except BaseException as e:
+    except BaseException as e:  # noqa: BLE001 - SystemExit too: whatever it does is the answer
         error = [type(e).__name__, str(e)[:300]]
     with os.fdopen(read_fd, "r", encoding="utf-8") as calls, os.fdopen(write_fd, "w", encoding="utf-8") as replies:
         for line in calls:
             name, positional, named = json.loads(line)
-            reply = [None, error, []]
+            reply: list[Any] = [None, error, []]
             if error is None:
                 positional = [decode(v) for v in positional]
                 try:
                     value = space[name](*positional, **{k: decode(v) for k, v in named.items()})
                     reply = [encode(value), None, [encode(v) for v in positional]]
-                except BaseException as e:
+                except BaseException as e:  # noqa: BLE001 - as above
                     reply = [None, [type(e).__name__, str(e)[:300]], []]
             replies.write(json.dumps(reply) + "\n")
             replies.flush()
@@ -171,10 +193,10 @@ def serve(source, read_fd, write_fd):
 class Remote:
     """A function of the candidate, called in the other process. Lists, dicts and sets that it changed are changed here too."""
 
-    def __init__(self, name, calls, replies):
+    def __init__(self, name: str, calls: TextIO, replies: TextIO) -> None:
         self.name, self.calls, self.replies = name, calls, replies
 
-    def __call__(self, *positional, **named):
+    def __call__(self, *positional: Any, **named: Any) -> Any:
         request = [self.name, [encode(v) for v in positional], {k: encode(v) for k, v in named.items()}]
         self.calls.write(json.dumps(request) + "\n")
         self.calls.flush()
@@ -185,7 +207,7 @@ class Remote:
         if error is not None:
             kind = getattr(builtins, error[0], None)
             raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(error[1])
-        for mine, theirs in zip(positional, map(decode, after)):
+        for mine, theirs in zip(positional, map(decode, after), strict=False):
             if isinstance(mine, list):
                 mine[:] = theirs
             elif isinstance(mine, (dict, set)):
@@ -194,7 +216,7 @@ class Remote:
         return decode(value)
 
 
-def check(tests, read_fd, write_fd, result_fd):
+def check(tests: list[str], read_fd: int, write_fd: int, result_fd: int) -> None:
     """Run each test; a line `pass` or `fail ...` for each on `result_fd`. No code of the candidate runs in this process."""
     with (
         os.fdopen(write_fd, "w", encoding="utf-8") as calls,
@@ -209,14 +231,14 @@ def check(tests, read_fd, write_fd, result_fd):
                 space = {n: Remote(n, calls, replies) for n in loaded if not hasattr(builtins, n)}
                 exec(compile(tree, "test.py", "exec"), {**space, "__name__": "test"})
                 results.write("pass\n")
-            except BaseException as e:
+            except BaseException as e:  # noqa: BLE001 - a test may raise anything
                 results.write(f"fail {type(e).__name__}: {e}"[:300].replace("\n", " ") + "\n")
             results.flush()
 
 
-def main():
+def main() -> None:
     options = json.loads(sys.argv[1])
-    source = sys.stdin.read() if options["mode"] in ("serve", "check") else open("program.py", encoding="utf-8").read()
+    source = sys.stdin.read() if options["mode"] in ("serve", "check") else Path("program.py").read_text("utf-8")
     in_force = confine(options)
     if options["mode"] == "probe":
         sys.stdout.write(json.dumps(in_force))

@@ -1,14 +1,14 @@
 """How hard a task is for the models that tried it: pass rates as they came with the input.
 
-In: a record's `passes` and `attempts`, or `pass_rate` with `attempts` (either may be missing). Out: `Difficulty`. The interval is Wilson's (1927)
-for 95 %. A task is of use to RL where its rate lies strictly between `low` and `high` (open-r1 keeps 0.1 to 0.9); with fewer than
-`min_attempts` nothing is concluded. Tasks that every attempt solved are kept at a tenth by a hash of their doc_id, so that what a model
-can do is not forgotten. Tasks that no attempt solved fall.
+In: a record's `passes` and `attempts`, or `pass_rate` with `attempts` (either may be missing). Out: `Difficulty`. The
+interval is Wilson's (1927) for 95 %. A task is of use to RL where its rate lies strictly between `low` and `high` (open-r1
+keeps 0.1 to 0.9); with fewer than `min_attempts` nothing is concluded. Tasks that every attempt solved are kept at a tenth by
+a hash of their doc_id, so that what a model can do is not forgotten. Tasks that no attempt solved fall.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from core.hashing import seeded
 
@@ -16,7 +16,8 @@ Z = 1.959964  # 95 %
 
 
 class Difficulty(NamedTuple):
-    """What is known. `verdict`: fit, hard (below the band), easy (above it), solved (always), unsolved (never), few (attempts); null: no rate."""
+    """What is known. `verdict`: fit, hard (below the band), easy (above it), solved (always), unsolved (never), few
+    (attempts); null: no rate."""
 
     attempts: int | None
     rate: float | None
@@ -42,8 +43,8 @@ def difficulty(
 ) -> Difficulty:
     """The verdict on one record. A rate outside 0..1, or more passes than attempts, is as good as none."""
     attempts, passes, rate = record.get("attempts"), record.get("passes"), record.get("pass_rate")
-    attempts = attempts if _whole(attempts) and attempts > 0 else None
-    if _whole(passes) and attempts and 0 <= passes <= attempts:
+    attempts = attempts if _is_count(attempts) and attempts else None
+    if _is_count(passes) and attempts and passes <= attempts:
         rate = passes / attempts
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
         return UNKNOWN
@@ -58,5 +59,5 @@ def difficulty(
     return Difficulty(attempts, rate, low, high, verdict, verdict == "fit")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

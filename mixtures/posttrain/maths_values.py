@@ -1,8 +1,9 @@
 """Mathematical answers as exact values: what can be compared without a computer algebra system.
 
-`read_value` takes the text of an answer, in LaTeX or plain, and gives a number (`Fraction`, with the digits of a decimal and whether it was a
-percentage), a tuple, a set, an interval, or a choice of one letter. Anything else is None: left to `math-verify`, never guessed at.
-`equal` compares two values. Source of the conventions: they are this project's; the cases in its tests are GSM8K's and MATH's kinds.
+`read_value` takes the text of an answer, in LaTeX or plain, and gives a number (`Fraction`, with the digits of a decimal and
+whether it was a percentage), a tuple, a set, an interval, or a choice of one letter. Anything else is None: left to
+`math-verify`, never guessed at. `equal` compares two values. Source of the conventions: they are this project's; the cases in
+its tests are GSM8K's and MATH's kinds.
 """
 
 import re
@@ -12,8 +13,12 @@ from fractions import Fraction
 EXPONENT_LIMIT = 400  # 10^400 is beyond any double; larger ones would only burn memory
 SIGNIFICANT = 4  # digits from which a decimal counts as the rounding of an exact value; chosen
 WRAPPERS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|displaystyle|boldsymbol)\s*\{([^{}]*)\}")
-SPACING = re.compile(r"\\(?:left|right|displaystyle|,|;|:|!|quad|qquad| )(?![A-Za-z])|\\(?:bigl|bigr|Bigl|Bigr|big|Big)(?![A-Za-z])|~")
-FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d)|(\d)\s*\{([^{}]+)\}|\{([^{}]+)\}\s*(\d))")
+SPACING = re.compile(
+    r"\\(?:left|right|displaystyle|,|;|:|!|quad|qquad| )(?![A-Za-z])|\\(?:bigl|bigr|Bigl|Bigr|big|Big)(?![A-Za-z])|~"
+)
+FRACTION = re.compile(
+    r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d)|(\d)\s*\{([^{}]+)\}|\{([^{}]+)\}\s*(\d))"
+)
 CURRENCY = re.compile(r"^\\?[$€£¥₹]\s*|\s*\\?[$€£¥₹]$")
 THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,)\d{3})+(?![\d,])")
 DECIMAL = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d{1,4}))?")
@@ -99,7 +104,9 @@ def _group(text: str, depth: int) -> Value | None:
         return Group("set", found)
     if len(found) == 2 and (opening + closing) in ("[]", "[)", "(]"):
         return Group("interval", found, opening + closing)
-    return Group("tuple", found)  # (a, b) may be an open interval or a point: as a pair they are equal in the same cases
+    return Group(
+        "tuple", found
+    )  # (a, b) may be an open interval or a point: as a pair they are equal in the same cases
 
 
 def _balanced(text: str) -> bool:
@@ -171,7 +178,8 @@ def _mixed(sign: int, whole: str, top: str, bottom: str) -> Fraction | None:
 
 
 def equal(gold: Value, answer: Value) -> bool:
-    """Whether an answer's value is the gold value. A percentage equals its number and its hundredth; an open pair equals itself."""
+    """Whether an answer's value is the gold value. A percentage equals its number and its hundredth; an open pair equals
+    itself."""
     if isinstance(gold, Number) and isinstance(answer, Number):
         return _same_number(gold, answer)
     if isinstance(gold, Choice) and isinstance(answer, Choice):

@@ -1,7 +1,8 @@
 """A conversation taken apart for judging: what was asked, what was answered, what was thought.
 
-In: the messages of a conversation (`crawl.sources.conversations`). Out: `Parts`. Reasoning is `reasoning_content` and what stands between
-`<think>` tags (also `<thinking>`, `<reasoning>`, `<thought>`) of assistant texts; the rest of them is the answer.
+In: the messages of a conversation (`crawl.sources.conversations`). Out: `Parts`. Reasoning is `reasoning_content` and what
+stands between `<think>` tags (also `<thinking>`, `<reasoning>`, `<thought>`) of assistant texts; the rest of them is the
+answer.
 """
 
 import json

@@ -1,19 +1,21 @@
 """A process of its own for code that nobody has read: no network, no other process, a memory, time and output limit.
 
-In: Python source, standard input, `Limits`. Out: `Ran` (how it ended, what it printed). Each run is `python -I -S -B` in a new
-folder, session and process group, with an empty environment and no file descriptors but the named pipes; the standard library is there,
-installed packages are not. About 40 ms a run.
+In: Python source, standard input, `Limits`. Out: `Ran` (how it ended, what it printed). Each run is `python -I -S -B` in a
+new folder, session and process group, with an empty environment and no file descriptors but the named pipes; the standard
+library is there, installed packages are not. About 40 ms a run.
 
 What stops what, on Linux x86-64 and arm64 (kernel 5.13 and later):
 - seccomp: creating sockets (any family, io_uring too) and processes, signalling, tracing or reading other processes.
-- Landlock: reading outside the interpreter and the system's libraries (so no home folder, no /proc, no environment of the parent),
-  writing outside the run's folder.
-- rlimits: address space, CPU seconds, size of one file, open files. The parent: wall-clock time (SIGKILL to the group), bytes of output.
+- Landlock: reading outside the interpreter and the system's libraries (so no home folder, no /proc, no environment of the
+  parent), writing outside the run's folder.
+- rlimits: address space, CPU seconds, size of one file, open files. The parent: wall-clock time (SIGKILL to the group), bytes
+  of output.
 
-What it does not stop: a hole in the kernel; covert channels such as timing; many files of the allowed size in the run's folder;
-threads (the address space bounds them); reading what lies below /usr. `protections()` says which of the two strong walls stand on
-this machine. Without seccomp (another processor, a container that forbids it) Python names are blocked instead, which determined
-code undoes; without Landlock the run may read and write what this user may. Both then need a container around this process.
+What it does not stop: a hole in the kernel; covert channels such as timing; many files of the allowed size in the run's
+folder; threads (the address space bounds them); reading what lies below /usr. `protections()` says which of the two strong
+walls stand on this machine. Without seccomp (another processor, a container that forbids it) Python names are blocked
+instead, which determined code undoes; without Landlock the run may read and write what this user may. Both then need a
+container around this process.
 """
 
 import contextlib
@@ -96,13 +98,12 @@ def run_tests(source: str, tests: Sequence[str], limits: Limits | None = None) -
     with folder() as place, folder() as other, contextlib.ExitStack() as stack:
         ask, reply, result = os.pipe(), os.pipe(), os.pipe()
         fds = [*ask, *reply, *result]
-        stack.callback(lambda: [_close(fd) for fd in fds])
+        stack.callback(_close, fds)
         served = start("serve", place, limits, fds=(ask[0], reply[1]), quiet=True)
         stack.callback(lambda: _end(served))
         checker = start("check", other, limits, fds=(reply[0], ask[1], result[1]), quiet=True)
         stack.callback(lambda: _end(checker))
-        for fd in (*ask, *reply, result[1]):
-            _close(fd)
+        _close((*ask, *reply, result[1]))
         _feed(served, source.encode("utf-8", "replace"))
         _feed(checker, json.dumps(list(tests)).encode())
         said = _read_all(result[0], time.monotonic() + limits.wall_s + GRACE_S, limits.output_bytes)
@@ -120,7 +121,9 @@ def folder() -> Iterator[str]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def start(mode: str, place: str, limits: Limits, fds: Sequence[int] = (), quiet: bool = False, stdin: Any = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+def start(
+    mode: str, place: str, limits: Limits, fds: Sequence[int] = (), quiet: bool = False, stdin: Any = subprocess.PIPE
+) -> "subprocess.Popen[bytes]":
     """A confined interpreter in `place`. Its standard streams are pipes, or with `quiet` its output goes nowhere."""
     options: dict[str, Any] = {
         "mode": mode,
@@ -147,7 +150,8 @@ def start(mode: str, place: str, limits: Limits, fds: Sequence[int] = (), quiet:
 
 def watch(process: "subprocess.Popen[bytes]", limits: Limits) -> Ran:
     """Read what the process prints until it ends or passes a limit."""
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     deadline = time.monotonic() + limits.wall_s + GRACE_S
     streams = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     ended = ""
@@ -209,6 +213,8 @@ def _end(process: "subprocess.Popen[bytes]", deadline: float = 0.0) -> int | Non
     return code
 
 
-def _close(fd: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(fd)
+def _close(fds: Sequence[int]) -> None:
+    """Close what is still open."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

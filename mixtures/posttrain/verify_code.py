@@ -1,13 +1,15 @@
 """Whether a response's program passes its tests: a reward between 0 and 1, the share of tests passed.
 
 In: the response (the last fenced block of Python in it, or all of it where there is no fence) and tests, each one of
-- text: Python statements, usually asserts, that call the candidate's functions by their names (also `def check(f): ...` followed by
-  `check(name)`);
-- `{"stdin": ..., "stdout": ...}`: the candidate runs as a program; output is compared without white space at line ends and at the end.
+- text: Python statements, usually asserts, that call the candidate's functions by their names (also `def check(f): ...`
+  followed by `check(name)`);
+- `{"stdin": ..., "stdout": ...}`: the candidate runs as a program; output is compared without white space at line ends and at
+  the end.
 
-Tests run in `mixtures.posttrain.sandbox`. A program's output is compared here; a function's value is compared in a second sandbox that
-never runs a line of the candidate, so ending early, patching `assert` or `==`, or printing `pass` earns nothing. The price: values must be
-plain data (None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict), and tests cannot pass functions or objects in.
+Tests run in `mixtures.posttrain.sandbox`. A program's output is compared here; a function's value is compared in a second
+sandbox that never runs a line of the candidate, so ending early, patching `assert` or `==`, or printing `pass` earns nothing.
+The price: values must be plain data (None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict), and
+tests cannot pass functions or objects in.
 """
 
 import re
@@ -50,7 +52,9 @@ def checked_test(test: Any) -> str | dict[str, str]:
         given = {k: test.get(k, "") for k in ("stdin", "stdout")}
         if "stdout" in test and all(isinstance(v, str) for v in given.values()):
             return given
-    raise InputError(f"verify: a test must be Python text or stdin and stdout, got {str(test)[:60]!r}; correct the record")
+    raise InputError(
+        f"verify: a test must be Python text or stdin and stdout, got {str(test)[:60]!r}; correct the record"
+    )
 
 
 def _program(source: str, test: dict[str, str], limits: Limits) -> str:

@@ -1,9 +1,10 @@
 r"""Whether a response gives the gold answer of a mathematical task: reward 1 or 0.
 
-In: the gold answer and a response. The answer of a response is its last `\boxed{...}` (braces may nest), else what follows the last
-`####` (GSM8K), else what follows the last "answer is" or "answer:". Gold and answer are read as exact values first
-(`maths_values`); where one cannot be, `math-verify` (Apache-2.0, sympy behind it) compares them, gold parsed first: its order matters.
-sympy can take for ever on a hostile power tower, so that comparison runs in a child process that is killed after 5 seconds and may use 1 GB.
+In: the gold answer and a response. The answer of a response is its last `\boxed{...}` (braces may nest), else what follows
+the last `####` (GSM8K), else what follows the last "answer is" or "answer:". Gold and answer are read as exact values first
+(`maths_values`); where one cannot be, `math-verify` (Apache-2.0, sympy behind it) compares them, gold parsed first: its order
+matters. sympy can take for ever on a hostile power tower, so that comparison runs in a child process that is killed after 5
+seconds and may use 1 GB.
 
 A response without a marked answer scores 0: taking any last number in it would reward a list of guesses.
 """
@@ -113,7 +114,9 @@ def compare(pairs: list[tuple[str, str]]) -> list[bool]:
         child.kill()
         said, _ = child.communicate()
     if child.returncode == MISSING:
-        raise ConfigError("verify: comparing LaTeX needs the package math-verify; install the extra `posttrain`, see README")
+        raise ConfigError(
+            "verify: comparing LaTeX needs the package math-verify; install the extra `posttrain`, see README"
+        )
     made = [line == "true" for line in said.splitlines()][: len(pairs)]
     return made + [False] * (len(pairs) - len(made))
 
@@ -125,7 +128,8 @@ def _limits() -> None:
 
 
 def is_verifiable(gold: str) -> bool:
-    """Whether a gold answer can be told right from wrong: an exact value that is no choice, or LaTeX with a digit or an operator."""
+    """Whether a gold answer can be told right from wrong: an exact value that is no choice, or LaTeX with a digit or an
+    operator."""
     value = read_value(answer_of(gold) or gold)
     if value is not None:
         return not hasattr(value, "word")

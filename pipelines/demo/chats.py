@@ -1,0 +1,203 @@
+"""Conversations for the demo, made from the documentation and source text of the packages that it downloads.
+
+In: `corpus/unpacked` of the demo. Out: `chats/doctests.json` (an array) and `chats/functions.jsonl`, both in the published
+SFT schema, each record labelled `made_from` with its package and file, and with the package's licence. Two kinds:
+
+- *doctests*: a session of a doctest and the question what its last line prints; the answer is what the documentation says.
+  Where that is a number, the record carries it as `answer` (verifier `maths`).
+- *functions*: the documented text of a function that needs the standard library only, and its source as the answer; its
+  doctest examples become tests (verifier `code`). A record is written only where the source passes its own tests in the
+  sandbox, so a false doctest makes no task.
+
+Nobody asked these questions: they are real text in a made frame, and small. Equal packages give equal bytes.
+"""
+
+import ast
+import builtins
+import doctest
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixtures.posttrain.sandbox import Limits
+from mixtures.posttrain.verify_code import code_reward
+from pipelines.demo.download import license_of
+from pipelines.demo.sites import PACKAGES, Package
+
+MOST = 8  # sessions taken from one file, those of its beginning
+CHARS = (40, 2000)  # of a session
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+UNSTABLE = re.compile(r"\bat 0x|\.\.\.|Traceback|<[\w.]+ |random|datetime|time\(")
+GLOBS = ("**/*.py", "**/*.rst", "**/*.txt", "**/*.md")
+
+
+def write_chats(unpacked: Path, folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[str, int]:
+    """Write both files into `folder`. Returns the records of each."""
+    sessions: list[dict[str, Any]] = []
+    functions: list[dict[str, Any]] = []
+    for package in packages:
+        place = unpacked / package.key
+        if package.kind != "pip" or not place.is_dir():
+            continue
+        licence = license_of(package, place)
+        for path in sorted({p for glob in GLOBS for p in place.glob(glob) if p.is_file() and not p.is_symlink()}):
+            about = {"made_from": f"{package.key}/{path.relative_to(place).as_posix()}", "license": licence}
+            text = path.read_text("utf-8", "replace")
+            if ">>>" not in text:
+                continue
+            sessions += [{**record, **about} for record in session_records(text)]
+            if path.suffix == ".py":
+                functions += [{**record, **about} for record in function_records(text)]
+    folder.mkdir(parents=True, exist_ok=True)
+    body = json.dumps(sessions, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    (folder / "doctests.json").write_text(body, "utf-8")
+    lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in functions)
+    (folder / "functions.jsonl").write_text(lines, "utf-8")
+    return {"doctests": len(sessions), "functions": len(functions)}
+
+
+def session_records(text: str) -> Iterator[dict[str, Any]]:
+    """Questions from the doctest sessions of a file: runs of examples without prose between them."""
+    made = 0
+    for examples in _sessions(text):
+        last = examples[-1]
+        session = "".join(_shown(e) for e in examples[:-1]) + _source(last)
+        if made == MOST or not CHARS[0] <= len(session) <= CHARS[1] or UNSTABLE.search(session + last.want):
+            continue
+        made += 1
+        said = last.want.strip("\n")
+        record = _record(
+            f"What does the last line of this Python session print?\n\n```pycon\n{session.rstrip()}\n```",
+            f"It prints:\n\n```\n{said}\n```",
+            "doctests",
+        )
+        if NUMBER.fullmatch(said):
+            record["conversations"][1]["content"] += f"\n\nThe answer is {said}."
+            record.update(answer=said, verifier="maths")
+        yield record
+
+
+def _sessions(text: str) -> Iterator[list[doctest.Example]]:
+    try:
+        parts = doctest.DocTestParser().parse(text)
+    except ValueError:  # a prompt without its blank, or uneven indentation: not a doctest that runs
+        return
+    run: list[doctest.Example] = []
+    for part in [*parts, "end"]:
+        if isinstance(part, doctest.Example):
+            run.append(part)
+        elif part.strip():
+            while run and not run[-1].want:  # what prints nothing is no question
+                run.pop()
+            if run:
+                yield run
+            run = []
+
+
+def _source(example: doctest.Example) -> str:
+    first, *more = example.source.rstrip("\n").split("\n")
+    return "".join([f">>> {first}\n", *(f"... {line}\n" for line in more)])
+
+
+def _shown(example: doctest.Example) -> str:
+    return _source(example) + example.want
+
+
+def function_records(text: str) -> Iterator[dict[str, Any]]:
+    """Tasks from the functions of a module whose examples can be run: the documented behaviour asked for, the source as
+    answer."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    imports = _imports(tree)
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or node.decorator_list or ">>>" not in (ast.get_docstring(node) or ""):
+            continue
+        needed = _free_names(node)
+        if not needed <= imports.keys():
+            continue
+        documented = str(ast.get_docstring(node))
+        tests = _tests(documented)
+        lines = [imports[name] for name in sorted(needed)]
+        source = "\n".join([*lines, "", textwrap.dedent(ast.unparse(_without_docstring(node)))]).strip() + "\n"
+        answer = f"```python\n{source}```"
+        if not tests or code_reward(answer, tests, Limits().wall_s)[0] < 1:
+            continue
+        signature = f"def {node.name}({ast.unparse(node.args)}):"
+        prompt = f"Write a Python function for this documentation.\n\n```python\n{signature}\n```\n\n{documented}"
+        yield {**_record(prompt, answer, "functions"), "tests": tests, "verifier": "code"}
+
+
+def _record(prompt: str, answer: str, domain: str) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": prompt, "loss_mask": 0},
+        {"role": "assistant", "content": answer, "loss_mask": 1},
+    ]
+    return {"conversations": turns, "images": [], "domain": domain}
+
+
+def _imports(tree: ast.Module) -> dict[str, str]:
+    """Name -> the line that imports it, for imports of the standard library at the top of a module."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] in sys.stdlib_module_names:
+                    found[(alias.asname or alias.name).partition(".")[0]] = ast.unparse(ast.Import([alias]))
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and not node.level
+            and (node.module or "").partition(".")[0] in sys.stdlib_module_names
+        ):
+            for alias in node.names:
+                found[alias.asname or alias.name] = ast.unparse(ast.ImportFrom(node.module, [alias], 0))
+    return found
+
+
+def _free_names(function: ast.FunctionDef) -> set[str]:
+    """Names that a function reads and does not make itself, builtins left out."""
+    walked = list(ast.walk(function))
+    made = {n.arg for n in walked if isinstance(n, ast.arg)} | {function.name}
+    made |= {n.id for n in walked if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    made |= {n.name for n in walked if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    made |= {n.name for n in walked if isinstance(n, ast.ExceptHandler) and n.name}
+    made |= {
+        (a.asname or a.name).partition(".")[0]
+        for n in walked
+        if isinstance(n, ast.Import | ast.ImportFrom)
+        for a in n.names
+    }
+    return {n.id for n in walked if isinstance(n, ast.Name)} - made - set(dir(builtins))
+
+
+def _without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
+    copy = ast.parse(ast.unparse(function)).body[0]
+    assert isinstance(copy, ast.FunctionDef)
+    copy.body = copy.body[1:] or [ast.Pass()]
+    return copy
+
+
+def _tests(documented: str) -> list[str]:
+    """The examples of a docstring as asserts, each with the statements before it that print nothing."""
+    before: list[str] = []
+    tests = []
+    try:
+        examples = doctest.DocTestParser().get_examples(documented)
+    except ValueError:
+        return []
+    for example in examples:
+        if not example.want:
+            before.append(example.source.rstrip())
+            continue
+        try:
+            ast.literal_eval(example.want.strip())
+            ast.parse(example.source.strip(), mode="eval")
+        except (SyntaxError, ValueError):
+            continue
+        tests.append("\n".join([*before, f"assert ({example.source.strip()}) == {example.want.strip()}"]))
+    return tests
