@@ -3,9 +3,11 @@ r"""Whether a conversation keeps to one language: main languages of prompt, answ
 Texts are cut into lines and sentences after code, LaTeX, quotations, addresses and markup are taken out; segments with fewer
 than 20 letters are not judged. A segment's language is lid.176's where its probability is at least `min_score`, otherwise
 unknown; unknown segments count on neither side. The main language of a part is that with most letters. `switch_fraction` =
-letters of answer and reasoning in segments whose language is neither the main one of their own part nor, for a script that
-lid.176 confuses within (Serbian, Croatian, Bosnian; Norwegian, Danish; Indonesian, Malay), its sister, over letters of all
-known segments. Null: nothing was judged.
+letters of answer and reasoning in segments whose language is neither the main one of their own part nor one that lid.176
+takes for it in single sentences (SISTERS), over letters of all known segments. Null: nothing was judged.
+
+Measured on real sentences in 12 languages: of 546 texts of 20 sentences in one language one passes 5 %, of 1,320 in which 3
+of 21 sentences are in another language 92 % do (what lid.176 is not sure of counts on neither side).
 """
 
 import re

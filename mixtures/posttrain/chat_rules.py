@@ -14,7 +14,7 @@ from mixtures.posttrain.parts import TAG, Parts
 PARAGRAPH = re.compile(r"\n\s*\n")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d{1,3}[.)])\s")
-FENCED = re.compile(r"^[ ]{0,3}(```+|~~~+).*?^[ ]{0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^[ ]{0,3}(```+|~~~+)[^\n]*\n(.*?)^[ ]{0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
 MATHS = re.compile(r"\$[^$\n]+\$|\\\(|\\\[|\\begin\{|\\frac|=")
 UNIT_CHARS = 12  # shorter lines and sentences repeat by right: `}`, `Yes.`, `0`
 # open-instruct: the limit grows for code and paragraphs of several lines, for maths and for lists, which repeat by nature.
@@ -112,7 +112,7 @@ def repetition(parts: Parts) -> tuple[float, float, float]:
     worst = (0.0, 0.0, 0.0)
     for text in (*parts.raw, *parts.reasoning):
         prose = FENCED.sub("\n\n", text)
-        code = [m[0] for m in FENCED.finditer(text)]
+        code = [m[2] for m in FENCED.finditer(text)]
         paragraphs = max([_paragraphs(prose, 1), *(_paragraphs(c, CODE_ALLOWANCE) for c in code)])
         units = [u.strip() for u in SENTENCE.split(prose) if len(u.strip()) >= UNIT_CHARS]
         here = (paragraphs, float(max(Counter(units).values(), default=0)), _consecutive(prose))
