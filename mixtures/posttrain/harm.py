@@ -5,10 +5,10 @@ In: texts. Out: `score` in [0, 1): w / (w + words + 20) with w = 20 times the su
 alone. `request` names what a prompt asks for when a verb of making stands near a weapon, drug or crime. A refusal turns a
 harmful prompt into a good example.
 
-Honest figures, on 24,783 tweets labelled hate, offensive or neither (Davidson et al. 2017, arXiv 1703.04009; base rate of the first
-two 0.83): the score tells the first two from the third with AUC 0.94, finds 84 % of them at 0.5 and flags 5 % of the others. Hate
-against offensive is 0.60: a word list sees coarse words, not intent. The words are English with a few German, French and Spanish ones;
-other languages, and harm without such words, pass unseen. It is a first sieve.
+Honest figures, on 24,783 tweets labelled hate, offensive or neither (Davidson et al. 2017, arXiv 1703.04009; base rate of the
+first two 0.83): the score tells the first two from the third with AUC 0.94, finds 84 % of them at 0.5 and flags 5 % of the
+others. Hate against offensive is 0.60: a word list sees coarse words, not intent. The words are English with a few German,
+French and Spanish ones; other languages, and harm without such words, pass unseen. It is a first sieve.
 """
 
 import functools

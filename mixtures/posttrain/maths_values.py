@@ -27,7 +27,7 @@ POWER = re.compile(r"([+-]?\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|\*|x|×)\s*10\s*(?
 SHORT_UNITS = "mm|cm|km|m|mi|ft|in|yd|kg|mg|g|lb|oz|ml|mL|L|s|h|hr|am|pm|J|N|W|V|K"
 UNIT = re.compile(
     r"\s*(?:\\?%|°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*[CF])?$"
-    rf"|\s+(?:(?!sqrt|sin|cos|tan|log|exp)[A-Za-z]{{3,}}|(?:{SHORT_UNITS})(?![A-Za-z]))(?:[\s/-]+[A-Za-z]+\.?)*(?:\^\{{?[23]\}}?|[²³])?\.?$"
+    rf"|\s+(?:(?!sqrt|sin|cos|tan|log|exp)[A-Za-z]{{3,}}|(?:{SHORT_UNITS})(?![A-Za-z]))(?:[\s/-]+[A-Za-z]+\.?)*(?:\s*\^\{{?[23]\}}?|[²³])?\.?$"
 )
 PERCENT = re.compile(r"(?:\\?%|\bpercent\b)\s*$")
 EQUATION = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?\s*=\s*(?=[^=])")

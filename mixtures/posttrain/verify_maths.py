@@ -21,7 +21,7 @@ from mixtures.posttrain.maths_values import equal, read_value
 COMPARE_S = 5.0  # math-verify's own limit for parsing and comparing, here enforced from outside
 MEMORY_BYTES = 1 << 30
 MISSING = 3  # exit status of the child where the package is not installed
-PHRASE = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*:?\s*\**\s*(.+)")
+PHRASE = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*:?\s*\**\s*")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|\s\S)")
 TAIL = 400  # characters of an answer behind a phrase that are read
 CHILD = f"""
@@ -50,8 +50,10 @@ def answer_of(response: str) -> str | None:
     _, mark, tail = response.rpartition("####")
     if mark and tail.strip():
         return tail.strip().split("\n")[0]
-    found = PHRASE.findall(response[-8 * TAIL :])
-    return _end_of_phrase(found[-1][:TAIL]) if found else None
+    end = response[-8 * TAIL :]
+    starts = [m.end() for m in PHRASE.finditer(end)]
+    tail = end[starts[-1] :].partition("\n")[0][:TAIL] if starts else ""
+    return _end_of_phrase(tail) or None
 
 
 def last_boxed(text: str) -> str | None:

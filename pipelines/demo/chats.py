@@ -1,15 +1,18 @@
 """Conversations for the demo, made from the documentation and source text of the packages that it downloads.
 
-In: `corpus/unpacked` of the demo. Out: `chats/doctests.json` (an array) and `chats/functions.jsonl`, both in the published
-SFT schema, each record labelled `made_from` with its package and file, and with the package's licence. Two kinds:
+In: `corpus/unpacked` of the demo. Out, in the folder `chats`, each record with the licence of its package and `made_from`,
+its file:
 
-- *doctests*: a session of a doctest and the question what its last line prints; the answer is what the documentation says.
-  Where that is a number, the record carries it as `answer` (verifier `maths`).
-- *functions*: the documented text of a function that needs the standard library only, and its source as the answer; its
-  doctest examples become tests (verifier `code`). A record is written only where the source passes its own tests in the
-  sandbox, so a false doctest makes no task.
+- `doctests.json` (an array in the published SFT schema): a doctest session and the question what its last line prints; the
+  answer is what the documentation says. Where that is a number, the record carries it as `answer` (verifier `maths`).
+- `functions.jsonl` (the same schema, by lines): the documented text of a function that needs the standard library only, and
+  its source as the answer; its doctest examples become tests (verifier `code`). A record is written only where the source
+  passes its own tests in the sandbox, so a false doctest makes no task.
+- `faq.jsonl` (OpenAI's `messages`): sections of documentation whose heading is a question, and their text.
+- `planted.jsonl` (ShareGPT's shape): questions of `faq.jsonl`, each with one fault put in and named in `planted`, to show
+  that the rules of the stage `chat` fire. They are the only records whose text was changed.
 
-Nobody asked these questions: they are real text in a made frame, and small. Equal packages give equal bytes.
+Nobody asked most of these questions: they are real text in a made frame, and few. Equal packages give equal bytes.
 """
 
 import ast
@@ -19,7 +22,8 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +36,26 @@ MOST = 8  # sessions taken from one file, those of its beginning
 CHARS = (40, 2000)  # of a session
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 UNSTABLE = re.compile(r"\bat 0x|\.\.\.|Traceback|<[\w.]+ |random|datetime|time\(")
+HEADING = re.compile(r"^(\S.{3,200})\n([=\-~^\"'`#*+.])\2{3,}[ ]*\n", re.MULTILINE)
+TARGET = re.compile(r"^\.\. _[^\n]*\n?", re.MULTILINE)  # a link's target or a label
+# Article 1 of the Universal Declaration of Human Rights, in Chinese (United Nations, public domain).
+CHINESE = "人人生而自由，在尊严和权利上一律平等。\n他们赋有理性和良心，并应以兄弟关系的精神相对待。\n"
+FAULTS: dict[str, Callable[[str], str]] = {
+    "role_order": str,
+    "empty_answer": lambda answer: f"<think>{answer}</think>",
+    "unclosed_think": lambda answer: f"<think>{answer}",
+    "leftover": lambda answer: f"{answer}<|im_end|>",
+    "endless_repetition": lambda answer: f"{answer} " + "I will look at this again. " * 60,
+    "identity": lambda answer: f"I am ChatGPT, trained by OpenAI. {answer}",
+    "knowledge_cutoff": lambda answer: f"As of my last knowledge update: {answer}",
+    "language_switch": lambda answer: f"{answer}\n{CHINESE * 2}",
+}
 GLOBS = ("**/*.py", "**/*.rst", "**/*.txt", "**/*.md")
 
 
 def write_chats(unpacked: Path, folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[str, int]:
-    """Write both files into `folder`. Returns the records of each."""
-    sessions: list[dict[str, Any]] = []
-    functions: list[dict[str, Any]] = []
+    """Write the four files into `folder`. Returns the records of each."""
+    found: dict[str, list[dict[str, Any]]] = {"doctests": [], "functions": [], "faq": []}
     for package in packages:
         place = unpacked / package.key
         if package.kind != "pip" or not place.is_dir():
@@ -47,17 +64,43 @@ def write_chats(unpacked: Path, folder: Path, packages: Sequence[Package] = PACK
         for path in sorted({p for glob in GLOBS for p in place.glob(glob) if p.is_file() and not p.is_symlink()}):
             about = {"made_from": f"{package.key}/{path.relative_to(place).as_posix()}", "license": licence}
             text = path.read_text("utf-8", "replace")
-            if ">>>" not in text:
-                continue
-            sessions += [{**record, **about} for record in session_records(text)]
-            if path.suffix == ".py":
-                functions += [{**record, **about} for record in function_records(text)]
+            if ">>>" in text:
+                found["doctests"] += [{**record, **about} for record in session_records(text)]
+                if path.suffix == ".py":
+                    found["functions"] += [{**record, **about} for record in function_records(text)]
+            if path.suffix in (".rst", ".txt"):
+                found["faq"] += [{**record, **about} for record in faq_records(text)]
+    planted = planted_records(found["faq"])
     folder.mkdir(parents=True, exist_ok=True)
-    body = json.dumps(sessions, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-    (folder / "doctests.json").write_text(body, "utf-8")
-    lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in functions)
-    (folder / "functions.jsonl").write_text(lines, "utf-8")
-    return {"doctests": len(sessions), "functions": len(functions)}
+    array = json.dumps(found["doctests"], ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    (folder / "doctests.json").write_text(array, "utf-8")
+    for name, records in {"functions": found["functions"], "faq": found["faq"], "planted": planted}.items():
+        lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in records)
+        (folder / f"{name}.jsonl").write_text(lines, "utf-8")
+    return {name: len(records) for name, records in found.items()} | {"planted": len(planted)}
+
+
+def faq_records(text: str) -> Iterator[dict[str, Any]]:
+    """Sections of reStructuredText under a heading that ends in a question mark."""
+    headings = list(HEADING.finditer(text))
+    for heading, following in zip_longest(headings, headings[1:]):
+        answer = TARGET.sub("", text[heading.end() : following.start() if following else len(text)]).strip()
+        if heading[1].endswith("?") and CHARS[0] <= len(answer) <= CHARS[1]:
+            turns = [{"role": "user", "content": heading[1]}, {"role": "assistant", "content": answer}]
+            yield {"messages": turns, "domain": "faq"}
+
+
+def planted_records(faq: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each fault, made from the first questions."""
+    made = []
+    for (fault, spoil), record in zip(FAULTS.items(), faq, strict=False):
+        question, answer = (m["content"] for m in record["messages"])
+        turns = [("human", question), ("gpt", spoil(answer))]
+        turns = [("gpt", question), *turns] if fault == "role_order" else turns
+        spoken = [{"from": who, "value": said} for who, said in turns]
+        about = {key: record[key] for key in ("made_from", "license")}
+        made.append({"conversations": spoken, "domain": "planted", "planted": fault, **about})
+    return made
 
 
 def session_records(text: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The code verifier and its sandbox, under real attacks. Those that only a kernel feature stops are skipped where it is missing."""
+"""The code verifier and its sandbox, under real attacks. What only a kernel feature stops is skipped where that is missing."""
 
 import json
 import os
@@ -97,7 +97,8 @@ def test_environment_and_descriptors_are_not_inherited(monkeypatch: pytest.Monke
     monkeypatch.setenv("A_SECRET", "hunter2")
     held = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(held, True)
-    source = "import os\nprint(sorted(os.environ))\nfor fd in range(3, 64):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass"
+    source = "import os\nprint(sorted(os.environ))\n"
+    source += "for fd in range(3, 64):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass"
     try:
         ran = run_program(source)
     finally:
@@ -163,7 +164,7 @@ CHEATS = {
         "import sys, gc\ndef f(x):\n    found = [o for o in gc.get_objects() if isinstance(o, str) and 'assert f' in o]\n"
         "    found += [a for a in sys.argv if 'assert f' in a]\n    return 2 if found else 0"
     ),
-    "replaces the loop": "import sys\nframe = sys._getframe(1)\nframe.f_globals['encode'] = lambda v: {'all': v}\ndef f(x): return 0",
+    "replaces the loop": "import sys\nhere = sys._getframe(1).f_globals\nhere['encode'] = lambda v: {'all': v}\ndef f(x): return 0",
     "no such function": "x = 1",
     "a syntax error": "def f(x: return",
 }
