@@ -54,7 +54,12 @@ def judged(house: House, records: list[dict[str, Any]], shards: int = 2) -> None
 
     house.layer("chats", "chat", CHAT.layer, lambda d: chat(state, one(d))[0].to_pylist()[0])
     house.layer("chats", "pii", PII.layer, lambda d: pii(PiiConfig(), one(d))[0].to_pylist()[0])
-    house.layer("chats", "fate@final", FATE, lambda d: {"keep": "DROPPED" not in d["text"]})
+    house.layer(
+        "chats",
+        "fate@final",
+        FATE,
+        lambda d: {"keep": "DROPPED" not in d["text"], "reason": "rule" if "DROPPED" in d["text"] else None},
+    )
 
 
 def lines(house: House, stage: str) -> list[dict[str, Any]]:

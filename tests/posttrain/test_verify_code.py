@@ -164,7 +164,7 @@ CHEATS = {
         "import sys, gc\ndef f(x):\n    found = [o for o in gc.get_objects() if isinstance(o, str) and 'assert f' in o]\n"
         "    found += [a for a in sys.argv if 'assert f' in a]\n    return 2 if found else 0"
     ),
-    "replaces the loop": "import sys\nhere = sys._getframe(1).f_globals\nhere['encode'] = lambda v: {'all': v}\ndef f(x): return 0",
+    "replaces the loop": "import sys\nsys._getframe(1).f_globals['encode'] = lambda v: {'all': v}\ndef f(x): return 0",
     "no such function": "x = 1",
     "a syntax error": "def f(x: return",
 }
