@@ -112,10 +112,13 @@ def block_in_python() -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError("not allowed in this sandbox")
 
+    import _posixsubprocess
     import _socket
     import socket
+    import subprocess
 
-    for module, name in ((_socket, "socket"), (socket, "socket"), (socket, "create_connection")):
+    names = ((_socket, "socket"), (socket, "socket"), (socket, "create_connection"))
+    for module, name in (*names, (_posixsubprocess, "fork_exec"), (subprocess, "Popen")):
         setattr(module, name, refuse)
     for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "kill", "killpg"):
         setattr(os, name, refuse)

@@ -13,6 +13,7 @@ French and Spanish ones; other languages, and harm without such words, pass unse
 
 import functools
 import re
+from collections import Counter
 from importlib import resources
 
 LENGTH = 20.0  # words of padding, and the factor of a weight; chosen
@@ -42,39 +43,30 @@ BEGINNING = 600  # characters in which an answer that refuses says so
 
 
 @functools.cache
-def _terms() -> tuple[re.Pattern[str], dict[str, int], list[tuple[str, int]]]:
-    """(a pattern of all terms, weights of whole words, weights of beginnings)."""
+def _terms() -> tuple[dict[str, int], dict[str, int], tuple[int, ...]]:
+    """(weights of whole words, weights of beginnings, the lengths of beginnings, longest first)."""
     whole: dict[str, int] = {}
-    beginnings: list[tuple[str, int]] = []
+    beginnings: dict[str, int] = {}
     for line in resources.files("mixtures.posttrain").joinpath("harm_terms.txt").read_text("utf-8").splitlines():
         if line.startswith("#") or not line.strip():
             continue
         weight, *words = line.split()
-        for word in words:
-            if word.endswith("*"):
-                beginnings.append((word[:-1], int(weight)))
-            else:
-                whole[word] = int(weight)
-    parts = [*(re.escape(w) + r"\b" for w in whole), *(re.escape(b) + r"\w*" for b, _ in beginnings)]
-    return (
-        re.compile(r"\b(?:" + "|".join(parts) + ")", re.IGNORECASE),
-        whole,
-        sorted(beginnings, key=lambda x: -len(x[0])),
-    )
+        whole.update({w: int(weight) for w in words if not w.endswith("*")})
+        beginnings.update({w[:-1]: int(weight) for w in words if w.endswith("*")})
+    return whole, beginnings, tuple(sorted({len(b) for b in beginnings}, reverse=True))
 
 
 def _weight(word: str) -> int:
-    _, whole, beginnings = _terms()
-    return whole.get(word) or next((w for b, w in beginnings if word.startswith(b)), 0)
+    """The weight of one word in lower case, 0 for most."""
+    whole, beginnings, lengths = _terms()
+    return whole.get(word) or next((beginnings[word[:n]] for n in lengths if word[:n] in beginnings), 0)
 
 
 def score(text: str) -> float:
     """How much of a text is abuse, 0 to below 1."""
-    pattern, _, _ = _terms()
-    weight = LENGTH * sum(_weight(m[0].lower()) for m in pattern.finditer(text))
-    if not weight:
-        return 0.0
-    return weight / (weight + sum(1 for _ in WORD.finditer(text)) + LENGTH)
+    counts = Counter(WORD.findall(text.lower()))
+    weight = LENGTH * sum(n * _weight(word) for word, n in counts.items())
+    return weight / (weight + counts.total() + LENGTH) if weight else 0.0
 
 
 def request(prompt: str) -> str | None:

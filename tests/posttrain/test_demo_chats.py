@@ -103,7 +103,8 @@ def test_files_are_the_same_each_time_and_every_planted_fault_is_found(tmp_path:
     (place / "PKG-INFO").write_text("License-Expression: MIT\n\n")
     (place / "small.py").write_text(MODULE)
     questions = "\n".join(
-        f"What about number {i}?\n====================\n\n{'This is a plain answer. ' * 3}\n" for i in range(9)
+        f"What about number {i}?\n====================\n\n{'This is a plain answer to a plain question. ' * 3}\n"
+        for i in range(9)
     )
     (place / "faq.rst").write_text(PAGE + questions)
     counts = write_chats(tmp_path / "unpacked", tmp_path / "chats", [package])

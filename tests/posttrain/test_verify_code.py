@@ -88,6 +88,17 @@ def test_the_caller_cannot_be_signalled() -> None:
     assert b"PermissionError" in ran.err
 
 
+def test_without_seccomp_names_are_blocked_in_python() -> None:
+    """The weaker wall, in a process of its own: what honest code calls by mistake is refused."""
+    source = (REPO / "mixtures" / "posttrain" / "confined.py").read_text("utf-8").removesuffix("main()\n")
+    calls = ("socket.socket()", "os.fork()", "os.system('true')", "subprocess.run(['true'])")
+    tries = f"for f in ({', '.join(f'lambda: {c}' for c in calls)}):"
+    source += f"block_in_python()\nimport socket, subprocess\n{tries}\n"
+    source += "    try: f(); print('ran')\n    except PermissionError: pass"
+    done = subprocess.run([sys.executable, "-I", "-c", source], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
 def test_threads_are_bounded() -> None:
     source = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
     assert not run_program(source, limits=SHORT).ok
