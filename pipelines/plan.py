@@ -184,7 +184,8 @@ def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
         return []
     if kind is Kind.INGEST:
         captured = pipeline.sources[step.dataset or ""].kind
-        return [(step.dataset, captured)] if any(e.instance == captured and e.stage.kind is Kind.CAPTURE for e in pipeline.stages) else []
+        captures = [e.instance for e in pipeline.stages if e.stage.kind is Kind.CAPTURE]
+        return [(step.dataset, captured)] if captured in captures else []
     columns = list(entry.stage.columns(entry.config))
     if kind is Kind.DECIDE:
         columns += policy_columns(pipeline, entry.instance)
