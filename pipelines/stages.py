@@ -23,6 +23,12 @@ STAGES = (
     Line("language", Kind.ANNOTATE, "classifiers.language:STAGE", "language, score and script of each document"),
     Line("signals", Kind.ANNOTATE, "classifiers.signals:STAGE", "the measured value behind every quality rule"),
     Line("pii", Kind.ANNOTATE, "classifiers.pii:STAGE", "spans of e-mail and public IP addresses with replacements"),
+    Line(
+        "decontaminate",
+        Kind.RELATE,
+        "dedup.decontaminate:STAGE",
+        "documents that hold benchmark items or held-out text",
+    ),
     Line("exact", Kind.RELATE, "dedup.exact:STAGE", "cliques of documents with equal normalised text"),
     Line("minhash", Kind.RELATE, "dedup.minhash:STAGE", "verified near-duplicate pairs and their components"),
     Line("select", Kind.DECIDE, "mixtures.select:STAGE", "the policy: which documents stay, and why the others fall"),
