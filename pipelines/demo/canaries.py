@@ -16,9 +16,8 @@ import re
 from typing import Any
 
 from pipelines.demo import render
+from pipelines.demo.sites import CANARY_KINDS
 
-HOST = "canary.exercises.example"
-KINDS = ("verbatim", "renumbered", "reworded", "clean")
 TASKS = 8  # of each kind
 PROSE_WORDS = 25  # a task whose description has fewer says too little to be reworded
 DOCSTRING = re.compile(r'("""|\'\'\')(.*?)(?:>>>|\1)', re.DOTALL)
@@ -43,7 +42,7 @@ def canaries(text: str) -> list[tuple[str, str, str]]:
     """The pages of all kinds from the lines of HumanEval.jsonl, by kind."""
     tasks = [json.loads(line) for line in text.splitlines()]
     pages = []
-    for kind in KINDS:
+    for kind in CANARY_KINDS:
         fit = _full_of_numbers if kind == "renumbered" else _tells
         for task in [task for task in tasks if fit(task)][:TASKS]:
             title = f"{task['entry_point'].replace('_', ' ').capitalize()}: {kind} canary"

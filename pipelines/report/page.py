@@ -8,6 +8,7 @@ from core.storage import Root
 from pipelines.config import Pipeline
 from pipelines.report import corpus, overview, running, training
 from pipelines.report.accounts import gather
+from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
 from pipelines.report.measure import measure
 from pipelines.report.samples import drop_samples, rejects, shown, similarities
@@ -40,6 +41,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.languages(measures),
         corpus.signals(facts, measures),
         corpus.duplicates(facts, measures, docs, similar),
+        contamination(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         running.throughput(facts),
@@ -63,6 +65,7 @@ def _contents(body: list[Html]) -> Html:
         "languages": "Languages",
         "signals": "Signals",
         "duplicates": "Duplicates",
+        "contamination": "Contamination",
         "mixtures": "Mixtures",
         "model": "Model",
         "throughput": "Throughput",
