@@ -186,7 +186,7 @@ def write_index(
     about = {
         "fingerprint": index_fingerprint(targets, held_out, rules),
         "rules": rules,
-        "held_out_docs": held_out.documents.num_rows,
+        "held_out_docs": held_out.searchable(config.held_out_coverage),
         "held_out_ngrams": held_out.hashes.num_rows,
     }
     save_held_out(root, index_folder(instance), held_out)

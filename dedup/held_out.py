@@ -5,9 +5,10 @@ In:  documents for which the predicate `held_out` holds. Out: `HeldOut`, a sampl
 A document contributes the windows whose hash lies below `sample` of the range, and at least its `LEAST` smallest hashes, all if
 it has fewer. A text is a hit when it holds `coverage` of one document's sampled windows. The choice is by hash, so a copy has the
 same sample and is always found; a text with a share p of the windows of a document with s sampled ones is found with
-probability P(Binomial(s, p) >= coverage * s): at s = LEAST = 32 and coverage 0.5, p = 0.4 gives 0.17, 0.5 gives 0.57, 0.6 gives
-0.90, 0.7 gives 0.99. Short quotations are not found, by intent: neighbours of one site quote each other. Windows that
-`common_docs` held-out documents or more have are boilerplate and are left out, before the shares are counted.
+probability P(Binomial(s, p) >= coverage * s): at s = LEAST = 32 and coverage 0.5, p = 0.4 gives 0.16, 0.5 gives 0.57, 0.6 gives
+0.91, 0.7 gives 0.99. Short quotations are not found, by intent: neighbours of one site quote each other. Windows that
+`common_docs` held-out documents or more have in their samples are boilerplate: they count as not found. So a copy of a document
+of which half is boilerplate is not found; `searchable` counts the others.
 
 Documents of fewer than RUN words have no window and are not looked for; they are counted. A held-out document is no
 subject: it never contaminates itself or another one.
@@ -35,7 +36,7 @@ from dedup.words import Windows, Words, window_places, words_of
 LEAST = 32  # sampled windows of a document, where it has them: see the module for what they can tell
 BATCH_BYTES = 4 << 20
 
-SAMPLE = pa.schema([("hash", pa.int64()), ("doc_id", TEXT)])  # Spark has no uint64
+SAMPLE = pa.schema([("hash", pa.int64()), ("doc_id", TEXT), ("sampled", pa.int32())])  # Spark has no uint64
 HASHES = pa.schema([("hash", pa.uint64()), ("target", pa.int32())])
 DOCUMENTS = pa.schema([("doc_id", TEXT), ("sampled", pa.int32())])
 
@@ -51,6 +52,11 @@ class HeldOut:
     def fingerprint(self) -> str:
         return combined([table_digest(self.hashes), table_digest(self.documents)])
 
+    def searchable(self, coverage: float) -> int:
+        """Documents with so many windows left that a copy of them is found."""
+        left = np.bincount(np.asarray(self.hashes.column("target")), minlength=self.documents.num_rows)
+        return int((left >= coverage * np.asarray(self.documents.column("sampled"))).sum())
+
 
 def nothing_held_out() -> HeldOut:
     return HeldOut(HASHES.empty_table(), DOCUMENTS.empty_table())
@@ -58,7 +64,7 @@ def nothing_held_out() -> HeldOut:
 
 def sampled(hashes: np.ndarray, documents: np.ndarray, sample: float) -> np.ndarray:
     """bool [n] over (document, hash) pairs sorted by both, without repeats: below the cut, or among its document's smallest."""
-    first = np.flatnonzero(np.append(True, documents[1:] != documents[:-1])) if len(documents) else documents
+    first = np.flatnonzero(np.append(True, documents[1:] != documents[:-1])[: len(documents)])
     counts = np.diff(first, append=len(documents))
     rank = np.arange(len(documents)) - np.repeat(first, counts)
     return (hashes < np.uint64(sample * 2.0**63) * np.uint64(2)) | (rank < LEAST)
@@ -72,8 +78,11 @@ def read_sample(predicate: str, sample: float, unit: Unit) -> Iterator[pa.Record
         pairs = np.stack([words.owners(at).astype(np.uint64), Windows(words.hashes).of(at, RUN)], axis=1)
         pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
         chosen = pairs[sampled(pairs[:, 1], pairs[:, 0], sample)]
-        ids = batch.column("doc_id").take(pa.array(chosen[:, 0].astype(np.int64)))
-        yield pa.RecordBatch.from_arrays([pa.array(chosen[:, 1].view(np.int64)), ids], schema=SAMPLE)
+        owner = chosen[:, 0].astype(np.int64)
+        ids = batch.column("doc_id").take(pa.array(owner))
+        counts = np.bincount(owner, minlength=batch.num_rows)[owner].astype(np.int32)
+        hashes = np.ascontiguousarray(chosen[:, 1]).view(np.int64)
+        yield pa.RecordBatch.from_arrays([pa.array(hashes), ids, pa.array(counts)], schema=SAMPLE)
 
 
 def _rare(common_docs: int, chunk: pa.Table) -> pa.Table:
@@ -125,7 +134,8 @@ def indexed(sample: pa.Table) -> HeldOut:
     target = place[np.asarray(ids.indices)].astype(np.int32) if len(ids) else np.empty(0, dtype=np.int32)
     hashes = np.ascontiguousarray(sample.column("hash").to_numpy()).view(np.uint64)
     order = np.lexsort((target, hashes))
-    counts = np.bincount(target, minlength=len(names)).astype(np.int32)
+    counts = np.zeros(len(names), dtype=np.int32)
+    counts[target] = sample.column("sampled").to_numpy()
     return HeldOut(
         pa.table([hashes[order], target[order]], schema=HASHES),
         pa.table([pa.array(names, TEXT), counts], schema=DOCUMENTS),

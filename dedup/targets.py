@@ -98,7 +98,8 @@ def build(items: Sequence[Item], clean: Sequence[str] = (), common_items: int = 
         streams.append(_grams(kind, stream, np.diff(words.offsets) >= RUN, owners, reference, common_items))
     short = np.array([part == "question" for _, part in parts], dtype=bool) & (np.diff(words.offsets) < RUN)
     short &= pc.list_value_length(answers).to_numpy() > 0
-    grams = pa.concat_tables([*streams, _anchors(words, np.flatnonzero(short))]).combine_chunks()
+    anchors = _anchors(words, np.flatnonzero(short))
+    grams = pa.concat_tables([*streams, anchors]).combine_chunks()
     content = ~hidden.numbers & ~np.isin(hidden.hashes, words_of(pa.array([STOP_WORDS], TEXT)).hashes)
     named = [[getattr(items[n], column) for n, _ in parts] for column in ("benchmark", "split", "item")]
     columns = [
@@ -111,7 +112,7 @@ def build(items: Sequence[Item], clean: Sequence[str] = (), common_items: int = 
     searched = np.unique(owners[np.unique(grams.column("passage").to_numpy())]) if grams.num_rows else owners[:0]
     filled = len(np.unique(owners))
     counted = Counted(
-        len(items), len(items) - filled, filled - len(searched), len(parts), int(short.sum()), grams.num_rows
+        len(items), len(items) - filled, filled - len(searched), len(parts), anchors.num_rows, grams.num_rows
     )
     return Targets(pa.Table.from_arrays(columns, schema=PASSAGES), grams, counted)
 

@@ -24,7 +24,7 @@ from dedup.held_out import LEAST, indexed, nothing_held_out, sampled
 from dedup.lookup import Lookup
 from dedup.targets import SHORT, build
 
-LONG = "The old lighthouse keeper counted 14 ships before breakfast and wrote each name into a blue book with yellowed pages."
+LONG = "The old lighthouse keeper counted ships before breakfast for 14 days and wrote each name into a blue book yesterday."
 SOLUTION = (
     "Take the total of all the ships that passed before noon and add those which anchored behind the northern island."
 )
@@ -141,12 +141,9 @@ def test_what_cannot_be_searched_for_is_counted():
         ]
     )
     assert made.counted._asdict() == {
-        "items": 5, "empty_items": 2, "unsearchable_items": 2, "passages": 3, "short_questions": 1, "ngrams": 26,
+        "items": 5, "empty_items": 2, "unsearchable_items": 2, "passages": 3, "short_questions": 0, "ngrams": 26,
     }  # fmt: skip
-    assert (
-        np.asarray(made.grams.column("stream") == SHORT).size == 0
-        or SHORT not in made.grams.column("stream").to_pylist()
-    )
+    assert SHORT not in made.grams.column("stream").to_pylist()
 
 
 def test_chinese_is_counted_in_characters():
@@ -185,8 +182,8 @@ def renumber(text):
 
 
 def test_renumbered_copies_of_gsm8k(shared_data):
-    """1,296 questions with numbers, each changed: what the plain pass finds and what the masked one adds. Its price of 5% against a
-    masked run alone are the short and wordless ones. 3,247 questions of MMLU raise no alarm."""
+    """1,296 questions with numbers, each changed: what the plain pass finds and what the masked one adds. The 5% that are missed
+    are short, or say too little beside their numbers. 3,247 questions of MMLU raise no alarm."""
     items = gsm8k(shared_data)
     made = finder(items)
     copies = [i for i in items if re.search(r"\d", i.question)]
@@ -209,7 +206,7 @@ def test_renumbered_copies_of_gsm8k(shared_data):
     [
         ("gsm8k_test", "gsm8k", 1319, "18"),
         ("humaneval", "humaneval", 164, "return False"),
-        ("arc_challenge", "arc", 1172, "Planetary gravity will become stronger."),
+        ("arc_challenge", "arc", 1172, "Planetary days will become shorter."),
         ("lambada_openai", "lambada", 5153, "signs"),
         ("mmlu_test_part1", "mmlu", 3363, "4"),
     ],
@@ -324,7 +321,10 @@ def test_paths_are_no_part_of_what_is_asked(tmp_path):
 
 
 words = st.lists(
-    st.sampled_from(["the", "of", "ship", "1", "22", "blue", "keeper", "counted", "book", "island", "name", "passed", "noon", "日", "é"]), max_size=60
+    st.sampled_from(
+        ["the", "of", "ship", "1", "22", "blue", "keeper", "counted", "book", "island", "name", "passed", "日", "é"]
+    ),
+    max_size=60,
 )
 
 
@@ -382,7 +382,7 @@ def test_a_line_repeated_a_million_times_costs_no_more():
     made = finder([item(LONG)])
     row = found(made, [f"{LONG} " * 20_000])[0]
     assert row["items"] == 1
-    assert len(row["spans"]) == 16
+    assert [(s["start"], s["end"]) for s in row["spans"]] == [(0, 16 * (len(LONG) + 1) - 2)]  # MOST_DIAGONALS of them
 
 
 def held(corpus, seed=0, shards=2):
@@ -406,7 +406,6 @@ def by_text(datasets):
 
 def test_held_out_text_is_found_in_others_and_not_in_itself(corpus, tmp_path):
     datasets = held(corpus)
-    predicate = "text == '" + datasets[0].root.url + "'"
     ids = {
         row["text"]: row["doc_id"]
         for d in datasets
@@ -416,7 +415,7 @@ def test_held_out_text_is_found_in_others_and_not_in_itself(corpus, tmp_path):
     book = sorted((t for t in ids if t.startswith("w") and t.count(" ") == 299), key=ids.get)
     listed = ", ".join(f"'{ids[t]}'" for t in book)
     predicate = f"doc_id in [{listed}]"
-    outcome = run(STAGE, OracleEngine(), datasets, held_out=predicate)
+    outcome = run(STAGE, LocalEngine(tmp_path / "x", 0), datasets, held_out=predicate)
     rows = by_text(datasets)
     assert outcome.accounts == {"docs": 11, "hit_docs": 2, "held_out_docs": 6}
     assert all(rows[t]["held_out"] and not rows[t]["hit"] for t in book)
@@ -428,13 +427,13 @@ def test_held_out_text_is_found_in_others_and_not_in_itself(corpus, tmp_path):
         assert row["item"] == ids[text.removesuffix(" end").lower()]
 
 
-def test_boilerplate_of_held_out_documents_is_left_out(corpus):
+def test_boilerplate_of_held_out_documents_is_left_out(corpus, tmp_path):
     same = " ".join(f"legal{i}" for i in range(60))
     datasets = corpus({"web": [f"{same} page {i} of many" for i in range(6)] + [f"{same} other"]})
     by = {"held_out": "text != '" + f"{same} other" + "'"}
-    run(STAGE, OracleEngine(), datasets, **by, common_docs=7)
+    run(STAGE, LocalEngine(tmp_path / "7", 0), datasets, **by, common_docs=7)
     assert by_text(datasets)[f"{same} other"]["hit"] is True
-    run(STAGE, OracleEngine(), datasets, **by, common_docs=6)
+    run(STAGE, LocalEngine(tmp_path / "6", 0), datasets, **by, common_docs=6)
     assert by_text(datasets)[f"{same} other"]["hit"] is False
 
 
@@ -468,7 +467,13 @@ def test_engines_and_shards_change_nothing(corpus, tmp_path, workers):
 
 
 def test_index_of_held_out_text_does_not_depend_on_order():
-    sample = pa.table({"hash": pa.array([3, -1, 3], pa.int64()), "doc_id": pa.array(["b", "a", "a"], TEXT)})
+    sample = pa.table(
+        {
+            "hash": pa.array([3, -1, 3], pa.int64()),
+            "doc_id": pa.array(["b", "a", "a"], TEXT),
+            "sampled": pa.array([4, 2, 2]),
+        }
+    )
     one, other = indexed(sample), indexed(sample.take([2, 0, 1]))
     assert one.fingerprint == other.fingerprint
     assert one.hashes.to_pylist() == [
@@ -476,4 +481,5 @@ def test_index_of_held_out_text_does_not_depend_on_order():
         {"hash": 3, "target": 1},
         {"hash": (1 << 64) - 1, "target": 0},
     ]
-    assert one.documents.to_pylist() == [{"doc_id": "a", "sampled": 2}, {"doc_id": "b", "sampled": 1}]
+    assert one.searchable(0.5) == 1
+    assert one.documents.to_pylist() == [{"doc_id": "a", "sampled": 2}, {"doc_id": "b", "sampled": 4}]
