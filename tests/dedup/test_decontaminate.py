@@ -183,7 +183,7 @@ def renumber(text):
 
 def test_renumbered_copies_of_gsm8k(shared_data):
     """1,296 questions with numbers, each changed: what the plain pass finds and what the masked one adds. The 5% that are missed
-    are short, or say too little beside their numbers. 3,247 questions of MMLU raise no alarm."""
+    have fewer than eight telling words in a run; without that demand all are found. 3,247 questions of MMLU raise no alarm."""
     items = gsm8k(shared_data)
     made = finder(items)
     copies = [i for i in items if re.search(r"\d", i.question)]
@@ -192,6 +192,8 @@ def test_renumbered_copies_of_gsm8k(shared_data):
     methods = [row["method"] for row in rows]
     assert 0.74 < methods.count("plain") / 1296 < 0.80
     assert 0.93 < (methods.count("plain") + methods.count("masked")) / 1296 < 0.97
+    eager = found(finder(items, masked_words=1, masked_fraction=1.0), [renumber(i.question) for i in copies])
+    assert all(row["hit"] for row in eager)
     own = [i.item in {f["item"] for f in row["found"]} for i, row in zip(copies, rows, strict=True)]
     assert sum(own) == sum(row["hit"] for row in rows)
     verbatim = found(made, [f"Look: {i.question} The answer is {i.answer}." for i in items])
