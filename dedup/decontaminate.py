@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.dataset import Dataset
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from core.hashing import digest, file_digest
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
@@ -214,7 +214,7 @@ def _check_rejects(job: Job, dataset: Dataset, outputs: dict[str, dict[str, Any]
     rows, rejected = (sum(out[key] for out in outputs.values()) for key in ("rows", "rejected"))
     try:
         check_budget(job.instance, dataset.name, rejected, rows)
-    except Exception:
+    except StageError:
         forget_rejecting(dataset, job.instance, reports)
         raise
 
