@@ -57,6 +57,7 @@ BENCHMARKS = (
         toy=("--docs", "40", "--repeat", "1", "--only", "stepwell_numpy"),
     ),
     Benchmark("signals", "rule signals beside datatrove's filters", toy=("--mb", "0.05", "--rounds", "1")),
+    Benchmark("decontaminate", "beside datatrove's n-gram filter", toy=("--mb", "0.05", "--rounds", "1")),
     Benchmark(
         "extraction", "text from pages beside resiliparse and trafilatura", toy=("--pages", "4"), needs_data=True
     ),

@@ -55,7 +55,7 @@ def shingle(texts: pa.Array, ngram: int, compiled: bool | None = None) -> Shingl
 
     A null text has no shingles.
     """
-    data, offsets = _utf8(folded(texts))
+    data, offsets = utf8(folded(texts))
     if compiled_available() if compiled is None else compiled:
         from dedup.compiled import shingle_bytes
 
@@ -66,17 +66,17 @@ def shingle(texts: pa.Array, ngram: int, compiled: bool | None = None) -> Shingl
 
 def folded(texts: pa.Array) -> pa.Array:
     """`texts` in NFC and lower case; nulls become empty texts."""
-    return pc.utf8_lower(_normalised(*_utf8(texts)))
+    return pc.utf8_lower(_normalised(*utf8(texts)))
 
 
 def _normalised(data: np.ndarray, offsets: np.ndarray) -> pa.Array:
     """The texts in NFC. Only runs of non-ASCII bytes that hold a doubtful code point are normalised, each with the ASCII
     character before it (which a mark may follow): Arrow normalises 30 to 60 MB/s, the rest of the kernel 100."""
-    doubtful = _doubtful(data)
-    high = np.flatnonzero(data >= 0x80) if len(doubtful) else doubtful
+    at_doubt = doubtful(data)
+    high = np.flatnonzero(data >= 0x80) if len(at_doubt) else at_doubt
     fresh = (np.diff(high, prepend=-2) != 1) | np.isin(high, offsets)
     starts, ends = high[fresh], high[np.append(fresh[1:], True)[: len(high)]] + 1
-    hit = np.searchsorted(doubtful, starts) < np.searchsorted(doubtful, ends)
+    hit = np.searchsorted(at_doubt, starts) < np.searchsorted(at_doubt, ends)
     starts, ends = starts[hit] - ~np.isin(starts[hit], offsets), ends[hit]
     cuts = np.unique(np.concatenate([starts, ends, offsets]))
     pieces = pa.Array.from_buffers(pa.large_string(), len(cuts) - 1, [None, pa.py_buffer(cuts), pa.py_buffer(data)])
@@ -87,7 +87,7 @@ def _normalised(data: np.ndarray, offsets: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_string(), len(at) - 1, [None, pa.py_buffer(at), new_data])
 
 
-def _doubtful(data: np.ndarray) -> np.ndarray:
+def doubtful(data: np.ndarray) -> np.ndarray:
     """Positions of code points in UNSTABLE blocks. General Punctuation is looked at closely: its quotes and dashes are stable."""
     leads = np.flatnonzero(data >= 0xCC)  # first bytes of U+0300 and above: everything below is in NFC
     b0 = data[leads].astype(np.int64)
@@ -104,7 +104,7 @@ def word_powers(ngram: int) -> np.ndarray:
     return np.cumprod(np.full(ngram, WORD_BASE, dtype=np.uint64))
 
 
-def _utf8(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def utf8(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and offsets (from 0) of a `large_string` column without a copy; nulls are empty texts."""
     if texts.null_count:
         texts = pc.fill_null(texts, "")
@@ -121,9 +121,9 @@ def _word_hashes(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.
     hashes, starts = [], []
     low = 0
     while low < len(data):
-        high = _block_end(data, offsets, low)
+        high = block_end(data, offsets, low)
         inner = offsets[np.searchsorted(offsets, low, side="right") : np.searchsorted(offsets, high)]
-        block_hashes, block_starts = _words_of_block(data[low:high], inner - low)
+        block_hashes, block_starts, _ = words_of_block(data[low:high], inner - low)
         hashes.append(block_hashes)
         starts.append(block_starts + low)
         low = high
@@ -132,7 +132,7 @@ def _word_hashes(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.
     return np.concatenate(hashes), np.diff(np.searchsorted(np.concatenate(starts), offsets))
 
 
-def _block_end(data: np.ndarray, offsets: np.ndarray, low: int) -> int:
+def block_end(data: np.ndarray, offsets: np.ndarray, low: int) -> int:
     """Where a block that begins at `low` may end: at a document's end or behind an ASCII separator, so no word is split.
 
     A block grows past BLOCK_BYTES only while it holds neither, as in a single word of megabytes.
@@ -150,26 +150,26 @@ def _block_end(data: np.ndarray, offsets: np.ndarray, low: int) -> int:
     return len(data)
 
 
-def _words_of_block(data: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and start bytes of the words of a block; `borders` are the inner byte positions where a document begins."""
+def words_of_block(data: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes, start bytes and end bytes of the words of a block; `borders` are the inner positions where a document begins."""
     n = len(data)
     begins = np.ones(n + 1, dtype=bool)  # byte i begins a code point; the end counts as a beginning
     np.not_equal(data & 0xC0, 0x80, out=begins[:n])
     classes = np.zeros(n + 2, dtype=np.uint8)  # a separator before the first and behind the last byte
-    classes[1:-1] = _byte_classes(data, begins[:n])
+    classes[1:-1] = byte_classes(data, begins[:n])
     fresh = classes[1:] != classes[:-1]  # [n + 1]: the class changes between byte i - 1 and i
     fresh[borders] = True
     fresh |= begins & (classes[1:] == ALONE)
     fresh[1:] |= begins[1:] & (classes[1:-1] == ALONE)
     starts = np.flatnonzero(fresh[:n] & (classes[1:-1] != SEPARATOR))
     ends = np.flatnonzero(fresh & (classes[:-1] != SEPARATOR))
-    powers, inverses = _byte_powers(_table_size(n))
+    powers, inverses = byte_powers(table_size(n))
     sums = np.zeros(n + 1, dtype=np.uint64)
     np.cumsum(data * inverses[:n], out=sums[1:])
-    return mix_words((sums[ends] - sums[starts]) * powers[ends - 1]), starts
+    return mix_words((sums[ends] - sums[starts]) * powers[ends - 1]), starts, ends
 
 
-def _byte_classes(data: np.ndarray, begins: np.ndarray) -> np.ndarray:
+def byte_classes(data: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """The class of the code point to which each byte belongs, uint8 [bytes]."""
     if not len(data) or data.max() < 0x80:
         return np.frombuffer(data.tobytes().translate(_ASCII_CLASSES), np.uint8)  # five times as fast as indexing
@@ -194,12 +194,12 @@ def mix_shingles(h: np.ndarray) -> np.ndarray:
     return (((h ^ (h >> np.uint64(29))) * SHINGLE_MIX) >> np.uint64(32)).astype(np.uint32)
 
 
-def _table_size(n: int) -> int:
+def table_size(n: int) -> int:
     return max(BLOCK_BYTES, 1 << (n - 1).bit_length() if n else 1)
 
 
 @cache
-def _byte_powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+def byte_powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """BYTE_BASE^0, ^1, ... and BYTE_BASE^-0, ^-1, ... modulo 2^64, each uint64 [size]."""
     inverse = np.uint64(pow(int(BYTE_BASE), -1, 1 << 64))
     powers = np.ones((2, size), dtype=np.uint64)

@@ -4,27 +4,35 @@ In: documents for which `where` holds, span columns, `models/<tokenizer>`. Out, 
 shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` (see `mixtures.token_files`), and `.docs.parquet` with the
 columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
 from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
+
+With `decontaminate` the text is held against that stage's index once more, as it is after spans: a document that still holds a
+benchmark item is left out and counted. What the policy let pass, or a replacement put together, goes no further.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pydantic import Field, field_validator
 
 from core.dataset import Dataset, Shard
 from core.engines.contract import Note, Report, Unit
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from core.hashing import TableHash, digest
 from core.job import Job, Outcome, total
+from core.manifest import read_manifest
 from core.predicate import Predicate
 from core.schema import TEXT, conform
 from core.stage import Kind, Resources, Stage, StageConfig, execution, identity_fields
+from core.storage import Root
+from dedup.finder import Finder, open_finder
 from mixtures.encoder import TokenizerInfo, open_encoder, read_info
 from mixtures.released import released
 from mixtures.token_files import docs_name, ds_index_bytes, index_bytes, shard_name
@@ -55,6 +63,11 @@ class TokenizeConfig(StageConfig):
     formats: tuple[Literal["megatron", "ds"], ...] = Field(
         default=("megatron",), description="`megatron` (.bin, .idx; mixtures read it), `ds` (datatrove) as well"
     )
+    decontaminate: str | None = Field(
+        default=None,
+        description="instance of `decontaminate` whose index the final text is held against; hits are left out",
+        examples=["decontaminate"],
+    )
     batch_bytes: int = execution(16 << 20, "text read at once")
 
     @field_validator("where")
@@ -79,23 +92,56 @@ def reads(config: TokenizeConfig) -> tuple[str, ...]:
         *(Predicate(config.where).columns if config.where else ()),
         *config.spans,
         f"@{config.tokenizer}",
+        *((f"@{config.decontaminate}", _held_out(config.decontaminate)) if config.decontaminate else ()),
     )
+
+
+def _held_out(instance: str) -> str:
+    """The column that says which documents are targets themselves."""
+    return f"{instance}.held_out"
 
 
 def tokenize(job: Job) -> Outcome:
     """Write the token shards of all datasets."""
     tokenizer = read_info(job.root, job.config.tokenizer)
     libraries = {name: version(name) for name in job.stage.libraries}
-    code = digest([job.stage.version, identity_fields(job.config), tokenizer.fingerprint, libraries])
+    check = _index(job)
+    code = digest([job.stage.version, identity_fields(job.config), tokenizer.fingerprint, check, libraries])
     outputs: dict[str, dict[str, Any]] = {}
     reports = []
     for dataset in job.datasets:
         units = [Unit(s.name, s, s.text_bytes) for s in dataset.shards]
-        work = TokenizeUnits(dataset, job.config, tokenizer, code)
+        work = TokenizeUnits(dataset, job.config, tokenizer, code, check)
         made = job.engine.run_units(work, units, f"{job.instance}: {dataset.name}")
         outputs.update({f"{dataset.name}/{r.unit}": r.value for r in made})
         reports += made
-    return Outcome(outputs, accounts=_sums(outputs), observed={**total(reports), **_figures(reports)})
+    accounts = _sums(outputs)
+    if job.config.decontaminate:
+        accounts["contaminated_docs"] = sum(out["contaminated"] for out in outputs.values())
+    return Outcome(outputs, accounts=accounts, observed={**total(reports), **_figures(reports)})
+
+
+def _index(job: Job) -> str:
+    """The fingerprint of the index that the final text is held against; empty without one."""
+    instance = job.config.decontaminate
+    if not instance:
+        return ""
+    manifest = read_manifest(job.root, instance, None)
+    if manifest is None:
+        raise StageError(f"{job.instance}: no index of {instance!r} in {job.root.url}; run stage {instance} first")
+    return str(manifest.outputs["index"]["content"])
+
+
+@lru_cache(maxsize=1)
+def _finder(url: str, instance: str, fingerprint: str) -> Finder:
+    """The index in this process; read again where another fingerprint is asked for."""
+    finder = open_finder(Root(url), instance)
+    if finder.fingerprint != fingerprint:
+        raise StageError(
+            f"tokenize: index {instance!r} is not the one its manifest names, got {finder.fingerprint[:8]}, expected "
+            f"{fingerprint[:8]}; run stage {instance} again"
+        )
+    return finder
 
 
 @dataclass(frozen=True)
@@ -106,6 +152,7 @@ class TokenizeUnits:
     config: TokenizeConfig
     tokenizer: TokenizerInfo
     code: str
+    index: str = ""  # fingerprint of the index of `config.decontaminate`
 
     def __call__(self, unit: Unit, note: Note) -> Report:
         shard: Shard = unit.payload
@@ -113,7 +160,7 @@ class TokenizeUnits:
         found = self.dataset.root.note(docs_name(self.tokenizer.name, self.dataset.name, shard.name))
         resumed = bool(found and found["unit"] == identity and self._whole(shard, found))
         stored = found if found and resumed else self._write(shard, identity, note)
-        value = {key: stored[key] for key in ("content", "rows", "tokens", "bytes", "words")}
+        value = {key: stored[key] for key in ("content", "rows", "tokens", "bytes", "words", "contaminated")}
         return Report(
             unit.name, docs=value["rows"], bytes=0 if resumed else value["bytes"], resumed=resumed, value=value
         )
@@ -138,14 +185,15 @@ class TokenizeUnits:
         root.remove(docs)  # the old commit record must not vouch for new tokens if this run is killed between two files
         tables: list[pa.Table] = []
         running = xxhash.xxh3_128()
-        words = 0
+        words = contaminated = 0
         with self._opened(name) as files:
-            for table, tokens, count in self._encoded(shard):
+            for table, tokens, count, left_out in self._encoded(shard):
                 for file in files:
                     file.write(tokens.data)
                 running.update(tokens.data)
                 tables.append(table)
                 words += count
+                contaminated += left_out
                 note(docs=table.num_rows, bytes=table.nbytes)
         table = pa.concat_tables(tables).combine_chunks() if tables else DOCS.empty_table()
         self._write_indexes(name, table.column("tokens").to_numpy())
@@ -160,6 +208,7 @@ class TokenizeUnits:
             "tokens": int(table.column("tokens").to_numpy().sum(dtype=np.int64)),
             "bytes": int(table.column("bytes").to_numpy().sum()),
             "words": words,
+            "contaminated": contaminated,
         }
         root.write_table(docs, [table], DOCS, stored)
         return stored
@@ -174,15 +223,31 @@ class TokenizeUnits:
                 files.append(stack.enter_context(open(path, "wb")))
             yield files
 
-    def _encoded(self, shard: Shard) -> Iterator[tuple[pa.Table, np.ndarray, int]]:
-        """(rows of DOCS, their tokens end to end, words) batch by batch."""
+    def _encoded(self, shard: Shard) -> Iterator[tuple[pa.Table, np.ndarray, int, int]]:
+        """(rows of DOCS, their tokens end to end, words, contaminated documents left out) batch by batch."""
         encoder = open_encoder(self.dataset.root.url, self.tokenizer)
         config = self.config
-        for rows, texts, about in released(self.dataset, shard, config.where, config.spans, ABOUT, config.batch_bytes):
+        columns = [*ABOUT, *([_held_out(config.decontaminate)] if config.decontaminate else [])]
+        for rows, texts, about in released(
+            self.dataset, shard, config.where, config.spans, columns, config.batch_bytes
+        ):
+            clean = self._clean(texts, about)
+            left_out = len(texts) - len(clean)
+            if left_out:
+                rows, texts, about = rows[clean], [texts[i] for i in clean], about.take(pa.array(clean))
             tokens, lengths = encoder.encode(texts)
             sizes = [len(t.encode()) for t in texts]
-            columns = {**{c: about.column(c) for c in ABOUT}, "row": rows, "tokens": lengths, "bytes": sizes}
-            yield conform(pa.table(columns), DOCS), tokens, sum(len(t.split()) for t in texts)
+            own = {**{c: about.column(c) for c in ABOUT}, "row": rows, "tokens": lengths, "bytes": sizes}
+            yield conform(pa.table(own), DOCS), tokens, sum(len(t.split()) for t in texts), left_out
+
+    def _clean(self, texts: list[str], about: pa.RecordBatch) -> np.ndarray:
+        """Which texts hold nothing of the index: all, where none is named."""
+        instance = self.config.decontaminate
+        if not instance:
+            return np.arange(len(texts))
+        targets = np.asarray(pc.fill_null(about.column(_held_out(instance)), False), dtype=bool)
+        hit = _finder(self.dataset.root.url, instance, self.index).hit(pa.array(texts, TEXT), targets)
+        return np.flatnonzero(~hit)
 
     def _write_indexes(self, name: str, lengths: np.ndarray) -> None:
         """What stands beside the tokens; without documents nothing does, and the empty token files go."""
@@ -220,6 +285,7 @@ STAGE = Stage(
     kind=Kind.EXPORT,
     config=TokenizeConfig,
     fn=tokenize,
+    version=2,  # 2: the final text may be held against an index; `contaminated` is stored beside each shard
     reads=reads,
     libraries=("tokenizers",),
     resources=Resources(memory_gb=1.0),

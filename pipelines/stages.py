@@ -26,6 +26,12 @@ STAGES = (
     Line(
         "chat", Kind.ANNOTATE, "mixtures.posttrain.chat:STAGE", "rules, languages and difficulty of each conversation"
     ),
+    Line(
+        "decontaminate",
+        Kind.RELATE,
+        "dedup.decontaminate:STAGE",
+        "documents that hold benchmark items or held-out text",
+    ),
     Line("exact", Kind.RELATE, "dedup.exact:STAGE", "cliques of documents with equal normalised text"),
     Line("minhash", Kind.RELATE, "dedup.minhash:STAGE", "verified near-duplicate pairs and their components"),
     Line("select", Kind.DECIDE, "mixtures.select:STAGE", "the policy: which documents stay, and why the others fall"),

@@ -27,10 +27,11 @@ from typing import Any
 
 from core.hashing import digest
 from pipelines.demo import render
+from pipelines.demo.canaries import canaries
 from pipelines.demo.download import fetch, license_of, read_text
 from pipelines.demo.sites import Package, Site, chosen
 
-VERSION = 1  # moves when the same packages give other pages
+VERSION = 2  # moves when the same packages give other pages
 MOVED_HOST = "moved.example"
 NAVIGATION_LINKS = 12  # pages before and after in the site's order, chosen, untested
 # Indexes and search pages of a manual are lists of words; `_static`, `_templates` and the like are not pages.
@@ -154,8 +155,12 @@ def _rendered(site: Site, source: Path, files: Sequence[Path], license: str) -> 
 
 
 def _records(site: Site, path: Path, license: str) -> Iterator[tuple[str, bytes, float]]:
-    """Pages made of records: an encyclopedia's longest articles, or solved exercises."""
-    articles = encyclopedia(read_text(path), site.most) if site.make == "encyclopedia" else exercises(read_text(path))
+    """Pages made of records: an encyclopedia's longest articles, solved exercises, or canaries made of them."""
+    text = read_text(path)
+    if site.make == "encyclopedia":
+        articles = encyclopedia(text, site.most)
+    else:
+        articles = exercises(text) if site.make == "exercises" else canaries(text)
     names = [f"{folder}/{i:04d}.html" for i, (folder, _, _) in enumerate(articles)]
     for i, (_, title, article) in enumerate(articles):
         frame = render.Frame(site.host, site.language, _neighbours(names, i), license)

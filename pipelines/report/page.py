@@ -8,6 +8,7 @@ from core.storage import Root
 from pipelines.config import Pipeline
 from pipelines.report import corpus, overview, posttrain, running, training
 from pipelines.report.accounts import gather
+from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
 from pipelines.report.measure import measure
 from pipelines.report.samples import drop_samples, rejects, shown, similarities
@@ -41,6 +42,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.signals(facts, measures),
         corpus.duplicates(facts, measures, docs, similar),
         posttrain.conversations(facts),
+        contamination(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         running.throughput(facts),
@@ -65,6 +67,7 @@ def _contents(body: list[Html]) -> Html:
         "signals": "Signals",
         "duplicates": "Duplicates",
         "conversations": "Conversations",
+        "contamination": "Contamination",
         "mixtures": "Mixtures",
         "model": "Model",
         "throughput": "Throughput",
