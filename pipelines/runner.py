@@ -88,6 +88,7 @@ class Runner:
         if self.options.dataset:
             todo = [s for s in todo if s.dataset in (None, self.options.dataset)]
         preflight(self.root)
+        find_artifacts(todo)
         done: list[Planned] = []
         try:
             for group in grouped(todo):
@@ -301,6 +302,18 @@ def preflight(root: Root) -> None:
         raise ConfigError(
             f"root: {free / 1e9:.1f} GB free below {root.url}, expected at least {FREE_BYTES / 1e9:.1f}; make room"
         )
+
+
+def find_artifacts(todo: Sequence[Step]) -> None:
+    """Every model and benchmark that the steps name is there: one ConfigError for all that are not."""
+    problems: list[str] = []
+    for entry in {step.entry.instance: step.entry for step in todo}.values():
+        try:
+            artifacts_of(entry)
+        except ConfigError as e:
+            problems += e.problems
+    if problems:
+        raise ConfigError(*problems)
 
 
 def scratch_folder(pipeline: Pipeline, root: Root) -> Path:
