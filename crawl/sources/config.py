@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.stage import ConfigPath, execution
 from crawl.config import CrawlConfig
 from crawl.extract.limits import Limits
+from crawl.harvest.config import HarvestConfig
 
 DocumentKind = Literal["web", "book", "paper", "code", "mail", "reference", "pull_request", "other"]
 RecordType = Literal["response", "resource", "conversion"]
@@ -102,9 +103,16 @@ class DatatroveSource(_Common):
     arguments: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
 
 
+class HarvestSource(HarvestConfig):
+    """Pull requests, issues, commits and releases: what the stage `harvest` captures, and which of it becomes documents."""
+
+    kind: Literal["harvest"] = "harvest"
+
+
 # What the readers read; a crawl is turned into the WARC files it left.
 Stored = WarcSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
-    WarcSource | CrawlSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource, Field(discriminator="kind")
+    WarcSource | CrawlSource | HarvestSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource,
+    Field(discriminator="kind"),
 ]
