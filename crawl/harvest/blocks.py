@@ -170,9 +170,14 @@ def _replaced(block: Block, lines: list[str]) -> list[str]:
         if lines:
             raise InputError(f"blocks: an empty SEARCH makes a file, and {block.path} is there")
         return list(block.replace)
-    text, run = _run(lines), _run(block.search)
-    found = _count(text, run)
-    if not lines or found != 1:
-        raise InputError(f"blocks: SEARCH in {block.path} is found {'not at all' if not found else 'more than once'}")
-    start = text.count("\n", 0, text.find(run))
+    start = locate(block, lines)
     return [*lines[:start], *block.replace, *lines[start + len(block.search) :]]
+
+
+def locate(block: Block, lines: list[str]) -> int:
+    """Index of the first line of a block's SEARCH in a file's lines. InputError where it is not found exactly once."""
+    text, run = _run(lines), _run(block.search)
+    found = _count(text, run) if lines and block.search else 0
+    if found != 1:
+        raise InputError(f"blocks: SEARCH in {block.path} is found {'not at all' if not found else 'more than once'}")
+    return text.count("\n", 0, text.find(run))

@@ -7,11 +7,10 @@ Units run on the engine's workers; the API is asked by one process alone, whose 
 """
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +239,12 @@ def _index(job: Job, work: IndexUnits, folder: str) -> tuple[list[Asked], dict[s
 
 
 def _ask(
-    job: Job, config: HarvestConfig, folder: str, asked: Sequence[Asked], benchmark: frozenset[str], observed: dict[str, Any]
+    job: Job,
+    config: HarvestConfig,
+    folder: str,
+    asked: Sequence[Asked],
+    benchmark: frozenset[str],
+    observed: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Units of the API: those of the index and of the config's list. Without an API the index stays unhydrated."""
     if config.api is None:
@@ -288,7 +292,9 @@ def all_pairs(config: HarvestConfig) -> tuple[ReleasePair, ...]:
         rows = json.loads(place.read_text("utf-8"))
         listed = [ReleasePair.model_validate(row, context={"folder": str(place.resolve().parent)}) for row in rows]
     except (OSError, ValueError, TypeError) as e:
-        raise ConfigError(f"harvest: release_list cannot be read, got {e}; expected a JSON list of release pairs") from e
+        raise ConfigError(
+            f"harvest: release_list cannot be read, got {e}; expected a JSON list of release pairs"
+        ) from e
     return (*config.release_pairs, *listed)
 
 
@@ -301,7 +307,9 @@ def _check(config: HarvestConfig, pairs: Sequence[ReleasePair]) -> None:
     if problems:
         raise ConfigError(*problems)
     if not (paths or config.archives or config.api or config.release_list):
-        raise ConfigError("harvest: the source names no input; give repositories, dumps, archives, api or release_pairs")
+        raise ConfigError(
+            "harvest: the source names no input; give repositories, dumps, archives, api or release_pairs"
+        )
 
 
 def _unique(units: Sequence[Unit]) -> None:

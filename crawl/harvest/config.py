@@ -59,7 +59,9 @@ class Api(_Part):
     max_requests: int = execution(4000, "requests of one run; the next run goes on from the stored answers")
     retries: int = execution(4, "further attempts after a failure of the network or the server")
     retry_s: float = execution(1.0, "wait before the first of them; doubled each time")
-    max_wait_s: float = execution(900.0, "longest wait for a rate limit; beyond it the run ends and says when to return")
+    max_wait_s: float = execution(
+        900.0, "longest wait for a rate limit; beyond it the run ends and says when to return"
+    )
     timeout_s: float = execution(30.0, "of one request")
 
 
@@ -72,7 +74,9 @@ class Rules(_Part):
     min_stars: int = Field(default=10, ge=0, description="fewer stars, where known: `stars`")
     unknown_stars: Literal["keep", "drop"] = Field(default="keep", description="where nobody counted stars")
     unknown_license: Literal["keep", "drop"] = Field(default="drop", description="where no licence was recognised")
-    licenses: tuple[str, ...] | None = Field(default=None, description="SPDX identifiers kept; null: all permissive ones")
+    licenses: tuple[str, ...] | None = Field(
+        default=None, description="SPDX identifiers kept; null: all permissive ones"
+    )
     unwanted_files: Literal["drop", "leave_out"] = Field(
         default="drop",
         description="a vendored, generated, lock or binary file in a change drops it, or is left out of it",
@@ -93,10 +97,14 @@ class HarvestConfig(_Part):
     repositories: tuple[Repository, ...] = Field(default=(), description="local git repositories")
     take: tuple[Take, ...] = Field(default=("pulls", "merges", "commits"), description="what is taken from them")
     dumps: tuple[Dump, ...] = Field(default=(), description="archive.json files")
-    archives: tuple[ConfigPath, ...] = execution((), "GH Archive files or globs (.json.gz): an index of pull requests only")
+    archives: tuple[ConfigPath, ...] = execution(
+        (), "GH Archive files or globs (.json.gz): an index of pull requests only"
+    )
     api: Api | None = Field(default=None, description="interface that completes what archives and lists name")
     release_pairs: tuple[ReleasePair, ...] = Field(default=(), description="two versions of a package each")
-    release_list: ConfigPath | None = execution(None, "JSON file of further release pairs, as `release_pairs` spells them")
+    release_list: ConfigPath | None = execution(
+        None, "JSON file of further release pairs, as `release_pairs` spells them"
+    )
     rules: Rules = Rules()
     tree_paths: int = Field(default=1000, ge=1, description="paths of the repository kept beside a change")
     git_timeout_s: float = execution(300.0, "of one git command")

@@ -48,7 +48,9 @@ def parse(max_lines: int, raw: Raw) -> Found | Dropped:
     """The document of a record. InputError where the line is no record."""
     record = record_of(raw.payload)
     if record.drop is not None:
-        return Dropped(raw.origin, record.drop, f"{record.repo} {record.key}: {record.detail or ''}".strip(": "), record.url)
+        return Dropped(
+            raw.origin, record.drop, f"{record.repo} {record.key}: {record.detail or ''}".strip(": "), record.url
+        )
     masks = masks_of(record)
     text = document_text(record, masks, max_lines)
     if not text.strip():
@@ -73,7 +75,11 @@ def masks_of(record: Record) -> Masks:
 def document_text(record: Record, masks: Masks, max_lines: int) -> str:
     """Everything that was said, then the diff."""
     parts = [masks.text(cleaned(record.title)), masks.text(cleaned(record.body))]
-    parts += [issue for i in record.issues if (issue := masks.text(f"Issue #{i.number}: {cleaned(i.title)}\n\n{cleaned(i.body)}"))]
+    parts += [
+        issue
+        for i in record.issues
+        if (issue := masks.text(f"Issue #{i.number}: {cleaned(i.title)}\n\n{cleaned(i.body)}"))
+    ]
     for remark in record.remarks:
         said = masks.text(cleaned(remark.text))
         if said:
@@ -96,7 +102,9 @@ def _metadata(record: Record, masks: Masks) -> dict[str, object]:
         "labels": list(record.labels),
         "stars": record.stars,
         "languages": languages,
-        "language": max(languages, key=lambda x: sum(f.added + f.removed for f in record.files if f.language == x), default=None),
+        "language": max(
+            languages, key=lambda x: sum(f.added + f.removed for f in record.files if f.language == x), default=None
+        ),
         "files": len(record.files),
         "added": sum(f.added for f in record.files),
         "removed": sum(f.removed for f in record.files),

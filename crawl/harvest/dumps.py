@@ -25,13 +25,17 @@ from crawl.harvest.text import is_bot
 
 DUMP_BYTES = 2 << 30  # unpacked; chosen: the largest seen is 3 MB
 # GitHub's closing keywords; an issue of another repository is none of ours.
-_CLOSES = re.compile(r"(?i)\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?):?\s+(?:https://github\.com/([\w.-]+/[\w.-]+)/issues/|#)(\d+)\b")
+_CLOSES = re.compile(
+    r"(?i)\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?):?\s+(?:https://github\.com/([\w.-]+/[\w.-]+)/issues/|#)(\d+)\b"
+)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 # StarCoder keeps a discussion of one person if it is no longer than this (arXiv 2305.06161, section 3.3).
 ALONE_CHARS, ALONE_EVENTS = 7_000, 10
 
 
-def dump_records(dump: Dump, git: Git | None, rules: Rules, tree_paths: int, benchmark: frozenset[str]) -> Iterator[Record]:
+def dump_records(
+    dump: Dump, git: Git | None, rules: Rules, tree_paths: int, benchmark: frozenset[str]
+) -> Iterator[Record]:
     """The records of a dump. InputError where it cannot be read."""
     data = read_dump(dump.path)
     repo = str(data.get("repo") or dump.name)

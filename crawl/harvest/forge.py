@@ -43,12 +43,20 @@ query($owner: String!, $name: String!, $number: Int!) {
 
 def closed_pulls(github: GitHub, repo: str, api: Api) -> list[int]:
     """Numbers of a repository's merged pull requests, sorted; the most recently made ones where there are too many."""
-    found = github.pages(f"repos/{repo}/pulls", api.max_pulls, state="closed", per_page=PAGE, sort="created", direction="desc")
+    found = github.pages(
+        f"repos/{repo}/pulls", api.max_pulls, state="closed", per_page=PAGE, sort="created", direction="desc"
+    )
     return sorted(int(p["number"]) for p in found if p.get("merged_at"))
 
 
 def forge_records(
-    github: GitHub, repo: str, numbers: Sequence[int] | None, api: Api, rules: Rules, tree_paths: int, benchmark: frozenset[str]
+    github: GitHub,
+    repo: str,
+    numbers: Sequence[int] | None,
+    api: Api,
+    rules: Rules,
+    tree_paths: int,
+    benchmark: frozenset[str],
 ) -> Iterator[Record]:
     """Records of the given pull requests (None: all that are closed), by number."""
     whole = Record("repository", repo, "repository")
@@ -165,8 +173,16 @@ def _side(github: GitHub, record: Record, base: str, file: dict[str, Any]) -> Si
     modes = (NONE if status == "added" else REGULAR, NONE if status == "removed" else REGULAR)
 
     def read() -> tuple[bytes | None, bytes | None]:
-        old = None if status == "added" else _content(github.get(f"repos/{record.repo}/contents/{quote(path)}", fixed=True, ref=base))
-        new = None if status == "removed" else _content(github.get(f"repos/{record.repo}/git/blobs/{file['sha']}", fixed=True))
+        old = (
+            None
+            if status == "added"
+            else _content(github.get(f"repos/{record.repo}/contents/{quote(path)}", fixed=True, ref=base))
+        )
+        new = (
+            None
+            if status == "removed"
+            else _content(github.get(f"repos/{record.repo}/git/blobs/{file['sha']}", fixed=True))
+        )
         return old, new
 
     return Side(path, str(file.get("previous_filename") or path), modes, (None, None), read)
@@ -175,7 +191,9 @@ def _side(github: GitHub, record: Record, base: str, file: dict[str, Any]) -> Si
 def _content(value: dict[str, Any]) -> bytes:
     """The bytes of a blob or of a file; larger ones than 1 MB come without them."""
     if value.get("encoding") != "base64" or value.get("type") not in (None, "file", "blob"):
-        raise InputError(f"content comes as {value.get('type')} in {value.get('encoding')!r}, expected a file in base64")
+        raise InputError(
+            f"content comes as {value.get('type')} in {value.get('encoding')!r}, expected a file in base64"
+        )
     try:
         return base64.b64decode(value["content"])
     except (binascii.Error, KeyError, TypeError) as e:

@@ -132,7 +132,9 @@ class Git:
         """Bytes of each object that is there."""
         if not names:
             return {}
-        rows = [line.split(" ") for line in self.lines("cat-file", "--batch-check", given="\n".join([*names, ""]).encode())]
+        rows = [
+            line.split(" ") for line in self.lines("cat-file", "--batch-check", given="\n".join([*names, ""]).encode())
+        ]
         return {row[0]: int(row[2]) for row in rows if len(row) == 3 and row[1] != "missing"}
 
     def merge_base(self, a: str, b: str) -> str | None:
@@ -191,7 +193,9 @@ def open_repository(path: str, timeout_s: float) -> Git:
 def require_git() -> None:
     """ConfigError where the binary is missing."""
     if shutil.which("git") is None:
-        raise ConfigError("harvest: no `git` on this machine, expected version 2.30 or later; install it to read repositories")
+        raise ConfigError(
+            "harvest: no `git` on this machine, expected version 2.30 or later; install it to read repositories"
+        )
 
 
 def _environment() -> dict[str, str]:

@@ -115,7 +115,9 @@ class GitHub:
         self._root.write_json(name, {"url": url, "etag": answer.headers.get("etag"), "link": link, "body": body})
         return body, link
 
-    def _send(self, method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> httpx.Response:
+    def _send(
+        self, method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         """One good answer: 2xx, 3xx. Waits and tries again as the server asks."""
         last = ""
         for attempt in range(self._api.retries + 1):
@@ -134,7 +136,9 @@ class GitHub:
                 return answer
             last = f"status {answer.status_code}"
             self._refused(answer, url, attempt)
-        raise StageError(f"harvest: {urlsplit(url).path} failed {self._api.retries + 1} times, the last with {last}; run again")
+        raise StageError(
+            f"harvest: {urlsplit(url).path} failed {self._api.retries + 1} times, the last with {last}; run again"
+        )
 
     def _refused(self, answer: httpx.Response, url: str, attempt: int) -> None:
         """Wait where waiting helps, else raise."""
@@ -166,7 +170,9 @@ class GitHub:
 
     def _url(self, path: str, parameters: Mapping[str, str | int]) -> str:
         url = httpx.URL(f"{self._api.base_url}/{path}")
-        return str(url.copy_merge_params({k: str(v) for k, v in sorted(parameters.items())})) if parameters else str(url)
+        return (
+            str(url.copy_merge_params({k: str(v) for k, v in sorted(parameters.items())})) if parameters else str(url)
+        )
 
     def _own(self, url: str) -> str:
         """A link of an answer, if it stays where the token may go."""

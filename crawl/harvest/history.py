@@ -152,7 +152,9 @@ def changes(git: Git, repo: str, take: tuple[Take, ...]) -> Iterator[_Change | R
         for number in sorted({*pulls, *heads}):
             unmerged = Record("pull_request", repo, f"pull/{number}", number=number)
             yield pulls.get(number) or unmerged.dropped("not_merged", f"head {heads.get(number)}")
-    yield from (c for c in others if (c.kind == "merge" and "merges" in take) or (c.kind == "commit" and "commits" in take))
+    yield from (
+        c for c in others if (c.kind == "merge" and "merges" in take) or (c.kind == "commit" and "commits" in take)
+    )
 
 
 def _merge(git: Git, commit: Commit, by_head: dict[str, int]) -> _Change | None:

@@ -135,6 +135,12 @@ def some_paths(paths: Iterable[str], touched: Iterable[str], most: int) -> tuple
     wanted = set(touched)
     folders = {p.rpartition("/")[0] for p in wanted}
     ranked = sorted(
-        paths, key=lambda p: (p not in wanted, p.rpartition("/")[0] not in folders, xxhash.xxh3_64_intdigest(p.encode("utf-8", "surrogatepass")), p)
+        paths,
+        key=lambda p: (
+            p not in wanted,
+            p.rpartition("/")[0] not in folders,
+            xxhash.xxh3_64_intdigest(p.encode("utf-8", "surrogatepass")),
+            p,
+        ),
     )
     return tuple(sorted(ranked[:most]))

@@ -20,13 +20,19 @@ _PLACES = ("", "docs/", "doc/", "docs/source/")
 _VERSION = re.compile(r"(?<![\w.])v?\d+\.\d+(?:\.\d+)*(?:[a-z]+\d+)?(?![\w.]*\d)")
 _UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
 HEADING_CHARS = 80  # a longer line that names a version is prose
-_FIELDS = (r"^License-Expression: (.+)$", r"^License: (?!UNKNOWN)(.{1,60})$", r"^Classifier: License :: (?:.+ :: )?(.+)$")
+_FIELDS = (
+    r"^License-Expression: (.+)$",
+    r"^License: (?!UNKNOWN)(.{1,60})$",
+    r"^Classifier: License :: (?:.+ :: )?(.+)$",
+)
 REGULAR, NONE = "100644", "000000"
 
 
 def release_record(pair: ReleasePair, rules: Rules, tree_paths: int) -> Record:
     """The pair's record, or why there is none. InputError where a tree cannot be read."""
-    record = Record("release_pair", pair.name, f"release/{pair.version}", title=f"{pair.name} {pair.version}", merged=True)
+    record = Record(
+        "release_pair", pair.name, f"release/{pair.version}", title=f"{pair.name} {pair.version}", merged=True
+    )
     if benchmarked := excluded_package(pair.name, rules.exclude):
         return record.dropped("benchmark_repository", benchmarked)
     base, head = read_tree(pair.base), read_tree(pair.head)
@@ -84,7 +90,11 @@ def _is_heading(lines: list[str], i: int) -> bool:
     if len(line) > HEADING_CHARS or line[:1].isspace():
         return False
     underlined = i + 1 < len(lines) and bool(_UNDERLINE.match(lines[i + 1]))
-    return underlined or line.startswith("#") or bool(re.match(r"^\[?(?:version\s+|v)?\d+\.\d+[^ ]*\]?(?:\s*[-(:].*)?$", line, re.I))
+    return (
+        underlined
+        or line.startswith("#")
+        or bool(re.match(r"^\[?(?:version\s+|v)?\d+\.\d+[^ ]*\]?(?:\s*[-(:].*)?$", line, re.I))
+    )
 
 
 def license_of(tree: dict[str, bytes]) -> str | None:

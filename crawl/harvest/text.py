@@ -16,7 +16,9 @@ _REPLY = re.compile(
     r"|(?:— ?|-- ?)?\n?(?:Reply to this email directly|You are receiving this because).*$)"
 )
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_TRAILER = re.compile(r"(?mi)^(?:co-authored-by|signed-off-by|reviewed-by|acked-by|tested-by|reported-by|change-id):.*\n?")
+_TRAILER = re.compile(
+    r"(?mi)^(?:co-authored-by|signed-off-by|reviewed-by|acked-by|tested-by|reported-by|change-id):.*\n?"
+)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _MENTION = re.compile(r"(?<![\w/.@])@([A-Za-z0-9](?:[A-Za-z0-9-]{0,38}))(?![\w/.-]*@)")
 _MAIL = re.compile(r"<?[\w.+-]+@[\w-]+(?:\.[\w-]+)+>?")

@@ -109,10 +109,19 @@ class HarvestSource(HarvestConfig):
     kind: Literal["harvest"] = "harvest"
 
 
+class MadeSource(BaseModel):
+    """A dataset that a stage of this pipeline makes from others: the next generation. It names its parents in `metadata`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["made"] = "made"
+    stage: str = Field(description="the stage that makes it, such as augment or dialogues")
+
+
 # What the readers read; a crawl is turned into the WARC files it left.
 Stored = WarcSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
-    WarcSource | CrawlSource | HarvestSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource,
+    WarcSource | CrawlSource | HarvestSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource | MadeSource,
     Field(discriminator="kind"),
 ]
