@@ -1,9 +1,9 @@
 """GH Archive's hourly files as an index: which pull requests were merged, where and when. Never their content.
 
-In: `.json.gz` files of one event a line, of any year. Since October 2025 a PullRequestEvent has no title, body, commits or `merged`
-field (gharchive.org issue 312), and the years before 2015 spell other fields; repository, number and time are in all of them, so
-only these are read. Out: `Seen`, one a pull request and file. A closed event that says `merged: false` is left out, one that does not
-say stays: the hydration decides.
+In: `.json.gz` files of one event a line, of any year. Since October 2025 a PullRequestEvent has no title, body, commits or
+`merged` field (gharchive.org issue 312), and the years before 2015 spell other fields; repository, number and time are in all
+of them, so only these are read. Out: `Seen`, one a pull request and file. A closed event that says `merged: false` is left out,
+one that does not say stays: the hydration decides.
 """
 
 import json

@@ -7,9 +7,10 @@
     lines that take their place
     >>>>>>> REPLACE
 
-A line here is a *piece* of `crawl.harvest.changes`: what lies between two LFs, so a file without a final line end, one with CRLF and
-an empty one are all written without a special case. A SEARCH of no lines makes a file that was not there; a REPLACE of no lines for
-all that a file has removes it. A line that a parser could take for a marker cannot be written: `MarkerCollisionError`.
+A line here is a *piece* of `crawl.harvest.changes`: what lies between two LFs, so a file without a final line end, one with
+CRLF and an empty one are all written without a special case. A SEARCH of no lines makes a file that was not there; a REPLACE of
+no lines for all that a file has removes it. A line that a parser could take for a marker cannot be written:
+`MarkerCollisionError`.
 """
 
 from collections.abc import Mapping, Sequence

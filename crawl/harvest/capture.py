@@ -1,9 +1,9 @@
-"""The stage `harvest`: every input of a source as base records, `captures/<source>/<unit>.jsonl.zst` (see `crawl.harvest.record`).
+"""The stage `harvest`: every input of a source as base records (`crawl.harvest.record`), `captures/<source>/<unit>.jsonl.zst`.
 
-A unit is one clone, dump, archive, release pair, or repository of an API. Beside its file lies `<unit>.json`, written last: the identity
-of what it was made from and its counts. A killed run does not make a unit again that has one, and equal inputs give equal bytes.
-An input that cannot be read is one dropped record that says why; a missing one, or no `git`, ends the stage before any work.
-Units run on the engine's workers; the API is asked by one process alone, whose rate limit it is.
+A unit is one clone, dump, archive, release pair, or repository of an API. Beside its file lies `<unit>.json`, written last: the
+identity of what it was made from and its counts. A killed run does not make a unit again that has one, and equal inputs give
+equal bytes. An input that cannot be read is one dropped record that says why; a missing one, or no `git`, ends the stage before
+any work. Units run on the engine's workers; the API is asked by one process alone, whose rate limit it is.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import zstandard
 
 from core.engines.contract import Note, Report, Unit
 from core.errors import ConfigError, InputError
-from core.hashing import digest, file_digest
+from core.hashing import CHUNK_BYTES, digest, file_digest
 from core.job import Job, Outcome, total
 from core.stage import Kind, Stage, StageConfig
 from core.storage import Root
@@ -85,8 +85,11 @@ class HarvestUnits:
     def _content(self, payload: Any) -> Any:
         """Digest of a unit's input."""
         if isinstance(payload, Archive):
+            running = hashlib.sha256()
             with Folder(payload.folder).open(payload.path) as f:
-                return hashlib.file_digest(f, "sha256").hexdigest()
+                while chunk := f.read(CHUNK_BYTES):
+                    running.update(chunk)
+            return running.hexdigest()
         said = payload.model_dump(mode="json")
         if isinstance(payload, Repository):
             return [said, open_repository(payload.path, self.config.git_timeout_s).state()]
@@ -254,18 +257,15 @@ def _ask(
         return {"unhydrated": value}
     wanted = [*asked, *(Asked(repo, None) for repo in config.api.repositories)]
     settings = config.model_dump(mode="json", include={"rules", "tree_paths", "api"})
-    made = {}
+    made: dict[str, dict[str, Any]] = {}
     with GitHub(config.api, job.root, f"{folder}/answers") as github:
         for ask in wanted:
             name = unit_name(ask)
             identity = digest([FORMAT, settings, sorted(benchmark), ask.repo, ask.numbers])
-            value = committed(job.root, folder, name, identity)
-            if value is None:
-                rows = forge_records(
-                    github, ask.repo, ask.numbers, config.api, config.rules, config.tree_paths, benchmark
-                )
-                value = write_unit(job.root, folder, name, identity, rows, _quiet)
-            made[name] = value
+            rows = forge_records(github, ask.repo, ask.numbers, config.api, config.rules, config.tree_paths, benchmark)
+            made[name] = committed(job.root, folder, name, identity) or write_unit(
+                job.root, folder, name, identity, rows, _quiet
+            )
         observed.update(requests=github.requests, confirmed=github.confirmed, from_store=github.stored)
     return made
 
@@ -302,7 +302,8 @@ def _check(config: HarvestConfig, pairs: Sequence[ReleasePair]) -> None:
     """Everything that can be known before any work."""
     if config.repositories:
         require_git()
-    paths = [x.path for x in (*config.repositories, *config.dumps)] + [p for x in pairs for p in (x.base, x.head)]
+    paths = [r.path for r in config.repositories] + [d.path for d in config.dumps]
+    paths += [p for x in pairs for p in (x.base, x.head)]
     problems = [f"harvest: no such input, got {p}; check the path" for p in paths if not Path(p).exists()]
     if problems:
         raise ConfigError(*problems)
@@ -325,10 +326,8 @@ def unit_name(payload: Any) -> str:
     elif isinstance(payload, Asked):
         kind, name = ("api" if payload.numbers is None else "hydrated"), payload.repo
     else:
-        kinds = {Repository: "repository", Dump: "dump", ReleasePair: "release"}
-        kind, name = kinds[type(payload)], payload.name
-        if isinstance(payload, ReleasePair):
-            name += f"-{payload.version}"
+        kind = "repository" if isinstance(payload, Repository) else "dump" if isinstance(payload, Dump) else "release"
+        name = f"{payload.name}-{payload.version}" if isinstance(payload, ReleasePair) else payload.name
     return f"{kind}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{digest([kind, name])[:8]}"
 
 

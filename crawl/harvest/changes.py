@@ -1,8 +1,8 @@
 """What changed between two texts, line by line, exactly.
 
-A text is its *pieces*: `text.split("\\n")`. Joined again by "\\n" they are the text, whatever its line ends are and whether or not it
-ends with one; a missing file has no pieces, an empty one has one. The differences are found by Myers' greedy algorithm (1986),
-whose cost grows with the number of changed lines and not with the size of the file, and which can stop at a limit.
+A text is its *pieces*: `text.split("\\n")`. Joined again by "\\n" they are the text, whatever its line ends are and whether or
+not it ends with one; a missing file has no pieces, an empty one has one. The differences are found by Myers' greedy algorithm
+(1986), whose cost grows with the number of changed lines and not with the size of the file, and which can stop at a limit.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,10 @@
 """Base records as documents of kind `pull_request`: title, body, closed issues, what was said, and the diff.
 
 In: `captures/<source>/*.jsonl.zst`. Out: `Found` with metadata `repo`, `number`, `change` (pull_request, merge, commit, issue,
-release_pair), `merged`, `merged_at`, `base_commit`, `head_commit`, `labels`, `languages`, `files`, `added`, `removed`, `tests`, `stars`,
-`left_out`, and `record`, the digest by which `dialogues` finds the record again. People are masked as `user1`, `user2`; names of
-files and their contents stay as they are (`classifiers.pii` looks at those). Records that were dropped become drops.
+release_pair), `merged`, `merged_at`, `base_commit`, `head_commit`, `labels`, `languages`, `files`, `added`, `removed`, `tests`,
+`stars`, `left_out`, and `record`, the digest by which `dialogues` finds the record again. People are masked as `user1`,
+`user2`; names of files and their contents stay as they are (`classifiers.pii` looks at those). Records that were dropped become
+drops.
 """
 
 from collections.abc import Iterator

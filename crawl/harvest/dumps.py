@@ -1,8 +1,8 @@
 """`archive.json` dumps: one repository's issues and pull requests with all that was said, as one JSON object.
 
-In: a file, plain or gz, and the clone of the same repository where one is configured: a dump has no contents, so without a clone
-its records are discussions. Out: records of pull requests and issues, by number. What is said is cleaned and masked when a document
-is made of it (`crawl.harvest.documents`).
+In: a file, plain or gz, and the clone of the same repository where one is configured: a dump has no contents, so without a
+clone its records are discussions. Out: records of pull requests and issues, by number. What is said is cleaned and masked when
+a document is made of it (`crawl.harvest.documents`).
 """
 
 import gzip

@@ -70,7 +70,8 @@ class Git:
                 input=given,
                 stdin=subprocess.DEVNULL if given is None else None,
                 capture_output=True,
-                env=_environment(),
+                # A folder that only lies within some repository is none: git must not look above it.
+                env={**_environment(), "GIT_CEILING_DIRECTORIES": str(Path(self.path).resolve().parent)},
                 timeout=self.timeout_s,
                 check=False,
             )
@@ -156,8 +157,8 @@ class Git:
             old_mode, new_mode, old, new, status = parts[i].lstrip(":").split(" ")
             renamed = status[0] in "RC"
             path = parts[i + 2] if renamed else parts[i + 1]
-            blobs = (None if set(x) == {"0"} else x for x in (old, new))
-            entries.append(Entry(old_mode, new_mode, *blobs, status[0], path, parts[i + 1]))
+            before, after = (None if set(x) == {"0"} else x for x in (old, new))
+            entries.append(Entry(old_mode, new_mode, before, after, status[0], path, parts[i + 1]))
             i += 3 if renamed else 2
         return sorted(entries, key=lambda e: e.path)
 
@@ -182,9 +183,6 @@ def open_repository(path: str, timeout_s: float) -> Git:
     git = Git(path, timeout_s)
     if not Path(path).is_dir():
         raise InputError(f"git: no such folder, got {path}; expected a clone")
-    top = git.lines("rev-parse", "--absolute-git-dir")[0]
-    if not Path(top).resolve().is_relative_to(Path(path).resolve()):
-        raise InputError(f"git: {Path(path).name} is no repository itself but lies within one; expected a clone")
     if not _SHA.fullmatch(git.lines("rev-parse", "--verify", "HEAD")[0]):
         raise InputError(f"git: {Path(path).name} has no commits")
     return git

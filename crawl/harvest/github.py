@@ -1,8 +1,8 @@
 """GitHub's REST and GraphQL interfaces, asked slowly and never twice for the same thing.
 
-Every good answer is stored below `captures/<source>/answers/` under the hash of its question. A stored answer with an ETag is confirmed
-(304 costs nothing of the rate limit); one that cannot change (an object by its SHA, a GraphQL answer of this harvest) is used
-as it is. So a harvest that was killed, ran out of requests or met a rate limit goes on where it was.
+Every good answer is stored below `captures/<source>/answers/` under the hash of its question. A stored answer with an ETag is
+confirmed (304 costs nothing of the rate limit); one that cannot change (an object by its SHA, a GraphQL answer of this harvest)
+is used as it is. So a harvest that was killed, ran out of requests or met a rate limit goes on where it was.
 
 Rate limits: `Retry-After` and `X-RateLimit-Reset` are waited for up to `max_wait_s`, beyond which the run ends and says when to
 return. 5xx and network faults are tried again. The token goes to `base_url` only: links to other hosts are refused.

@@ -1,8 +1,9 @@
 """Which changes are kept: the rules that every kind of input shares, as a function from what is known to a reason.
 
-Reasons: `benchmark_repository`, `benchmark_commit`, `license_unknown`, `license_not_permissive`, `stars`, `fork`, `archived`, `bot`,
-`too_many_files`, `too_many_lines`, `file_too_large`, `not_utf8`, `symlink`, `submodule`, `renamed_file`, `lock_file`, `vendored_file`,
-`generated_file`, `binary_file`, `missing_object`, `no_change`, `no_known_language`. Cheap ones are judged before contents are read.
+Reasons: `benchmark_repository`, `benchmark_commit`, `license_unknown`, `license_not_permissive`, `stars`, `fork`, `archived`,
+`bot`, `too_many_files`, `too_many_lines`, `file_too_large`, `not_utf8`, `symlink`, `submodule`, `renamed_file`, `lock_file`,
+`vendored_file`, `generated_file`, `binary_file`, `missing_object`, `no_change`, `no_known_language`. Cheap ones are judged
+before contents are read.
 """
 
 from collections.abc import Callable, Sequence

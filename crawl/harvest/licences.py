@@ -7,10 +7,11 @@ as `license_unknown`, unless the source says the licence itself.
 import re
 
 # Licences that ask for attribution at most. Chosen from the OSI list; copyleft of any strength is left out.
-PERMISSIVE = frozenset(
-    "MIT MIT-0 X11 Apache-2.0 BSD-2-Clause BSD-3-Clause BSD-4-Clause 0BSD ISC Zlib Unlicense CC0-1.0 BSL-1.0 PSF-2.0 Python-2.0 "
-    "PostgreSQL NCSA UPL-1.0 BlueOak-1.0.0 HPND WTFPL AFL-3.0 MulanPSL-2.0".split()
-)
+_PERMISSIVE_WORDS = """
+    MIT MIT-0 X11 Apache-2.0 BSD-2-Clause BSD-3-Clause BSD-4-Clause 0BSD ISC Zlib Unlicense CC0-1.0 BSL-1.0 PSF-2.0
+    Python-2.0 PostgreSQL NCSA UPL-1.0 BlueOak-1.0.0 HPND WTFPL AFL-3.0 MulanPSL-2.0
+"""
+PERMISSIVE = frozenset(_PERMISSIVE_WORDS.split())
 LICENCE_FILE = re.compile(r"(?i)^(?:licen[cs]e|copying|unlicense)(?:[-.](?:md|rst|txt|mit|apache|bsd))?$")
 
 # (all of these phrases, SPDX): the first line that fits wins, so narrower ones stand first.

@@ -1,8 +1,8 @@
 """Two versions of a package as one change, with the changelog's entry as its problem: labelled `release_pair`.
 
-In: two trees (`crawl.harvest.trees`). Out: one record. The changelog itself and what packing wrote (PKG-INFO, egg-info) are left out of
-the change: the first is the problem, the second nobody wrote. A release is many changes at once, so most pairs are too
-large for the rules; patch releases fit.
+In: two trees (`crawl.harvest.trees`). Out: one record. The changelog itself and what packing wrote (PKG-INFO, egg-info) are
+left out of the change: the first is the problem, the second nobody wrote. A release is many changes at once, so most pairs are
+too large for the rules; patch releases fit.
 """
 
 import re

@@ -1,10 +1,10 @@
 """What must never be trained on because benchmarks test with it: repositories by name and by first commit, instances by
 base commit.
 
-Names: the 12 repositories of SWE-bench with names they had before, and those of SWE-bench Multilingual, from the harness at SWE-bench/SWE-bench
-(7a21e05 and its history; three of the JavaScript ones belong to SWE-bench Multimodal). First commits find forks and renamed
-clones; they were read with `git rev-list --max-parents=0` from clones on 2026-11-22. Those of django, matplotlib and
-scikit-learn were not at hand: these three are known by name only.
+Names: the 12 repositories of SWE-bench with names they had before, and those of SWE-bench Multilingual, from the harness at
+SWE-bench/SWE-bench (7a21e05 and its history; three of the JavaScript ones belong to SWE-bench Multimodal). First commits find
+forks and renamed clones; they were read with `git rev-list --max-parents=0` from clones on 2026-11-22. Those of django,
+matplotlib and scikit-learn were not at hand: these three are known by name only.
 """
 
 import json
@@ -12,20 +12,23 @@ from pathlib import Path
 
 from core.errors import ConfigError
 
-SWE_BENCH = frozenset(
-    "astropy/astropy django/django matplotlib/matplotlib mwaskom/seaborn pallets/flask psf/requests pydata/xarray "
-    "pylint-dev/pylint pytest-dev/pytest scikit-learn/scikit-learn sphinx-doc/sphinx sympy/sympy "
-    "mitsuhiko/flask kennethreitz/requests requests/requests pycqa/pylint seaborn/seaborn xarray/xarray".split()
-)
-MULTILINGUAL = frozenset(
-    "redis/redis jqlang/jq stedolan/jq nlohmann/json micropython/micropython valkey-io/valkey fmtlib/fmt caddyserver/caddy "
-    "hashicorp/terraform prometheus/prometheus gohugoio/hugo gin-gonic/gin google/gson apache/druid javaparser/javaparser "
-    "projectlombok/lombok apache/lucene reactivex/rxjava automattic/wp-calypso chartjs/chart.js markedjs/marked "
-    "processing/p5.js diegomura/react-pdf babel/babel vuejs/core facebook/docusaurus immutable-js/immutable-js mrdoob/three.js "
-    "preactjs/preact axios/axios phpoffice/phpspreadsheet laravel/framework php-cs-fixer/php-cs-fixer briannesbitt/carbon "
-    "jekyll/jekyll fluent/fluentd fastlane/fastlane jordansissel/fpm faker-ruby/faker rubocop/rubocop burntsushi/ripgrep "
-    "sharkdp/bat astral-sh/ruff tokio-rs/tokio uutils/coreutils nushell/nushell tokio-rs/axum".split()
-)
+_SWE_BENCH_WORDS = """
+    astropy/astropy django/django matplotlib/matplotlib mwaskom/seaborn pallets/flask psf/requests pydata/xarray
+    pylint-dev/pylint pytest-dev/pytest scikit-learn/scikit-learn sphinx-doc/sphinx sympy/sympy mitsuhiko/flask
+    kennethreitz/requests requests/requests pycqa/pylint seaborn/seaborn xarray/xarray
+"""
+SWE_BENCH = frozenset(_SWE_BENCH_WORDS.split())
+_MULTILINGUAL_WORDS = """
+    redis/redis jqlang/jq stedolan/jq nlohmann/json micropython/micropython valkey-io/valkey fmtlib/fmt
+    caddyserver/caddy hashicorp/terraform prometheus/prometheus gohugoio/hugo gin-gonic/gin google/gson apache/druid
+    javaparser/javaparser projectlombok/lombok apache/lucene reactivex/rxjava automattic/wp-calypso chartjs/chart.js
+    markedjs/marked processing/p5.js diegomura/react-pdf babel/babel vuejs/core facebook/docusaurus
+    immutable-js/immutable-js mrdoob/three.js preactjs/preact axios/axios phpoffice/phpspreadsheet laravel/framework
+    php-cs-fixer/php-cs-fixer briannesbitt/carbon jekyll/jekyll fluent/fluentd fastlane/fastlane jordansissel/fpm
+    faker-ruby/faker rubocop/rubocop burntsushi/ripgrep sharkdp/bat astral-sh/ruff tokio-rs/tokio uutils/coreutils
+    nushell/nushell tokio-rs/axum
+"""
+MULTILINGUAL = frozenset(_MULTILINGUAL_WORDS.split())
 # Package names are the last part of a repository's name; these are too common a word to say anything.
 PACKAGES = frozenset(name.rpartition("/")[2] for name in SWE_BENCH | MULTILINGUAL) - {"core", "framework", "json"}
 

@@ -3,10 +3,10 @@
     localise   problem + paths of the repository    -> paths to change
     repair     problem + contents of those files    -> SEARCH/REPLACE blocks (`crawl.harvest.blocks`)
 
-A dialogue is a list of `Segment`s: who speaks (user, assistant) and what it is (`scaffold`, the template's own words; `content`, what
-comes from the change; `answer`). Its text is their concatenation, and their byte ranges say what a phase learns from: annealing
-masks the scaffold, mid-training turns them into a chat and masks what the user says (paper, appendix C). Prompts hold nothing
-dated after the merge.
+A dialogue is a list of `Segment`s: who speaks (user, assistant) and what it is (`scaffold`, the template's own words;
+`content`, what comes from the change; `answer`). Its text is their concatenation, and their byte ranges say what a phase learns
+from: annealing masks the scaffold, mid-training turns them into a chat and masks what the user says (paper, appendix C).
+Prompts hold nothing dated after the merge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,9 +69,9 @@ def repair(problem: str, windows: Sequence[tuple[str, str]], answer: str) -> lis
         Segment(
             "user",
             "scaffold",
-            "</files>\n\nAnswer with edits. Each names its file in a line `### path`, then a SEARCH/REPLACE block: after a line of "
-            "seven `<` and SEARCH the lines to be replaced, exactly as they stand and enough of them to occur once in the file; "
-            "after a line of seven `=` the lines that take their place; at the end a line of seven `>` and REPLACE. An empty "
+            "</files>\n\nAnswer with edits. Each names its file in a line `### path`, then a SEARCH/REPLACE block: after a line "
+            "of seven `<` and SEARCH the lines to be replaced, exactly as they stand and enough of them to occur once in the "
+            "file; after a line of seven `=` the lines that take their place; at the end a line of seven `>` and REPLACE. An empty "
             "SEARCH makes a new file; an empty REPLACE for all lines of a file removes it.\n\n",
         ),
         Segment("assistant", "answer", answer),

@@ -1,8 +1,8 @@
 """What people wrote around a change, made fit to read: reply quotations off, long comments cut, names masked.
 
-In: Markdown of titles, bodies and comments as forges return it. Out: the same text shorter. Rules of StarCoder's issues
-(arXiv 2305.06161, section 3.3): e-mail replies lose what they quote; a comment of more than 80 lines keeps its first 60 and last 20; user
-names are masked.
+In: Markdown of titles, bodies and comments as forges return it. Out: the same text shorter. Rules of StarCoder's issues (arXiv
+2305.06161, section 3.3): e-mail replies lose what they quote; a comment of more than 80 lines keeps its first 60 and last 20;
+user names are masked.
 """
 
 import re

@@ -1,7 +1,7 @@
 """A version of a package as path -> bytes, from a folder, an sdist, a wheel, a zip or a tar file.
 
-Nothing is unpacked to disk and no link is followed. A member whose name leaves the archive is an InputError: such an archive was
-made to harm. One top folder, as source archives have it, is cut off.
+Nothing is unpacked to disk and no link is followed. A member whose name leaves the archive is an InputError: such an archive
+was made to harm. One top folder, as source archives have it, is cut off.
 """
 
 import lzma
