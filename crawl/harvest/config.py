@@ -4,10 +4,12 @@
 An input's `name` enters the identity of the run, its `path` does not: the same clone elsewhere is the same clone.
 """
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from core.hashing import file_digest
 from core.stage import ConfigPath, execution
 
 Take = Literal["pulls", "merges", "commits"]
@@ -87,7 +89,7 @@ class Rules(_Part):
     min_text: int = Field(default=200, ge=0, description="characters of a discussion that has no diff (StarCoder)")
     exclude: tuple[str, ...] = Field(default=(), description="further repositories (owner/name) never harvested")
     benchmark_commits: ConfigPath | None = Field(
-        default=None, description="file of benchmark instances; changes on their base commits fall"
+        default=None, exclude=True, description="file of benchmark instances; changes on their base commits fall"
     )
 
 
@@ -108,3 +110,10 @@ class HarvestConfig(_Part):
     rules: Rules = Rules()
     tree_paths: int = Field(default=1000, ge=1, description="paths of the repository kept beside a change")
     git_timeout_s: float = execution(300.0, "of one git command")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def lists(self) -> dict[str, str]:
+        """Digests of the small files that say what is harvested: by them, and not by their paths, runs are told apart."""
+        paths = {"release_list": self.release_list, "benchmark_commits": self.rules.benchmark_commits}
+        return {name: file_digest(path) if Path(path).is_file() else "absent" for name, path in paths.items() if path}

@@ -69,7 +69,7 @@ def units(datasets: tuple[Dataset, ...]) -> list[Unit]:
 
 
 def records(config: DialoguesConfig, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
-    """A record for each template and document that has a base record; other documents are none of this stage's."""
+    """A record for each template and document that has a base record with files; others are none of this stage's."""
     part: Part = unit.payload
     wanted = _wanted(part, config)
     lines: dict[str, Iterator[Raw | Dropped | Failed]] = {}
@@ -97,7 +97,7 @@ def _wanted(part: Part, config: DialoguesConfig) -> list[dict[str, Any]]:
             if row["kind"] != "pull_request" or (held is not None and not held[i]):
                 continue
             metadata = json.loads(row["metadata"])
-            if "record" in metadata:
+            if "record" in metadata and metadata["files"]:
                 out.append({**row, "metadata": metadata})
     return sorted(out, key=lambda r: (r["origin"]["path"], r["origin"]["offset"]))
 
@@ -138,9 +138,9 @@ def parse_dialogue(config: DialoguesConfig, generations: dict[str, int], raw: Ra
 
 def dialogue(record: Record, template: str, config: DialoguesConfig) -> tuple[list[Segment], int] | str:
     """The segments and the number of blocks, or `reason: detail` why there is no dialogue."""
-    if not record.files:
-        return "no_files"
     problem = templates.problem_of(record, masks_of(record))
+    if all(f.base is None for f in record.files):
+        return "only_new_files"
     if len(problem) < config.min_problem:
         return f"no_problem: {len(problem)} characters"
     if template == "localise":
@@ -151,8 +151,6 @@ def dialogue(record: Record, template: str, config: DialoguesConfig) -> tuple[li
 def _localise(record: Record, problem: str, config: DialoguesConfig) -> tuple[list[Segment], int] | str:
     gold = templates.gold_paths(record.files)
     there = set(record.tree)
-    if not there.intersection(gold):
-        return "only_new_files"
     if there <= set(gold):
         return "no_distractors"
     shown = some_paths(record.tree, gold, config.tree_paths)

@@ -71,8 +71,8 @@ def repair(problem: str, windows: Sequence[tuple[str, str]], answer: str) -> lis
             "scaffold",
             "</files>\n\nAnswer with edits. Each names its file in a line `### path`, then a SEARCH/REPLACE block: after a line "
             "of seven `<` and SEARCH the lines to be replaced, exactly as they stand and enough of them to occur once in the "
-            "file; after a line of seven `=` the lines that take their place; at the end a line of seven `>` and REPLACE. An empty "
-            "SEARCH makes a new file; an empty REPLACE for all lines of a file removes it.\n\n",
+            "file; after a line of seven `=` the lines that take their place; at the end a line of seven `>` and REPLACE. An "
+            "empty SEARCH makes a new file; an empty REPLACE for all lines of a file removes it.\n\n",
         ),
         Segment("assistant", "answer", answer),
     ]
