@@ -20,7 +20,7 @@ _TRAILER = re.compile(
     r"(?mi)^(?:co-authored-by|signed-off-by|reviewed-by|acked-by|tested-by|reported-by|change-id):.*\n?"
 )
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-_MENTION = re.compile(r"(?<![\w/.@])@([A-Za-z0-9](?:[A-Za-z0-9-]{0,38}))(?![\w/.-]*@)")
+_MENTION = re.compile(r"(?<![\w/.@])@([A-Za-z0-9](?:[A-Za-z0-9-]{0,38}))(?![\w/-])")
 _MAIL = re.compile(r"<?[\w.+-]+@[\w-]+(?:\.[\w-]+)+>?")
 
 # StarCoder's list and rule for bots, and CI accounts seen in GitHub's own documentation.
