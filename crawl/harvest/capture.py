@@ -197,6 +197,8 @@ def harvest(job: Job) -> Outcome:
     asked, indexed = _index(job, IndexUnits(job.root, folder, config, config.repositories, benchmark), folder)
     observed: dict[str, Any] = total(reports)
     made.update(_ask(job, config, folder, asked, benchmark, observed))
+    if not made:  # an empty list of releases, archives without pull requests: nothing, and a file that says so
+        made["nothing"] = write_unit(job.root, folder, "nothing", digest(FORMAT), (), _quiet)
     for name in job.root.names(folder):
         if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) not in made:
             job.root.remove(f"{folder}/{name}")  # of an input that the config no longer names

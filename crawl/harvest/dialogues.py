@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from core.dataset import Dataset, Shard
 from core.engines.contract import Unit
@@ -49,6 +49,14 @@ class DialoguesConfig(StageConfig):
     )
     max_chars: int = Field(default=200_000, ge=1000, description="longest dialogue (chosen)")
     max_lines: int = Field(default=1000, ge=1, description="changed lines of a change, as the harvest's rules")
+
+    @field_validator("templates")
+    @classmethod
+    def _known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(given) - set(templates.TEMPLATES))
+        if unknown or not given:
+            raise ConfigError(f"dialogues: no template {unknown}, expected some of {list(templates.TEMPLATES)}")
+        return tuple(t for t in templates.TEMPLATES if t in given)
 
 
 @dataclass(frozen=True)

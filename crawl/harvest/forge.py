@@ -65,12 +65,12 @@ def forge_records(
         return
     try:
         known, license = _facts(github.get(f"repos/{repo}"))
+        if fell := judge_repository(known, license, rules):
+            yield whole.dropped(*fell)
+            return
         wanted = list(numbers) if numbers is not None else closed_pulls(github, repo, api)
     except GoneError as e:
         yield whole.dropped("gone", str(e))
-        return
-    if fell := judge_repository(known, license, rules):
-        yield whole.dropped(*fell)
         return
     about = replace(whole, kind="pull_request", license=license, stars=known.stars)
     for number in wanted:

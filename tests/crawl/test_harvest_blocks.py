@@ -136,7 +136,9 @@ def test_an_earlier_block_may_not_make_a_later_search_ambiguous():
     assert apply(blocks, {"f": base}) == {"f": head}
 
 
-@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "=======", "=======  ", ">>>>>>> REPLACE", "||||||| base", "=======\r"])
+@pytest.mark.parametrize(
+    "line", ["<<<<<<< HEAD", "=======", "=======  ", ">>>>>>> REPLACE", "||||||| base", "=======\r"]
+)
 def test_a_line_that_reads_like_a_marker_is_refused(line):
     with pytest.raises(MarkerCollisionError):
         derive("f", f"a\n{line}\nb\n", f"a\n{line}\nB\n", 9)

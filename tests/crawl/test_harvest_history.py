@@ -158,7 +158,9 @@ def test_repositories_without_a_licence_or_stars(tmp_path):
 def test_benchmarks_fall_by_base_commit_and_bots_by_name(repo):
     repo.pull(1, "Something worth having", {"a.py": "1\n"})
     assert harvest(repo, benchmark=frozenset({repo.root}))["pull/1"].drop == "benchmark_commit"
-    repo.git("-c", "user.name=x", "commit", "-q", "--allow-empty", "--author", "dep[bot] <b@x.org>", "-m", "Bump all of it")
+    repo.git(
+        "-c", "user.name=x", "commit", "-q", "--allow-empty", "--author", "dep[bot] <b@x.org>", "-m", "Bump all of it"
+    )
     assert "bot" in {r.drop for r in harvest(repo).values()}
 
 
@@ -182,7 +184,9 @@ def test_our_diff_is_the_one_that_git_shows(repo):
     ours = unified(file.path, file.base, file.head, 100).rstrip("\n").split("\n")
 
     def bare(lines):
-        return [line.split(" @@")[0] if line.startswith("@@") else line for line in lines if not line.startswith("index ")]
+        return [
+            line.split(" @@")[0] if line.startswith("@@") else line for line in lines if not line.startswith("index ")
+        ]
 
     assert bare(ours) == bare(theirs)
 
@@ -192,8 +196,17 @@ def test_nothing_of_a_repository_is_executed(repo, tmp_path):
     trap, sprung = tmp_path / "trap", tmp_path / "sprung"
     trap.write_text(f"#!/bin/sh\ntouch {sprung}\n")
     trap.chmod(0o755)
-    repo.pull(1, "Return two, not one", {"app/main.py": "def main():\n    return 2\n", ".gitattributes": "*.py diff=trap\n"})
-    for key in ("core.fsmonitor", "diff.external", "diff.trap.textconv", "gpg.program", "core.pager", "core.sshCommand"):
+    repo.pull(
+        1, "Return two, not one", {"app/main.py": "def main():\n    return 2\n", ".gitattributes": "*.py diff=trap\n"}
+    )
+    for key in (
+        "core.fsmonitor",
+        "diff.external",
+        "diff.trap.textconv",
+        "gpg.program",
+        "core.pager",
+        "core.sshCommand",
+    ):
         repo.git("config", key, str(trap))
     repo.git("config", "log.showSignature", "true")
     repo.git("config", "core.hooksPath", str(tmp_path))
@@ -231,4 +244,6 @@ def test_missing_objects_drop_what_needs_them(repo):
     record = harvest(repo)["pull/1"]
     blob = repo.git("rev-parse", f"{record.head_commit}:app/main.py")
     (repo.path / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
-    assert harvest(repo)["pull/1"] == replace(record.dropped("x"), drop="missing_object", detail=harvest(repo)["pull/1"].detail)
+    assert harvest(repo)["pull/1"] == replace(
+        record.dropped("x"), drop="missing_object", detail=harvest(repo)["pull/1"].detail
+    )

@@ -86,7 +86,10 @@ def test_long_comments_keep_first_60_and_last_20_lines():
 def test_mail_replies_lose_what_they_quote():
     mail = "I agree.\n\nOn Tue, 3 May 2022 at 10:01, Ada Writer <ada@example.org> wrote:\n\n> Shall we?\n"
     assert without_reply(mail) == "I agree."
-    assert without_reply("On Monday we met.\n> a quotation\nand an answer") == "On Monday we met.\n> a quotation\nand an answer"
+    assert (
+        without_reply("On Monday we met.\n> a quotation\nand an answer")
+        == "On Monday we met.\n> a quotation\nand an answer"
+    )
     assert without_reply("On 3 May 2022, Ada wrote:\n> Shall we?\nYes.") == "Yes."
 
 
@@ -97,7 +100,14 @@ def test_cleaning():
 
 @pytest.mark.parametrize(
     ("login", "machine"),
-    [("dependabot[bot]", True), ("k8s-ci-robot", True), ("sunbot", True), ("org-ci", True), ("abbott", False), ("ada", False)],
+    [
+        ("dependabot[bot]", True),
+        ("k8s-ci-robot", True),
+        ("sunbot", True),
+        ("org-ci", True),
+        ("abbott", False),
+        ("ada", False),
+    ],
 )
 def test_bots(login, machine):
     assert is_bot(login) is machine
