@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
+from pipelines.demo import releases
 from pipelines.demo.corpus import MOVED_HOST, build, summary
 from pipelines.demo.server import serve
 
@@ -73,6 +74,7 @@ def demo(folder: Path, large: bool, train: bool) -> int:
     folder = folder.resolve()
     manifest = build(folder / "corpus", large, print)
     print(summary(manifest))
+    releases.build(folder / "releases", print)
     with serve(folder / "corpus" / "hosts") as (port, resolver):
         print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
         pipeline = prepare(folder, resolver, template)
