@@ -1,13 +1,14 @@
 """Pairs of releases for the demo's harvest: `python -m pipelines.demo.releases --folder demo/releases`.
 
-In: source archives of two versions of six small Python packages, from pip. None of them is made from a repository of SWE-bench. Out,
-under the folder:
+In: source archives of two versions of six small Python packages, from pip. None is made from a repository of SWE-bench.
+Out, under the folder:
 
     unpacked/<package key>/    both versions
     releases.json              what a harvest's `release_list` reads; paths are relative to it
     manifest.json              what was absent and why, and each package's licence
 
-A pair of which a version cannot be had is named in the manifest and left out. Cost: 2.1 MB and about half a minute.
+A pair of which a version cannot be had is named in the manifest and left out. Cost: 2.1 MB and 50 s of one core, most of
+it the build backends that pip asks for metadata.
 """
 
 import argparse
@@ -80,7 +81,9 @@ def _write(path: Path, value: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo.releases", description="Release pairs for the demo.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo.releases", description="Release pairs for the demo."
+    )
     parser.add_argument("--folder", type=Path, default=Path("demo/releases"))
     manifest = build(parser.parse_args(arguments).folder, print)
     print(f"demo: {manifest['pairs']} of {len(PAIRS)} release pairs")
