@@ -3,7 +3,7 @@
 In: a clone, bare or not. Out: one record for each pull request, merge and commit, by number and then by place in the main line.
 A pull request is known from `refs/pull/<n>/head`, from a merge commit that names it, or from a squashed commit whose subject
 ends in `(#n)`. The base of a branch is its merge base with the main line before the merge, so what the main line gained
-meanwhile is no part of the change. Cost: about 12 ms a change, four git processes each.
+meanwhile is no part of the change. Cost: about 20 ms a change, four git processes each (585 changes in 12 s, one busy core).
 """
 
 import re

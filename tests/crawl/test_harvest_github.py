@@ -1,6 +1,7 @@
 """GitHub's interfaces on loopback: recorded shapes, pages, ETags, rate limits, faults; and pull requests made from them."""
 
 import base64
+import gzip
 import json
 import threading
 import time
@@ -14,6 +15,9 @@ from core.storage import Root
 from crawl.harvest.config import Api, Rules
 from crawl.harvest.forge import forge_records
 from crawl.harvest.github import GitHub, GoneError
+from pipelines.config import load_pipeline
+from pipelines.runner import Runner, RunOptions
+from tests.crawl.test_harvest_inputs import BEFORE
 
 SHA = {name: name * 40 for name in "abcdef"}
 
@@ -279,3 +283,42 @@ def test_forks_fall_before_their_list_is_asked_for(forge, client, small):
     with client() as github:
         assert [r.drop for r in harvested(github).values()] == ["fork"]
     assert forge.paths() == ["/repos/ada/small"]
+
+
+STAGE_CONFIG = """\
+root: {folder}/root
+engine: {{workers: 1, memory_gb: 1}}
+sources:
+  pulls:
+    kind: harvest
+    archives: ["{folder}/archives"]
+    api: {{base_url: "{url}", token_variable: FORGE_TOKEN, retries: 0, retry_s: 0, max_requests: {requests}, repositories: [ada/gone]}}
+stages: {{harvest: {{}}, extract: {{}}}}
+"""
+
+
+def test_an_index_is_hydrated_and_a_run_that_ends_early_is_gone_on_with(forge, client, small, tmp_path):
+    """The archive names pull requests 5, 6 and 7; the third request is refused to the first run."""
+    closed = [
+        {**BEFORE, "payload": {"action": "closed", "number": n, "pull_request": {"number": n}}} for n in (5, 6, 7)
+    ]
+    (tmp_path / "archives").mkdir()
+    lines = "\n".join(json.dumps(e) for e in closed)
+    (tmp_path / "archives" / "2025-11-01-1.json.gz").write_bytes(gzip.compress(lines.encode()))
+    path = tmp_path / "p.yaml"
+
+    def run(requests):
+        path.write_text(STAGE_CONFIG.format(folder=tmp_path, url=forge.url, requests=requests))
+        Runner(load_pipeline(path), RunOptions("test")).run()
+
+    with pytest.raises(StageError, match="run again to go on"):
+        run(3)
+    run(100)
+    manifest = json.loads((tmp_path / "root/datasets/pulls/manifests/harvest.json").read_text())
+    expected = {"records": 4, "dropped": 3, "dropped.bot": 1, "dropped.gone": 1, "dropped.not_merged": 1}
+    indexed = {"indexed_bad_lines": 0, "indexed_lines": 3, "indexed_pulls": 3, "indexed_torn": 0}
+    assert manifest["accounts"] == expected | indexed
+    assert sum(path == "/graphql" for path in forge.paths()) == 3  # each question once, over both runs
+    documents = json.loads((tmp_path / "root/datasets/pulls/manifests/documents.json").read_text())
+    assert (documents["accounts"]["documents"], documents["accounts"]["drops"]) == (1, 3)
+    assert not any("secret" in p.read_text("utf-8", "replace") for p in (tmp_path / "root").rglob("*.json"))
