@@ -5,7 +5,7 @@ An input's `name` enters the identity of the run, its `path` does not: the same 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
@@ -17,6 +17,11 @@ Take = Literal["pulls", "merges", "commits"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _aside(default: Any, description: str) -> Any:
+    """`core.stage.execution` for a field of a part: what is left out of its JSON never enters an identity."""
+    return Field(default=default, exclude=True, description=description)
 
 
 class Known(_Part):
@@ -56,15 +61,13 @@ class Api(_Part):
 
     base_url: str = Field(default="https://api.github.com", description="without a slash at the end")
     repositories: tuple[str, ...] = Field(default=(), description="owner/name: their closed pull requests are listed")
-    token_variable: str = execution("GITHUB_TOKEN", "environment variable that holds the token")
+    token_variable: str = _aside("GITHUB_TOKEN", "environment variable that holds the token")
     max_pulls: int = Field(default=1000, ge=1, description="pull requests taken from one repository's list")
-    max_requests: int = execution(4000, "requests of one run; the next run goes on from the stored answers")
-    retries: int = execution(4, "further attempts after a failure of the network or the server")
-    retry_s: float = execution(1.0, "wait before the first of them; doubled each time")
-    max_wait_s: float = execution(
-        900.0, "longest wait for a rate limit; beyond it the run ends and says when to return"
-    )
-    timeout_s: float = execution(30.0, "of one request")
+    max_requests: int = _aside(4000, "requests of one run; the next run goes on from the stored answers")
+    retries: int = _aside(4, "further attempts after a failure of the network or the server")
+    retry_s: float = _aside(1.0, "wait before the first of them; doubled each time")
+    max_wait_s: float = _aside(900.0, "longest wait for a rate limit; beyond it the run ends and says when to return")
+    timeout_s: float = _aside(30.0, "of one request")
 
 
 class Rules(_Part):

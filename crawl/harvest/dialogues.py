@@ -3,8 +3,8 @@
 In: documents of kind `pull_request` for which `where` holds, and the base records behind them, found by place and proved by
 digest. Out: documents of kind `pull_request`, at most one a template, with metadata `template`, `segments` ([start, end, role,
 kind] in UTF-8 bytes), `parents`, `generation`, `repo`, `number`, `language`, `blocks`. An answer of `repair` is kept only if it
-parses, and applied to the base files gives the head files byte for byte; this is checked for each. Cost: 300 changes/s, both templates,
-on one core.
+parses, and applied to the base files gives the head files byte for byte; this is checked for each. Cost: 300 changes/s on one
+core, both templates.
 """
 
 import json

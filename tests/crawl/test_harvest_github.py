@@ -292,7 +292,8 @@ sources:
   pulls:
     kind: harvest
     archives: ["{folder}/archives"]
-    api: {{base_url: "{url}", token_variable: FORGE_TOKEN, retries: 0, retry_s: 0, max_requests: {requests}, repositories: [ada/gone]}}
+    api:
+      {{base_url: "{url}", token_variable: FORGE_TOKEN, retries: 0, max_requests: {requests}, repositories: [ada/gone]}}
 stages: {{harvest: {{}}, extract: {{}}}}
 """
 

@@ -16,7 +16,7 @@ import zstandard
 from core.errors import ConfigError
 from crawl.harvest.blocks import apply, parse
 from crawl.harvest.capture import unit_name
-from crawl.harvest.config import ReleasePair, Repository
+from crawl.harvest.config import Api, ReleasePair, Repository
 from crawl.harvest.dialogues import DialoguesConfig, dialogue, round_trips
 from crawl.harvest.documents import masks_of
 from crawl.harvest.record import FileChange, Issue, Record, Remark, from_json
@@ -232,6 +232,8 @@ def test_names_and_identities_know_no_paths():
     a, b = (Repository(name="ada/small", path=p) for p in ("/one/x", "/two/y"))
     assert unit_name(a) == unit_name(b)
     assert "path" not in HarvestSource(repositories=(a,)).model_dump(mode="json")["repositories"][0]
+    api = Api(token_variable="OTHER", max_requests=1)
+    assert HarvestSource(api=api).model_dump(mode="json") == HarvestSource(api=Api()).model_dump(mode="json")
     pair = ReleasePair(name="small", base="a", head="b", version="1.0/../x")
     assert "/" not in unit_name(pair)
     with pytest.raises(ValueError, match="name"):
