@@ -9,6 +9,7 @@ from core.job import Job, Outcome
 from core.stage import Kind, Stage, StageConfig
 from core.storage import Root
 from crawl import sources
+from crawl.harvest.documents import reader as harvested
 
 
 class ExtractConfig(StageConfig):
@@ -16,7 +17,9 @@ class ExtractConfig(StageConfig):
 
 
 def reader(source: Any, name: str, root: Root) -> Reader:
-    """A source's config as the functions that ingest calls. A crawl is read from the captures that it left in the root."""
+    """A source's config as the functions that ingest calls. Crawls and harvests are read from what they left in the root."""
+    if source.kind == "harvest":
+        return harvested(name, root, source.rules.max_lines)
     if source.kind == "crawl":
         source = source.captures(root.path(f"captures/{name}"))
     return Reader(

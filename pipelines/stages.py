@@ -19,7 +19,9 @@ class Line:
 
 STAGES = (
     Line("crawl", Kind.CAPTURE, "crawl.stage:STAGE", "fetch pages politely into WARC files"),
+    Line("harvest", Kind.CAPTURE, "crawl.harvest.capture:STAGE", "pull requests, issues, commits, releases to records"),
     Line("extract", Kind.INGEST, "crawl.ingest:STAGE", "WARC, HTML, PDF, ePub, text, JSONL, Parquet to documents"),
+    Line("dialogues", Kind.MAKE, "crawl.harvest.dialogues:STAGE", "changes as prompts and byte-exact answers"),
     Line("language", Kind.ANNOTATE, "classifiers.language:STAGE", "language, score and script of each document"),
     Line("signals", Kind.ANNOTATE, "classifiers.signals:STAGE", "the measured value behind every quality rule"),
     Line("pii", Kind.ANNOTATE, "classifiers.pii:STAGE", "spans of e-mail and public IP addresses with replacements"),

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.stage import ConfigPath, execution
 from crawl.config import CrawlConfig
 from crawl.extract.limits import Limits
+from crawl.harvest.config import HarvestConfig
 
 DocumentKind = Literal["web", "book", "paper", "code", "mail", "reference", "pull_request", "other"]
 RecordType = Literal["response", "resource", "conversion"]
@@ -118,6 +119,12 @@ class DatatroveSource(_Common):
     arguments: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
 
 
+class HarvestSource(HarvestConfig):
+    """Pull requests, issues, commits and releases: what the stage `harvest` captures, and which of it becomes documents."""
+
+    kind: Literal["harvest"] = "harvest"
+
+
 class MadeSource(BaseModel):
     """A dataset that a stage of this pipeline makes from others: the next generation. It names its parents in `metadata`."""
 
@@ -131,6 +138,14 @@ class MadeSource(BaseModel):
 Stored = WarcSource | FilesSource | JsonlSource | ChatSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
-    WarcSource | CrawlSource | FilesSource | JsonlSource | ChatSource | ParquetSource | DatatroveSource | MadeSource,
+    WarcSource
+    | CrawlSource
+    | HarvestSource
+    | FilesSource
+    | JsonlSource
+    | ChatSource
+    | ParquetSource
+    | DatatroveSource
+    | MadeSource,
     Field(discriminator="kind"),
 ]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
+from pipelines.demo import releases
 from pipelines.demo.chats import write_chats
 from pipelines.demo.corpus import MOVED_HOST, build, summary
 from pipelines.demo.server import serve
@@ -76,6 +77,7 @@ def demo(folder: Path, large: bool, train: bool) -> int:
     print(summary(manifest))
     chats = write_chats(folder / "corpus" / "unpacked", folder / "chats")
     print(f"demo: conversations made of documentation: {', '.join(f'{n} {name}' for name, n in chats.items())}")
+    releases.build(folder / "releases", print)
     with serve(folder / "corpus" / "hosts") as (port, resolver):
         print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
         pipeline = prepare(folder, resolver, template)

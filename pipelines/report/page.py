@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import corpus, overview, posttrain, running, training
+from pipelines.report import corpus, harvest, overview, posttrain, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
@@ -43,6 +43,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.duplicates(facts, measures, docs, similar),
         posttrain.conversations(facts),
         contamination(facts),
+        harvest.changes(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         running.throughput(facts),
@@ -68,6 +69,7 @@ def _contents(body: list[Html]) -> Html:
         "duplicates": "Duplicates",
         "conversations": "Conversations",
         "contamination": "Contamination",
+        "changes": "Changes",
         "mixtures": "Mixtures",
         "model": "Model",
         "throughput": "Throughput",

@@ -183,7 +183,7 @@ def renumber(text):
 
 def test_renumbered_copies_of_gsm8k(shared_data):
     """1,296 questions with numbers, each changed: what the plain pass finds and what the masked one adds. The 5% that are missed
-    fail the demands on a run (telling words, share of numbers); without both all are found. 3,247 questions of MMLU raise no alarm."""
+    fail the demands on a run (telling words, numbers); without both all are found. 3,247 questions of MMLU raise no alarm."""
     items = gsm8k(shared_data)
     made = finder(items)
     copies = [i for i in items if re.search(r"\d", i.question)]
