@@ -229,8 +229,9 @@ def _preflight(config: TrainConfig, source: TokenSource) -> PackedRows:
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
     if problems:
         raise ConfigError(*problems)
+    order_seed = config.seed if config.order_seed is None else config.order_seed
     rows = PackedRows(
-        source, context=model.context, rows=config.rows, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
+        source, context=model.context, rows=config.rows, seed=order_seed, shuffle=config.shuffle, repeat=config.repeat
     )
     if rows.steps is not None and rows.steps < config.steps:
         raise ConfigError(
