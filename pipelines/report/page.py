@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import corpus, overview, running, training
+from pipelines.report import ablation, corpus, overview, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.markup import Html, escape, join, tag
 from pipelines.report.measure import measure
@@ -42,6 +42,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.duplicates(facts, measures, docs, similar),
         training.mixtures(facts),
         training.model(facts, evaluated),
+        ablation.ablations(facts),
         running.throughput(facts),
         running.failures(rejects(facts)) if facts.datasets else Html(""),
         running.versions(facts),
@@ -65,6 +66,7 @@ def _contents(body: list[Html]) -> Html:
         "duplicates": "Duplicates",
         "mixtures": "Mixtures",
         "model": "Model",
+        "ablations": "Ablations",
         "throughput": "Throughput",
         "rejects": "Rejects",
         "versions": "Versions",
