@@ -116,7 +116,9 @@ def _replayable(replay: Replay, earlier: Sequence[Part], own: Sequence[pa.Table]
     free = entries.filter(pc.invert(pc.is_in(entries.column("doc_id"), value_set=claimed))).sort_by(
         [("doc_id", "ascending"), ("epoch", "ascending")]
     )
-    keys = pc.binary_join_element_wise(f"replay {replay.phase}", entry_keys(free), pa.scalar(" ", TEXT))
+    keys = pc.binary_join_element_wise(
+        pa.scalar(f"replay {replay.phase}", TEXT), entry_keys(free), pa.scalar(" ", TEXT)
+    )
     return free.take(pa.array(_hash_order(keys, seed))).combine_chunks()
 
 

@@ -16,8 +16,6 @@ from pipelines.ablation.config import Ablation, Arm
 from pipelines.ablation.trials import STAGE, TrialsConfig
 from pipelines.config import Pipeline, StageEntry
 
-MAX_SHORTFALL_FRACTION = 0.02  # of a component's share: an arm off its weights would not be the arm that was asked for
-
 
 def derived(ablation: Ablation) -> Pipeline:
     """The pipeline that runs an ablation. Its last stage is the trials."""
@@ -48,12 +46,8 @@ def trials_instance(ablation: Ablation) -> str:
 
 
 def arm_mix(ablation: Ablation, arm: Arm) -> MixConfig:
-    """The arm's mixtures: the phase at the ablation's length, and documents by the arm's own fate."""
-    mix, name = arm.mix, ablation.config.phase
-    update: dict[str, Any] = {"tokens": ablation.config.tokens, "max_shortfall_fraction": MAX_SHORTFALL_FRACTION}
-    phases = {**mix.phases, name: mix.phases[name].model_copy(update=update)}
-    mix = mix.model_copy(update={"phases": phases})
-    return mix if arm.rules is None else _under_fate(mix, *_fates(ablation, arm))
+    """The arm's mixtures as its pipeline has them, over documents by the arm's own fate."""
+    return arm.mix if arm.rules is None else _under_fate(arm.mix, *_fates(ablation, arm))
 
 
 def trials_config(ablation: Ablation) -> TrialsConfig:

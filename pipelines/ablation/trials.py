@@ -8,7 +8,9 @@ In: the arms' mixtures (`mixtures/<NAME>_<ARM>/`), the base's token shards and t
 `losses.parquet` has a row for each entry of the baseline's held-out index, in its order: domain, bytes, tokens, bits. A trial is
 a unit of the engine: trials run side by side, one that was killed goes on from its checkpoint, one that is done is not repeated,
 also when arms or seeds are added. Every trial takes the same number of updates of the same size. Trials of one seed share
-initial weights; the A/A arm reads the baseline's mixture in another order.
+initial weights. Rows are read in an order drawn by the seed, so a trial shorter than its mixture reads an even sample of it, and
+the A/A arm, which draws another order, shows the noise of that sample too. Repeats thin out likewise: to see a document as often
+as the full phase would, set `tokens` of the phase in the arms.
 """
 
 from collections.abc import Mapping
@@ -207,14 +209,15 @@ def _update_tokens(config: TrialsConfig) -> int:
 
 
 def _steps(config: TrialsConfig, sources: Mapping[str, MixtureSource]) -> int:
-    """Updates of every trial: as many as the budget and the shortest mixture have in full."""
+    """Updates of every trial. A mixture that does not hold them is a StageError: no arm may repeat what another does not."""
     update = _update_tokens(config)
+    steps = config.tokens // update
     available = {arm: int(source.lengths().sum()) for arm, source in sources.items()}
-    steps = min(config.tokens, *available.values()) // update
-    if not steps:
+    short = min(available, key=lambda arm: available[arm])
+    if not 0 < steps * update <= available[short]:
         raise StageError(
-            f"ablation: no update of {update} tokens fits, got {config.tokens} tokens asked for and {available} mixed; "
-            "raise `tokens` or lower train.rows"
+            f"ablation: {config.tokens} tokens are no whole updates of {update} that every arm holds, got {available[short]} "
+            f"tokens in the mixture of {short!r}; change `tokens` or train.rows, or raise max_epochs there"
         )
     return steps
 
