@@ -29,6 +29,7 @@ from core.predicate import Predicate
 from core.schema import TEXT
 from core.stage import Kind, Resources, Stage, StageConfig
 from core.storage import Root
+from mixtures.compare import LEAST_DOCS
 from mixtures.mix import phase_path
 from mixtures.phases import HELD_OUT
 from mixtures.reader import MixtureSource
@@ -231,6 +232,12 @@ def _held_out(root: Root, config: TrialsConfig) -> MixtureSource:
         raise StageError(
             f"ablation: arm {other[0]!r} has other held-out documents than {config.baseline!r}, expected the same; "
             "set `held_out` and `held_out_docs` in the base only"
+        )
+    docs = np.bincount(np.array([first.domain(i) for i in range(len(first))], np.int64), minlength=1)
+    if docs.max() < LEAST_DOCS:
+        raise StageError(
+            f"ablation: {len(first)} held-out documents leave nothing to compare, expected {LEAST_DOCS} or more of a dataset; "
+            "raise held_out_fraction of `split` or held_out_docs of `mix`"
         )
     return first
 
