@@ -280,10 +280,14 @@ def _about(
 
 
 def _stale(root: Root, name: str, trials: list[Trial]) -> list[str]:
-    """Folders of trials that this ablation no longer has."""
-    now = {t.folder for t in trials}
-    folders = [f"ablations/{name}/{arm}" for arm in root.names(f"ablations/{name}") if not arm.endswith(".json")]
-    return [f"{f}/{trial}" for f in folders for trial in root.names(f) if f"{f}/{trial}" not in now]
+    """Folders of arms and trials that this ablation no longer has."""
+    top, now = f"ablations/{name}", {t.folder for t in trials}
+    arms = [arm for arm in root.names(top) if "." not in arm]  # the others are its files
+    gone = [f"{top}/{arm}" for arm in arms if arm not in {t.arm for t in trials}]
+    kept = [
+        f"{top}/{arm}/{trial}" for arm in arms if f"{top}/{arm}" not in gone for trial in root.names(f"{top}/{arm}")
+    ]
+    return gone + [folder for folder in kept if folder not in now]
 
 
 def _reads(config: TrialsConfig) -> tuple[str, ...]:
