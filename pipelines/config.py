@@ -30,7 +30,7 @@ from pipelines.yaml_lines import Lines
 from pipelines.yaml_lines import load as load_yaml
 
 LABELLED = {"select"}  # stages that always bear a label, as NAME@LABEL: the policy has rules for each
-REPEATABLE = {"exact", "minhash", "decontaminate"}  # stages that may bear one, to run again at a later place
+REPEATABLE = {"exact", "minhash", "decontaminate", "train", "evaluate"}  # stages that may bear one, to run again later
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from moe.checkpoint import find, read
 from moe.trainer import read_metrics
 from pipelines.ablation.config import load_ablation
 from pipelines.ablation.design import derived
+from pipelines.config import load_pipeline
 from pipelines.report.ablation import page
-from tests.pipelines.small_pipeline import command, environment, pipelines, prose, write_jsonl
+from tests.pipelines.small_pipeline import REPO, command, environment, pipelines, prose, write_jsonl
 
 BASE = """\
 root: ./root
@@ -265,3 +266,15 @@ def test_more_tokens_than_an_arm_holds_are_refused(made: tuple[Path, str], tmp_p
     assert ran.code == 1
     assert "40960000 tokens are no whole updates of 512 that every arm holds" in ran.err
     assert StageError.__name__ not in ran.err
+
+
+def test_the_examples_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEMO_FOLDER", str(tmp_path))
+    phases = load_pipeline(REPO / "configs/phases.yaml")
+    assert list(phases.entry("mix").config.phases) == ["pretrain", "anneal", "midtrain", "cooldown"]
+    later = phases.entry("train@anneal")
+    assert "@train" in later.stage.columns(later.config)
+    measured = phases.entry("evaluate@anneal")
+    assert "@train@anneal" in measured.stage.columns(measured.config)
+    for path in sorted((REPO / "configs/ablations").glob("*.yaml")):
+        assert len(load_ablation(path).arms) == 2
