@@ -73,7 +73,7 @@ def read_losses(root: Root, config: TrialsConfig, trials: Sequence[Trial]) -> Lo
         bytes=first.column("bytes").to_numpy(),
         domain=np.array([place[name] for name in first.column("domain").to_pylist()]),
         domains=domains,
-        baseline=config.baseline,
+        baseline=config.control,
         aa=AA if config.aa else None,
     )
 
@@ -106,7 +106,12 @@ def about(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{runs} trials of {result['tokens']:,} tokens in {result['steps']} updates each, {result['parameters']:,} parameters, "
         f"phase {result['phase']}, seeds {', '.join(map(str, result['seeds']))}; baseline {result['baseline']}.",
-        f"Bits per byte on {result['held_out']['docs']} held-out documents; a difference below zero is better.",
+        f"Bits per byte on {result['held_out']['docs']} held-out documents; a difference below zero is better."
+        + (
+            " Arms are compared with the mean of the baseline and the A/A arm, which is the baseline again."
+            if result["aa"]
+            else ""
+        ),
     ]
     lines += [
         f"Domain {name} has {n} held-out documents, too few to compare." for name, n in result["too_few_docs"].items()

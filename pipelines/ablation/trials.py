@@ -58,7 +58,7 @@ class TrialsConfig(StageConfig):
     tokenised: str | None = Field(default=None, description="which documents have tokens: `where` of tokenize")
 
     @property
-    def baseline(self) -> str:
+    def control(self) -> str:
         return next(iter(self.mixes))
 
     @property
@@ -67,7 +67,7 @@ class TrialsConfig(StageConfig):
         return [*self.mixes, *([AA] if self.aa else [])]
 
     def mix_of(self, arm: str) -> str:
-        return self.mixes[self.baseline if arm == AA else arm]
+        return self.mixes[self.control if arm == AA else arm]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_trials(job: Job) -> Outcome:
     result = {
         "name": name,
         "phase": config.phase,
-        "baseline": config.baseline,
+        "baseline": config.control,
         "aa": AA if config.aa else None,
         "seeds": list(config.seeds),
         "steps": steps,
@@ -198,7 +198,7 @@ def _trial(
 ) -> Trial:
     from importlib.metadata import version
 
-    source = sources[config.baseline if arm == AA else arm]
+    source = sources[config.control if arm == AA else arm]
     plan = to_json(train_config(config.train, source, steps, seed, seed + AA_ORDER if arm == AA else None))
     identity = digest([VERSION, plan, source.content, version("torch")])
     return Trial(arm, seed, source.phase, plan, f"ablations/{name}/{arm}/seed-{seed}-{identity[:12]}")
@@ -226,11 +226,11 @@ def _steps(config: TrialsConfig, sources: Mapping[str, MixtureSource]) -> int:
 def _held_out(root: Root, config: TrialsConfig) -> MixtureSource:
     """The held-out documents, which must be the same for all arms."""
     found = {arm: MixtureSource(root, phase_path(mix, HELD_OUT)) for arm, mix in config.mixes.items()}
-    first = found[config.baseline]
+    first = found[config.control]
     other = [arm for arm, source in found.items() if source.content != first.content]
     if other:
         raise StageError(
-            f"ablation: arm {other[0]!r} has other held-out documents than {config.baseline!r}, expected the same; "
+            f"ablation: arm {other[0]!r} has other held-out documents than {config.control!r}, expected the same; "
             "set `held_out` and `held_out_docs` in the base only"
         )
     docs = np.bincount(np.array([first.domain(i) for i in range(len(first))], np.int64), minlength=1)
@@ -267,7 +267,7 @@ def _about(
     root: Root, config: TrialsConfig, arm: str, sources: Mapping[str, MixtureSource], untokenised: Mapping[str, int]
 ) -> dict[str, Any]:
     """What an arm was trained on."""
-    source = sources[config.baseline if arm == AA else arm]
+    source = sources[config.control if arm == AA else arm]
     report = root.read_json(f"mixtures/{source.phase}/report.json")
     shares = {c["name"]: c["actual_fraction"] for c in report["components"]}
     tokens = int(source.lengths().sum())
