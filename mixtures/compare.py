@@ -70,10 +70,6 @@ class Comparison:
     least_effect: float | None  # None without an A/A arm
     verdict: str  # better, worse or tie
 
-    @property
-    def width(self) -> float:
-        return self.high - self.low
-
 
 def compare(losses: Losses) -> list[Comparison]:
     """Every arm but the baseline on every domain with at least `LEAST_DOCS` documents, arms outermost.

@@ -66,8 +66,9 @@ class TrialsConfig(StageConfig):
         """All arms that are trained."""
         return [*self.mixes, *([AA] if self.aa else [])]
 
-    def mix_of(self, arm: str) -> str:
-        return self.mixes[self.control if arm == AA else arm]
+    def mixed_as(self, arm: str) -> str:
+        """The arm whose mixture it reads."""
+        return self.control if arm == AA else arm
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _trial(
 ) -> Trial:
     from importlib.metadata import version
 
-    source = sources[config.control if arm == AA else arm]
+    source = sources[config.mixed_as(arm)]
     plan = to_json(train_config(config.train, source, steps, seed, seed + AA_ORDER if arm == AA else None))
     identity = digest([VERSION, plan, source.content, version("torch")])
     return Trial(arm, seed, source.phase, plan, f"ablations/{name}/{arm}/seed-{seed}-{identity[:12]}")
@@ -267,7 +268,7 @@ def _about(
     root: Root, config: TrialsConfig, arm: str, sources: Mapping[str, MixtureSource], untokenised: Mapping[str, int]
 ) -> dict[str, Any]:
     """What an arm was trained on."""
-    source = sources[config.control if arm == AA else arm]
+    source = sources[config.mixed_as(arm)]
     report = root.read_json(f"mixtures/{source.phase}/report.json")
     shares = {c["name"]: c["actual_fraction"] for c in report["components"]}
     tokens = int(source.lengths().sum())
