@@ -16,8 +16,8 @@ Its interval has to answer for two samples at once:
   This assumes that arms are equally noisy.
 
 Both variances add; the t quantile has Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). A bootstrap over
-documents was not chosen: it says nothing of a third seed, and on the demo (two seeds, 163,840 tokens) the runs' standard error was
-2.5 times that of the documents in two domains of three.
+documents was not chosen: it says nothing of a third seed, and on the demo (two seeds, 163,840 tokens) the standard error of runs
+was 2.5 times that of documents in two domains of three.
 
 The least detectable effect is Bloom's multiple of the standard error (Evaluation Review 19, 1995), with the documents' part taken
 from the A/A differences: a true effect of that size would be found with probability `POWER`. What is significant but smaller is

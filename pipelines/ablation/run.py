@@ -24,9 +24,11 @@ def write_page(root: Root, name: str) -> str:
 def dry_run(ablation: Ablation, root: Root) -> Iterator[str]:
     """The plan, the trials, and how long they will take by what was measured here."""
     pipeline = derived(ablation)
-    for p in plan(pipeline, root):
-        if p.run:
-            yield f"run   {p.step.name:<36}{'; '.join(p.why)}"
+    todo = [p for p in plan(pipeline, root) if p.run]
+    for p in todo:
+        yield f"run   {p.step.name:<36}{'; '.join(p.why)}"
+    if not todo:
+        yield "nothing would run: all trials are there"
     trials = trials_config(ablation)
     count = len(trials.arms) * len(trials.seeds)
     tokens = count * trials.tokens

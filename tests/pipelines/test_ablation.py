@@ -162,6 +162,7 @@ def test_a_second_run_trains_nothing(made: tuple[Path, str]) -> None:
     assert {p: p.stat().st_mtime_ns for p in losses(config).values()} == before
     rehearsed = pipelines("run", "ablation", "-c", config, "--dry-run")
     assert rehearsed.code == 0
+    assert rehearsed.out.startswith("nothing would run: all trials are there")
     assert "10 trials: plain, same, loose, tales, aa x seeds 0, 7" in rehearsed.out
     assert "tokens: 4,096 a trial, 40,960 in all" in rehearsed.out
     assert "(its last run)" in rehearsed.out
