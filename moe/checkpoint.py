@@ -83,6 +83,11 @@ def find(folder: Path) -> Path:
     raise ConfigError(f"moe: no checkpoint here, got {folder}, expected a folder that training wrote; train first")
 
 
+def weights_digest(folder: Path) -> str:
+    """Hash of the newest checkpoint's weights: what `TrainConfig.init` names."""
+    return file_digest(find(folder) / WEIGHTS)
+
+
 def check_empty(folder: Path) -> None:
     """Raises where checkpoints lie without a `latest`; a kill in the first `save` may leave that for step 0 alone."""
     names = sorted(p.name for p in (folder / CHECKPOINTS).glob("step-*"))

@@ -116,6 +116,8 @@ class TrainConfig:
     steps: int = 250
     rows: int = 32
     seed: int = 0
+    order_seed: int | None = None  # of the rows' order; None: `seed`, which the initial weights always have
+    init: str | None = None  # hash of the weights that it starts from; None: drawn by `seed`
     shuffle: bool = False  # rows in a seeded order instead of the mixture's own
     repeat: bool = False  # read the mixture again from its start when it ends; otherwise that is an error
     tokenizer: str | None = field(default=None, metadata=EXECUTION)  # tokenizer.json, copied beside the checkpoints

@@ -7,6 +7,9 @@ one line an update:
     grad_norm float, before clipping                   load_violation [float], one per MoE layer (moe/experts.py)
     domain_loss {name: float}, domains of this batch   step_s, tokens_per_s float: alone differ between equal runs
 
+A run may start from another run's last checkpoint, as one phase of training from the one before: it takes the weights,
+router biases and optimiser moments, and begins its own schedule at step 1.
+
 The same call on a folder with a checkpoint goes on from it, and ends with the weights and metrics of an undisturbed
 run, bit for bit. A config or mixture that differs from the checkpoint's is refused. All checks come before the first
 byte is written.
@@ -57,17 +60,22 @@ class TrainSummary:
 
 
 def train(
-    config: TrainConfig, source: TokenSource, folder: Path, on_step: Callable[[dict[str, Any]], None] | None = None
+    config: TrainConfig,
+    source: TokenSource,
+    folder: Path,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    start: Path | None = None,
 ) -> TrainSummary:
     """Trains to `config.steps`, from the folder's checkpoint if it has one.
 
+    A fresh run starts from the newest checkpoint in the folder `start`, whose weights have the hash `config.init`.
     `on_step` gets each metrics row after it is written.
     """
-    rows = _preflight(config, source)
+    rows = _preflight(config, source, start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = _Run(config, rows, Path(folder))
-    resumed = run.resume()
+    resumed = run.resume(start)
     began = time.perf_counter()
     with open(run.folder / METRICS, "a", encoding="utf-8") as metrics:
         for step in range(run.step, config.steps):
@@ -92,7 +100,7 @@ class _Run:
         self.optimizer = optim.build(self.model, config.optim)
         self.started_at_step = 0
 
-    def resume(self) -> int | None:
+    def resume(self, start: Path | None) -> int | None:
         """Takes the folder's checkpoint, or starts the folder with one of step 0.
 
         Returns the step it goes on from, None for a fresh run.
@@ -103,6 +111,8 @@ class _Run:
             if self.config.tokenizer:
                 shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
             checkpoint.replace_text(self.folder / METRICS, "")
+            if start is not None:
+                checkpoint.restore(checkpoint.find(start), self.model, self.optimizer)
             self.save()
             return None
         path = checkpoint.find(self.folder)
@@ -213,7 +223,7 @@ def _domain_losses(nll_S: np.ndarray, domains_S: np.ndarray, names: Sequence[str
     return {name: float(nats[d] / tokens[d]) for d, name in enumerate(names) if tokens[d]}
 
 
-def _preflight(config: TrainConfig, source: TokenSource) -> PackedRows:
+def _preflight(config: TrainConfig, source: TokenSource, start: Path | None) -> PackedRows:
     """All that can be wrong before any work, shown together."""
     model, problems = config.model, []
     if source.vocab_size > model.vocab_size:
@@ -225,12 +235,19 @@ def _preflight(config: TrainConfig, source: TokenSource) -> PackedRows:
         problems.append(
             f"train: the mixture ends documents differently, got token {source.eos}, expected model.eos {model.eos}"
         )
+    found = checkpoint.weights_digest(start) if start is not None else None
+    if found != config.init:
+        problems.append(
+            f"train: the weights to start from are not those of the config, got {found} in {start}, expected {config.init}; "
+            "set train.init to the hash of the weights there"
+        )
     if config.tokenizer and not Path(config.tokenizer).is_file():
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
     if problems:
         raise ConfigError(*problems)
+    order_seed = config.seed if config.order_seed is None else config.order_seed
     rows = PackedRows(
-        source, context=model.context, rows=config.rows, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
+        source, context=model.context, rows=config.rows, seed=order_seed, shuffle=config.shuffle, repeat=config.repeat
     )
     if rows.steps is not None and rows.steps < config.steps:
         raise ConfigError(

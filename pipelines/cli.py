@@ -80,6 +80,41 @@ def run_stage(
     _run(pipeline, chosen, run_id, dataset, _shard_range(shards), force)
 
 
+@run_app.command("ablation")
+def run_ablation(
+    config: Annotated[Path, typer.Option("--config", "-c", help="the ablation's YAML file", show_default=False)],
+    engine: Annotated[str | None, typer.Option(help="local, ray or spark; default: the base's")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="trials side by side; 0: one per core")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would run and for how long; run nothing")
+    ] = False,
+    run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
+) -> None:
+    """Train small models on mixtures that differ in one thing, and say what the difference is worth.
+
+    Example: `pipelines run ablation -c configs/ablations/reference.yaml --dry-run`
+    """
+    from dataclasses import replace
+
+    from pipelines.ablation.config import load_ablation
+    from pipelines.ablation.design import derived
+    from pipelines.ablation.result import print_result, read_result
+    from pipelines.ablation.run import dry_run as rehearse
+    from pipelines.ablation.run import write_page
+    from pipelines.scope import steps
+
+    ablation = load_ablation(config)
+    ablation = replace(ablation, base=_with_engine(ablation.base, engine, workers))
+    pipeline, root = derived(ablation), _root(ablation.base)
+    if dry_run:
+        for line in rehearse(ablation, root):
+            typer.echo(line)
+        return
+    _run(pipeline, steps(pipeline), run_id, None, None)
+    print_result(read_result(root, ablation.name))
+    typer.echo(f"page: {write_page(root, ablation.name)}")
+
+
 @app.command()
 def stages() -> None:
     """List all stages in order, with what they do."""
@@ -220,12 +255,18 @@ def forget(
 
 
 def _load(config: Path, engine: str | None, workers: int | None) -> Any:
+    from pipelines.config import load_pipeline
+
+    return _with_engine(load_pipeline(config), engine, workers)
+
+
+def _with_engine(pipeline: Any, engine: str | None, workers: int | None) -> Any:
+    """The pipeline with what the command line says of its engine."""
     from dataclasses import replace
 
     from core.errors import ConfigError
-    from pipelines.config import EngineConfig, load_pipeline
+    from pipelines.knobs import EngineConfig
 
-    pipeline = load_pipeline(config)
     changes: dict[str, Any] = {}
     if engine is not None:
         if engine not in ("local", "ray", "spark"):

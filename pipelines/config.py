@@ -30,7 +30,7 @@ from pipelines.yaml_lines import Lines
 from pipelines.yaml_lines import load as load_yaml
 
 LABELLED = {"select"}  # stages that always bear a label, as NAME@LABEL: the policy has rules for each
-REPEATABLE = {"exact", "minhash", "decontaminate"}  # stages that may bear one, to run again at a later place
+REPEATABLE = {"exact", "minhash", "decontaminate", "train", "evaluate"}  # stages that may bear one, to run again later
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def nearest(word: str, names: Iterable[str]) -> str:
 def load_pipeline(path: str | Path) -> Pipeline:
     """Read and check a config file. Raises ConfigError with one line a problem."""
     path = Path(path)
+    return checked(path, *read_yaml(path))
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """The mapping in a config file, and its lines."""
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -81,7 +86,21 @@ def load_pipeline(path: str | Path) -> Pipeline:
     data, lines = load_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}:1: expected a mapping with root, sources and stages, got {type(data).__name__}")
+    return data, lines
+
+
+def checked(path: Path, data: dict[str, Any], lines: Lines) -> Pipeline:
+    """The pipeline that `data` describes. Raises ConfigError with one line a problem."""
     return _Checker(path, data, lines).pipeline()
+
+
+def checked_as(kind: Any, path: Path, data: dict[str, Any], lines: Lines) -> Any:
+    """`data` of another kind of config file as its pydantic model. Raises ConfigError with one line a problem."""
+    checker = _Checker(path, data, lines)
+    value = checker._validate((), kind, data)
+    if checker.problems:
+        raise ConfigError(*dict.fromkeys(checker.problems))
+    return value
 
 
 class _Checker:

@@ -226,7 +226,8 @@ def forget_lines(pipeline: Pipeline, root: Root, wanted: Sequence[str], dry_run:
 
 
 def _affected_mixtures(root: Root, affected: set[tuple[str, str]]) -> Iterator[str]:
-    for phase in root.names("mixtures"):
+    top = root.names("mixtures")
+    for phase in [*top, *(f"{label}/{name}" for label in top for name in root.names(f"mixtures/{label}"))]:
         name = f"mixtures/{phase}/index.parquet"
         if not root.exists(name):
             continue

@@ -2,6 +2,9 @@
 
 A model's folder bears its identity, so a changed knob never meets a checkpoint of another shape, and the same run goes on from
 the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json, evaluation.json).
+
+A pipeline may train through phases: `train@anneal: {phase: anneal, after: train}` starts from the weights that `train` left, and
+`evaluate@anneal: {model: train@anneal}` measures what came of it.
 """
 
 from dataclasses import asdict
@@ -15,6 +18,7 @@ from core.hashing import file_digest
 from core.job import Job, Outcome
 from core.manifest import read_manifest
 from core.stage import Kind, Resources, Stage, StageConfig, execution
+from core.storage import Root
 
 EVALUATION = "evaluation.json"
 
@@ -23,6 +27,7 @@ class TrainStageConfig(StageConfig):
     """Which phase to train on, for how long, and the model's shape."""
 
     phase: str = Field(default="pretrain", description="a phase of `mix`")
+    after: str | None = Field(default=None, description="instance of train to go on from; null: new weights")
     preset: Literal["ci", "tiny"] = Field(
         default="tiny", description="named model shape; `model` overrides single values"
     )
@@ -40,6 +45,7 @@ class TrainStageConfig(StageConfig):
 class EvaluateStageConfig(StageConfig):
     """What to measure on the trained model."""
 
+    model: str = Field(default="train", description="instance of train that made it")
     prompts: tuple[str, ...] = Field(default=(), description="texts to continue; the continuations go into the report")
     max_tokens: int = Field(default=48, ge=1, description="length of a continuation")
     temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
@@ -50,6 +56,7 @@ class EvaluateStageConfig(StageConfig):
 def train(job: Job) -> Outcome:
     """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
     from mixtures.reader import MixtureSource
+    from moe.checkpoint import weights_digest
     from moe.config import OptimConfig, TrainConfig, preset
     from moe.trainer import train as train_model
 
@@ -67,12 +74,14 @@ def train(job: Job) -> Outcome:
             f"{config.rows * model.context:,}; lower `rows`, or put more documents into the mixture"
         )
     folder = f"models/{config.phase}-{job.identity[:12]}"
+    start = model_folder(job.root, config.after) if config.after else None
     plan = TrainConfig(
         model=model,
         optim=OptimConfig(**config.optim),
         steps=steps,
         rows=config.rows,
         seed=config.seed,
+        init=weights_digest(start) if start else None,
         shuffle=config.shuffle,
         repeat=steps > available,
         tokenizer=str(job.root.local_path("models/tokenizer/tokenizer.json")),
@@ -80,18 +89,19 @@ def train(job: Job) -> Outcome:
         checkpoint_steps=config.checkpoint_steps,
     )
     with job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance:
-        summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1))
+        summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1), start)
     figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
     outputs = {"weights": {"content": weights_digest(job.root.local_path(folder)), "folder": folder}}
     accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)
 
 
-def weights_digest(folder: Path) -> str:
-    """Hash of the newest checkpoint's weights."""
-    from moe.checkpoint import find
-
-    return file_digest(find(folder) / "model.safetensors")
+def model_folder(root: Root, instance: str) -> Path:
+    """Where an instance of train left its model."""
+    trained = read_manifest(root, instance, None)
+    if trained is None:
+        raise ConfigError(f"train: no model of {instance!r} in {root.url}; list that stage before, or correct the name")
+    return root.local_path(trained.outputs["weights"]["folder"])
 
 
 def evaluate(job: Job) -> Outcome:
@@ -100,9 +110,7 @@ def evaluate(job: Job) -> Outcome:
     from moe.evaluate import evaluate as evaluate_model
 
     config: EvaluateStageConfig = job.config
-    trained = read_manifest(job.root, "train", None)
-    assert trained is not None  # the planner refuses to run without it
-    folder = job.root.local_path(trained.outputs["weights"]["folder"])
+    folder = model_folder(job.root, config.model)
     held_out = evaluate_model(folder, MixtureSource(job.root, "held_out"))
     samples = [
         {
@@ -113,7 +121,7 @@ def evaluate(job: Job) -> Outcome:
         }
         for p in config.prompts
     ]
-    name = f"{trained.outputs['weights']['folder']}/{EVALUATION}"
+    name = f"models/{folder.name}/{EVALUATION}"
     job.root.write_json(name, {"held_out": held_out, "samples": samples})
     outputs = {"evaluation": {"content": file_digest(job.root.local_path(name)), "file": name}}
     accounts = {"held_out_docs": int(sum(d["docs"] for d in held_out.values()))}
@@ -129,12 +137,16 @@ def continue_prompt(folder: Path, prompt: str, max_tokens: int, temperature: flo
     return generate_text(folder, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
+def _train_reads(config: TrainStageConfig) -> tuple[str, ...]:
+    return ("@mix", "@tokenize", "@tokenizer", *([f"@{config.after}"] if config.after else []))
+
+
 TRAIN = Stage(
     name="train",
     kind=Kind.EXPORT,
     config=TrainStageConfig,
     fn=train,
-    reads=("@mix", "@tokenize", "@tokenizer"),
+    reads=_train_reads,
     libraries=("torch",),
     resources=Resources(cpus=2, memory_gb=2),
 )
@@ -144,6 +156,6 @@ EVALUATE = Stage(
     kind=Kind.EXPORT,
     config=EvaluateStageConfig,
     fn=evaluate,
-    reads=("@train", "@mix", "@tokenize"),
+    reads=lambda config: (f"@{config.model}", "@mix", "@tokenize"),
     libraries=("torch",),
 )

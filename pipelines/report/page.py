@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import corpus, harvest, overview, posttrain, running, training
+from pipelines.report import ablation, corpus, harvest, overview, posttrain, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
@@ -46,6 +46,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         harvest.changes(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
+        ablation.ablations(facts),
         running.throughput(facts),
         running.failures(rejects(facts)) if facts.datasets else Html(""),
         running.versions(facts),
@@ -72,6 +73,7 @@ def _contents(body: list[Html]) -> Html:
         "changes": "Changes",
         "mixtures": "Mixtures",
         "model": "Model",
+        "ablations": "Ablations",
         "throughput": "Throughput",
         "rejects": "Rejects",
         "versions": "Versions",

@@ -285,3 +285,51 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 def test_importing_moe_imports_no_torch() -> None:
     code = "import sys, moe, moe.config, moe.data; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=_environment(), check=True)
+
+
+def test_a_later_phase_starts_from_the_weights_of_the_one_before(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(train_config, steps=3, init=checkpoint.weights_digest(undisturbed))
+    other = counting_source(seed=9)
+    summary = train(config, other, tmp_path / "later", start=undisturbed)
+    fresh = train(dataclasses.replace(config, init=None), other, tmp_path / "fresh")
+    rows = [read_metrics(tmp_path / name) for name in ("later", "fresh")]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3]
+    assert rows[0][0]["loss"] < rows[1][0]["loss"] - 0.1
+    assert (summary.steps, fresh.steps) == (3, 3)
+    again = train(config, other, tmp_path / "later", start=undisturbed)
+    assert again.resumed_step == 3
+    assert _bytes(tmp_path / "later") != _bytes(tmp_path / "fresh")
+
+
+def test_the_weights_to_start_from_are_those_that_the_config_names(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path, tmp_path: Path
+) -> None:
+    for config, start in (
+        (dataclasses.replace(train_config, init="0" * 32), undisturbed),
+        (dataclasses.replace(train_config, init="0" * 32), None),
+        (train_config, undisturbed),
+    ):
+        with pytest.raises(ConfigError, match="the weights to start from are not those of the config"):
+            train(config, source, tmp_path / "run", start=start)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_order_of_its_own_keeps_the_initial_weights(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(train_config, steps=1, shuffle=True)
+    losses = {}
+    for name, changes in {
+        "plain": {},
+        "same": {"order_seed": 0},
+        "order": {"order_seed": 5},
+        "seed": {"seed": 5},
+    }.items():
+        train(dataclasses.replace(config, keep=9, **changes), source, tmp_path / name)
+        first = tmp_path / name / checkpoint.CHECKPOINTS / "step-00000000" / checkpoint.WEIGHTS
+        losses[name] = (first.read_bytes(), read_metrics(tmp_path / name)[0]["loss"])
+    assert losses["plain"] == losses["same"]
+    assert losses["plain"][0] == losses["order"][0] != losses["seed"][0]
+    assert losses["plain"][1] != losses["order"][1]

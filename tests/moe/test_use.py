@@ -17,7 +17,7 @@ from core.errors import ConfigError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig, preset
 from moe.data import ArrayTokenSource
-from moe.evaluate import evaluate, windows
+from moe.evaluate import by_domain, document_losses, evaluate, windows
 from moe.generate import generate, generate_text, sample
 from moe.model import Decoder
 from moe.trainer import read_metrics, train
@@ -61,6 +61,20 @@ def test_bits_per_byte_equal_a_plain_sum(folder: Path, source: ArrayTokenSource)
         text_bytes = sum(source.bytes(i) for i in range(len(source)) if source.domain(i) == domain)
         assert got["bpb"] == pytest.approx(bits[name] / text_bytes, rel=1e-5)
         assert (got["tokens"], got["bytes"], got["docs"]) == (count[name], text_bytes, 60)
+
+
+def test_losses_by_document_are_those_of_each_alone(folder: Path, source: ArrayTokenSource) -> None:
+    """Whatever documents share its batch; and domains are their sums."""
+    found = document_losses(folder, source)
+    assert by_domain(found, source.domains) == evaluate(folder, source)
+    for i in (0, 1, 57):
+        alone = ArrayTokenSource(
+            [source.tokens(i)], vocab_size=source.vocab_size, eos=source.eos, text_bytes=[source.bytes(i)]
+        )
+        one = document_losses(folder, alone)
+        assert one.bits[0] == pytest.approx(found.bits[i], rel=1e-5)
+        assert (one.tokens[0], one.bytes[0]) == (found.tokens[i], found.bytes[i])
+        assert found.domain[i] == source.domain(i)
 
 
 def test_evaluate_refuses_another_vocabulary(folder: Path) -> None:
