@@ -57,7 +57,9 @@ LAYER = pa.schema(
     ]
 )
 SCORED = pa.schema([("row", pa.int64()), ("stratum", TEXT), ("bytes", pa.int64()), *((r, pa.int32()) for r in RATERS)])
-COUNTS = pa.schema([("stratum", TEXT), ("rater", pa.int8()), ("value", pa.int64()), ("mass", pa.int64()), ("docs", pa.int64())])
+COUNTS = pa.schema(
+    [("stratum", TEXT), ("rater", pa.int8()), ("value", pa.int64()), ("mass", pa.int64()), ("docs", pa.int64())]
+)
 FOUND = pa.schema([("row", pa.int64()), *LAYER])
 
 
@@ -65,6 +67,9 @@ class TiersConfig(StageConfig):
     """How scores become tiers."""
 
     raters: str = Field(default="raters", description="instance of `raters` whose scores are used")
+    model: str = Field(
+        default="train_raters", description="instance of `train_raters` that rates the labelled documents"
+    )
     shares: tuple[float, float, float, float, float] = Field(
         default=(0.15, 0.25, 0.40, 0.10, 0.10),
         description="shares of the bytes of a stratum, low to high. The groups of Nemotron-CC's 20 buckets (0-6, 7-11, 12-17, "
@@ -75,7 +80,10 @@ class TiersConfig(StageConfig):
         default=200, ge=1, description="documents below which languages are ranked together; ten a bucket, chosen"
     )
     veto_buckets: int = Field(
-        default=2, ge=0, le=BUCKETS, description="lowest buckets of a veto rater that cap the ensemble; 2 of 20 chosen, untested"
+        default=2,
+        ge=0,
+        le=BUCKETS,
+        description="lowest buckets of a veto rater that cap the ensemble; 2 of 20 chosen, untested",
     )
     method: Literal["maximum", "stacked"] = Field(default="maximum", description="how buckets become an ensemble")
     labelled: ConfigPath | None = execution(
@@ -110,12 +118,17 @@ def read_scores(where: str | None, layer: str, unit: Unit) -> Iterator[pa.Record
     dataset, shard = unit.payload
     predicate = Predicate(where) if where else None
     columns = [f"{layer}.{c}" for c in (*RATERS, "bytes")] + ["language.language"]
-    table = dataset.read_table(dataset.shards[shard], [*columns, *(c for c in predicate.columns if c not in columns)] if predicate else columns)
+    table = dataset.read_table(
+        dataset.shards[shard], [*columns, *(c for c in predicate.columns if c not in columns)] if predicate else columns
+    )
     live = np.asarray(pc.is_valid(table.column(f"{layer}.bytes")))
     if predicate is not None:
         live &= predicate.holds({c: table.column(c) for c in predicate.columns})
     table = table.filter(pa.array(live))
-    scaled = [pc.round(pc.multiply(table.column(f"{layer}.{r}").cast(pa.float64()), float(UNIT))).cast(pa.int32()) for r in RATERS]
+    scaled = [
+        pc.round(pc.multiply(table.column(f"{layer}.{r}").cast(pa.float64()), float(UNIT))).cast(pa.int32())
+        for r in RATERS
+    ]
     made = [
         pa.array(pack(dataset.ordinal, shard, np.flatnonzero(live))),
         pc.fill_null(table.column("language.language"), "").cast(TEXT),
@@ -148,7 +161,9 @@ def ranks(counts: pa.Table, names: dict[str, str]) -> dict[str, Ranks]:
     rater, value, mass = (counts.column(c).to_numpy() for c in ("rater", "value", "mass"))
     out = {}
     for name in sorted(set(names.values())):
-        found = [histogram(value[at], mass[at]) for at in ((stratum == name) & (rater == i) for i in range(len(RATERS)))]
+        found = [
+            histogram(value[at], mass[at]) for at in ((stratum == name) & (rater == i) for i in range(len(RATERS)))
+        ]
         out[name] = Ranks(tuple(found), tuple(buckets(h) for h in found))
     return out
 
@@ -178,12 +193,12 @@ def ensemble(bucket: np.ndarray, veto_buckets: int) -> np.ndarray:
 
 def stacked(bucket: np.ndarray, stack: Stack) -> np.ndarray:
     """int64 [n] in [0, BUCKETS * FINE): the probability of a logistic regression over buckets; no rater: 0."""
-    z = _inputs(bucket) @ stack.weight + stack.bias
+    z = stack_inputs(bucket) @ stack.weight + stack.bias
     found = np.floor((BUCKETS * FINE - 1) / (1 + np.exp(-z))).astype(np.int64)
     return np.where((bucket >= 0).any(axis=1), found, 0)
 
 
-def _inputs(bucket: np.ndarray) -> np.ndarray:
+def stack_inputs(bucket: np.ndarray) -> np.ndarray:
     """Buckets as numbers around 0; the middle where a rater does not apply."""
     return np.where(bucket >= 0, (bucket + 0.5) / BUCKETS - 0.5, 0.0)
 
@@ -215,7 +230,9 @@ def ensemble_counts(judge: Judge, piece: pa.Table) -> pa.Table:
     """Bytes and documents by stratum and ensemble."""
     stratum, _, found = judge.of(piece)
     ones = pa.array(np.ones(len(found), np.int64))
-    return summed(pa.Table.from_arrays([pa.array(stratum, TEXT), pa.array(found), piece.column("bytes"), ones], schema=ENSEMBLES))
+    return summed(
+        pa.Table.from_arrays([pa.array(stratum, TEXT), pa.array(found), piece.column("bytes"), ones], schema=ENSEMBLES)
+    )
 
 
 class Verdict(NamedTuple):
@@ -251,7 +268,9 @@ def tiers(job: Job) -> Outcome:
     scored = engine.persist(engine.scan(read, units, SCORED, f"{job.instance}: scores"))
     counts = engine.fold(scored, score_counts, merged, f"{job.instance}: percentiles")
     if counts is None or counts.num_rows == 0:
-        raise StageError(f"{job.instance}: no rated documents where {config.where!r} holds; run {config.raters}, widen `where`")
+        raise StageError(
+            f"{job.instance}: no rated documents where {config.where!r} holds; run {config.raters}, widen `where`"
+        )
     everyone = counts.filter(pc.equal(counts.column("rater"), -1))
     docs = dict(zip(everyone.column("stratum").to_pylist(), everyone.column("docs").to_pylist(), strict=True))
     names = strata(docs, config.floor_docs, POOLED)
@@ -266,7 +285,9 @@ def tiers(job: Job) -> Outcome:
     found = engine.persist(engine.map(scored, Verdict(judge, place, chance), FOUND, f"{job.instance}: tiers"))
     layers = {}
     for dataset in job.datasets:
-        mine = engine.map(found, partial(_of_dataset, dataset.ordinal), FOUND, f"{job.instance}: rows of {dataset.name}")
+        mine = engine.map(
+            found, partial(_of_dataset, dataset.ordinal), FOUND, f"{job.instance}: rows of {dataset.name}"
+        )
         layers[dataset.name, job.instance] = job.align(mine, dataset, job.instance, LAYER)
     pooled = sorted(name for name, stratum in names.items() if stratum == POOLED)
     accounts = {"docs": sum(docs.values()), "strata": len(place), "pooled_languages": len(pooled)}
@@ -287,7 +308,8 @@ def places(ensembles: pa.Table, shares: tuple[float, ...]) -> dict[str, tuple[Hi
 
 def _mass(place: dict[str, tuple[Histogram, np.ndarray, np.ndarray]]) -> dict[str, dict[str, int]]:
     return {
-        name: {TIERS[i]: int(h.mass[rank == i].sum()) for i in range(len(TIERS))} for name, (h, rank, _) in place.items()
+        name: {TIERS[i]: int(h.mass[rank == i].sum()) for i in range(len(TIERS))}
+        for name, (h, rank, _) in place.items()
     }
 
 
@@ -296,7 +318,7 @@ def _of_dataset(ordinal: int, piece: pa.Table) -> pa.Table:
 
 
 def reads(config: TiersConfig) -> tuple[str, ...]:
-    models = ("@train_raters",) if config.labelled else ()
+    models = (f"@{config.model}",) if config.labelled else ()
     where = Predicate(config.where).columns if config.where else ()
     scores = [f"{config.raters}.{c}" for c in (*RATERS, "bytes")]
     return tuple(dict.fromkeys([*scores, "language.language", *models, *where]))

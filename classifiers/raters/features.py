@@ -72,7 +72,9 @@ def token_pieces(text: CodePoints) -> Pieces:
     """Where the tokens lie (see the module)."""
     flags, points = text.flags, text.points
     newline = points == NEWLINE
-    kind = np.where(newline, 3, np.where((flags & SPACE) != 0, 0, np.where((flags & SYMBOL) != 0, 2, 1))).astype(np.uint8)
+    kind = np.where(newline, 3, np.where((flags & SPACE) != 0, 0, np.where((flags & SYMBOL) != 0, 2, 1))).astype(
+        np.uint8
+    )
     begins = kind != 0
     alone, mark = (flags & ALONE) != 0, (flags & MARK) != 0
     same = kind[1:] == kind[:-1]

@@ -25,7 +25,9 @@ CARD_BYTES = 300_000  # that a model of the card is trained on: three a language
 CARD_FOLDS = 3
 
 
-def models(sample: pa.Table, curated: Sequence[str], order: int, least: int, most: int) -> dict[str, tuple[Model, Model]]:
+def models(
+    sample: pa.Table, curated: Sequence[str], order: int, least: int, most: int
+) -> dict[str, tuple[Model, Model]]:
     """Language -> models. A language whose smaller half has less than `least` bytes has none."""
     out = {}
     half = half_of(sample.column("doc_id").combine_chunks())

@@ -54,10 +54,10 @@ RULES = {
     "fluency": "no labels: a language model of the sample; the card compares texts to themselves with words shuffled or "
     "letters swapped",
 }
-SENTENCE_ENDS = frozenset(".!?:。！？।…)\"”»")
+SENTENCE_ENDS = frozenset('.!?:。！？।…)"”»')
 _WORDS = re.compile(r"[a-z]+")
 _SECOND_LEVEL = frozenset("ac co com edu gov net org gouv or ne".split())  # as in .co.uk, .com.br, .gouv.fr
-HALF_SEED, GOOD_SEED, GROUP_SEED = 6101, 6102, 6103  # other draws than those of any other stage
+HALF_SEED, GOOD_SEED = 6101, 6102  # other draws than those of any other stage
 LEXICON_HITS = 3  # different phrases in one document; chosen, untested
 
 
@@ -73,7 +73,9 @@ class Task(NamedTuple):
 
 def site(url: str | None) -> str:
     """The name a site was registered under, about: its last two labels, three under `.co.uk` and the like."""
-    host = (url or "").partition("://")[2].partition("/")[0].partition("?")[0].rpartition("@")[2].partition(":")[0].lower()
+    host = (
+        (url or "").partition("://")[2].partition("/")[0].partition("?")[0].rpartition("@")[2].partition(":")[0].lower()
+    )
     labels = host.strip(".").split(".")
     deep = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in _SECOND_LEVEL
     return ".".join(labels[-3 if deep else -2 :])
@@ -119,7 +121,9 @@ def _teaching(urls: Sequence[str | None]) -> np.ndarray:
     out = np.full(len(urls), -1, dtype=np.int8)
     for i, url in enumerate(urls):
         host, _, path = (url or "").partition("://")[2].lower().partition("/")
-        words = set(_WORDS.findall(f"{host.rpartition('.')[0]}/{path}"))  # the top level, such as .example or .news, is no mark
+        words = set(
+            _WORDS.findall(f"{host.rpartition('.')[0]}/{path}")
+        )  # the top level, such as .example or .news, is no mark
         teaches, does_not = bool(words & TEACHING), bool(words & NOT_TEACHING)
         if teaches != does_not:
             out[i] = teaches
@@ -163,16 +167,15 @@ def _curated(kinds: pa.ChunkedArray, curated: Sequence[str]) -> np.ndarray:
 
 
 def _spoilt(sample: pa.Table, rater: str, sites: Sequence[str]) -> Task:
-    """Half of the documents as they are, the other half made worse: no text stands on both sides. Groups of the first are
-    drawn by site, so that each held-out way is tested beside sites that were held out with it."""
-    ways = list(corrupt.SPOILED) if rater == "integrity" else list(corrupt.lexicon()["en"])
+    """Half of the documents as they are, the other half made worse: no text stands on both sides. The first are grouped by
+    site, the others by what was done to them, so a rater is tested on sites and on ways that it has not seen."""
     texts, labels, groups, at = [], [], [], []
     rows = zip(*(sample.column(c).to_pylist() for c in ("doc_id", "text", "language")), strict=True)
     for i, (doc_id, text, language) in enumerate(rows):
         if not text.strip() or (rater == "commercial" and language not in corrupt.lexicon()):
             continue
         good = seeded(GOOD_SEED, f"{rater} {doc_id}") < 0.5
-        group = ways[int(seeded(GROUP_SEED, f"{rater} {sites[i]}") * len(ways))]
+        group = sites[i]
         if rater == "commercial" and lexicon_hits(text, language) >= LEXICON_HITS:
             good = False
         elif not good and rater == "integrity":
@@ -199,7 +202,9 @@ def read_labelled(path: str, stage: str) -> list[dict[str, str | int]]:
         data = Path(path).read_bytes()
         lines = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{stage}: labelled file cannot be read, got {e}; expected UTF-8 JSONL, or that in gzip") from e
+        raise ConfigError(
+            f"{stage}: labelled file cannot be read, got {e}; expected UTF-8 JSONL, or that in gzip"
+        ) from e
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -108,14 +108,14 @@ def _linear(state: State, column: pa.Array, language: list[str | None], half: np
         shifted = [f._replace(ids=f.ids + np.repeat(sides << state.trained.bits, np.diff(f.first))) for f in families]
         total_k, count = sums(shifted, state.weight)
         with np.errstate(invalid="ignore", divide="ignore"):
-            parts.append(total_k / np.where(count > 0, count, np.nan)[:, None])
+            parts.append(total_k / np.sqrt(np.where(count > 0, count, np.nan))[:, None])
         start += len(part)
-    mean = np.concatenate(parts) if parts else np.zeros((0, len(names)))
+    unit = np.concatenate(parts) if parts else np.zeros((0, len(names)))
     out = {}
     for k, name in enumerate(names):
         rater = state.trained.linear[name]
         applies = np.array([code in rater.languages for code in language], dtype=bool)
-        logit = (mean[:, k] + np.array(rater.bias)[half]) / FIXED
+        logit = (unit[:, k] + np.array(rater.bias)[half]) / FIXED
         out[name] = np.where(applies, 1 / (1 + np.exp(-logit)), np.nan)
     return out
 
@@ -150,7 +150,9 @@ def raters(job: Job) -> Outcome:
     trained = load(job.root, job.config.model)
     models = read_manifest(job.root, job.config.model, None)
     if models is None:
-        raise StageError(f"{job.instance}: no run of {job.config.model} is recorded; run stage {job.config.model} first")
+        raise StageError(
+            f"{job.instance}: no run of {job.config.model} is recorded; run stage {job.config.model} first"
+        )
     code = digest([job.code, models.content()])  # not the documents: a new shard leaves the others as they are
     run = AnnotateRun(RATE, job.instance, job.config, {"root": job.root.url}, code)
     layers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}

@@ -44,7 +44,9 @@ def save(root: Root, instance: str, trained: Trained) -> list[str]:
     facts = {
         "bits": trained.bits,
         "order": trained.order,
-        "linear": {n: {"languages": list(r.languages), "bias": list(r.bias)} for n, r in sorted(trained.linear.items())},
+        "linear": {
+            n: {"languages": list(r.languages), "bias": list(r.bias)} for n, r in sorted(trained.linear.items())
+        },
         "fluency": sorted(trained.fluency),
     }
     base = folder(instance)
