@@ -20,8 +20,9 @@ is read; two folds and one pass over some 60 bytes a document.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,6 @@ from pydantic import Field, model_validator
 from classifiers.percentiles import BUCKETS, Histogram, buckets, histogram, looked_up, merged, middle, strata, summed
 from classifiers.percentiles import tiers as tiers_of
 from classifiers.raters.labels import RATERS
-from core.dataset import Dataset
 from core.engines.contract import Unit
 from core.errors import ConfigError, StageError
 from core.job import Job, Outcome
@@ -235,7 +235,8 @@ def ensemble_counts(judge: Judge, piece: pa.Table) -> pa.Table:
     )
 
 
-class Verdict(NamedTuple):
+@dataclass(frozen=True)
+class Verdict:
     """Ensembles to tiers; picklable."""
 
     judge: Judge

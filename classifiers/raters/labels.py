@@ -25,13 +25,13 @@ from core.schema import TEXT
 
 LINEAR = ("educational", "knowledge", "reference", "commercial", "integrity")
 RATERS = ("educational", "knowledge", "reference", "fluency", "commercial", "integrity")
-TEACHING = frozenset(
+TEACHING = (
     "tutorial tutorials guide guides howto lesson lessons course courses learn learning intro introduction start started "
-    "quickstart primer exercise exercises example examples faq textbook lecture lectures handbook walkthrough basics".split()
+    "quickstart primer exercise exercises example examples faq textbook lecture lectures handbook walkthrough basics"
 )
-NOT_TEACHING = frozenset(
+NOT_TEACHING = (
     "release releases changelog changes news policy policies legal privacy terms login cart checkout shop store press jobs "
-    "tag tags category categories archive archives search sitemap index contents api genindex".split()
+    "tag tags category categories archive archives search sitemap index contents api genindex"
 )
 CURATED = ("reference", "book", "paper")  # kinds of documents that somebody edited
 # Marks of facts: numbers, names inside a sentence, and words that define. Weights chosen, untested.
@@ -44,8 +44,8 @@ DEFINES_WEIGHT = 3.0
 RULES = {
     "educational": "1: a word of the URL's host or path names a tutorial, guide, lesson, exercise, question and the like; "
     "0: it names releases, news, policies, indexes, shops and the like; documents with both or neither are left out",
-    "knowledge": "in lines that are sentences, numbers + names + 3 x defining words, per word of the text: 1 the upper third, 0 the lower third of "
-    "the documents of one language and kind; a measure of the text itself",
+    "knowledge": "in lines that are sentences, numbers + names + 3 x defining words, per word of the text: 1 the upper third, "
+    "0 the lower third of the documents of one language and kind; a measure of the text itself",
     "reference": "1: documents of kind reference, book or paper; 0: documents of kind web",
     "commercial": "1: documents as they are, unless they hold 3 phrases of the lexicon; 0: those that do, and documents "
     "whose lines were replaced by advertising made from one theme of the lexicon",
@@ -56,7 +56,9 @@ RULES = {
 }
 SENTENCE_ENDS = frozenset('.!?:。！？।…)"”»')
 _WORDS = re.compile(r"[a-z]+")
-_SECOND_LEVEL = frozenset("ac co com edu gov net org gouv or ne".split())  # as in .co.uk, .com.br, .gouv.fr
+_SECOND_LEVEL = frozenset(
+    ("ac", "co", "com", "edu", "gov", "net", "org", "gouv", "or", "ne")
+)  # as in .co.uk, .com.br, .gouv.fr
 HALF_SEED, GOOD_SEED = 6101, 6102  # other draws than those of any other stage
 LEXICON_HITS = 3  # different phrases in one document; chosen, untested
 
@@ -118,13 +120,14 @@ def _texts(sample: pa.Table, at: np.ndarray) -> pa.Array:
 
 def _teaching(urls: Sequence[str | None]) -> np.ndarray:
     """int8 [n]: 1, 0 or -1 by the words of a URL."""
+    teaching, other = frozenset(TEACHING.split()), frozenset(NOT_TEACHING.split())
     out = np.full(len(urls), -1, dtype=np.int8)
     for i, url in enumerate(urls):
         host, _, path = (url or "").partition("://")[2].lower().partition("/")
         words = set(
             _WORDS.findall(f"{host.rpartition('.')[0]}/{path}")
         )  # the top level, such as .example or .news, is no mark
-        teaches, does_not = bool(words & TEACHING), bool(words & NOT_TEACHING)
+        teaches, does_not = not words.isdisjoint(teaching), not words.isdisjoint(other)
         if teaches != does_not:
             out[i] = teaches
     return out
@@ -208,8 +211,9 @@ def read_labelled(path: str, stage: str) -> list[dict[str, str | int]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            assert isinstance(row["text"], str) and row["label"] in (0, 1)
-        except (ValueError, KeyError, TypeError, AssertionError) as e:
+            if not isinstance(row["text"], str) or row["label"] not in (0, 1):
+                raise ValueError("text must be a string, label 0 or 1")
+        except (ValueError, KeyError, TypeError) as e:
             raise ConfigError(
                 f"{stage}: line {number} of {path} is no labelled document, got {line[:60]!r}, expected "
                 '{"text": ..., "label": 0 or 1}'

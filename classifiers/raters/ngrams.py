@@ -137,7 +137,7 @@ class Scorer:
 
 def _leading(key: np.ndarray) -> tuple[np.ndarray, int]:
     """Where each value of the leading bits begins among sorted keys: about one key a value."""
-    bits = max(1, int(len(key)).bit_length())
+    bits = max(1, len(key).bit_length())
     edges = np.arange(1 << bits, dtype=np.uint64) << np.uint64(64 - bits)
     return np.append(np.searchsorted(key, edges), len(key)), bits
 

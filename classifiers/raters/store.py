@@ -76,7 +76,7 @@ def load(root: Root, instance: str) -> Trained:
 
 
 def _arrays(halves: tuple[Model, Model]) -> dict[str, np.ndarray]:
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for half, model in enumerate(halves):
         for k, level in enumerate(model.levels, start=1):
             out |= {f"{half}.{k}.{name}": array for name, array in level._asdict().items()}
