@@ -1,4 +1,4 @@
-"""Draws the documents that raters learn from: by hash of doc_id, as much of each dataset, the beginning of each text.
+"""Draws the documents that raters learn from: by hash of doc_id, as much of each dataset, and of long texts four windows.
 
 In: documents for which `where` holds, `language`. Out: a table of SAMPLE sorted by doc_id, the same on every engine. Memory on
 the driver: `sample_bytes`, and some ten times that while the matrix of one rater is built.
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from classifiers.language import sample
 from core.dataset import Dataset
 from core.engines.contract import Unit
 from core.hashing import seeded_column
@@ -33,6 +34,16 @@ class Draw(NamedTuple):
     fraction: float
 
 
+def windows(column: pa.Array, most: int) -> pa.Array:
+    """Texts above `most` bytes as four windows spread evenly from start to end, all others as they are. A rater reads as much
+    when it learns as when it judges: its logit grows with the root of what it read."""
+    column = pc.fill_null(column, "").cast(TEXT)
+    if not (np.asarray(pc.binary_length(column)) > most).any():
+        return column
+    data = column.cast(pa.large_binary())
+    return pa.array([sample(memoryview(value.as_buffer()), most) for value in data], TEXT)
+
+
 def draw(job: Job) -> pa.Table:
     """The sample of all datasets of a job."""
     share = job.config.sample_bytes / max(1, len(job.datasets))
@@ -41,11 +52,11 @@ def draw(job: Job) -> pa.Table:
         for d in job.datasets
         for i, s in enumerate(d.shards)
     ]
-    fn = partial(_drawn, job.config.where, job.config.max_chars, job.config.seed)
+    fn = partial(_drawn, job.config.where, job.config.max_bytes, job.config.seed)
     return job.engine.collect(job.engine.scan(fn, units, SAMPLE, f"{job.instance}: sample"))
 
 
-def _drawn(where: str | None, max_chars: int, seed: int, unit: Unit) -> Iterator[pa.RecordBatch]:
+def _drawn(where: str | None, max_bytes: int, seed: int, unit: Unit) -> Iterator[pa.RecordBatch]:
     """Rows of SAMPLE of one shard."""
     source: Draw = unit.payload
     predicate = Predicate(where) if where else None
@@ -64,6 +75,6 @@ def _drawn(where: str | None, max_chars: int, seed: int, unit: Unit) -> Iterator
                 "kind": chosen.column("kind"),
                 "language": chosen.column("language.language"),
                 "url": chosen.column("url"),
-                "text": pc.utf8_slice_codeunits(chosen.column("text"), 0, max_chars),
+                "text": windows(chosen.column("text"), max_bytes),
             }
             yield pa.RecordBatch.from_arrays([columns[c].cast(TEXT) for c in SAMPLE.names], schema=SAMPLE)

@@ -5,8 +5,8 @@ In: `text`, `language.language`, the models of `train_raters`. Out, a row a docu
 does not apply: it was not trained in the document's language (unknown or too few labels), or the text has no token. Never NaN.
 
 `fluency` is the geometric mean of the characters' probabilities, 1 / perplexity; the others are logistic. Scores are to be
-compared within a language; `tiers` does that. Texts above `max_bytes` are read in four windows spread evenly, fluency in windows
-of `fluency_bytes`, so a document costs no more however long it is.
+compared within a language; `tiers` does that. A document is read in windows, as many bytes of it as the raters were trained
+on and `fluency_bytes` for fluency, so it costs no more however long it is.
 
 The models lie in the root, which an annotate stage cannot name, so this is a relate stage that runs the annotate machinery on
 each dataset: shards resume one by one, a document that raises or kills is rejected alone.
@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from classifiers.language import sample
 from classifiers.raters.features import features
 from classifiers.raters.fluency import scores
 from classifiers.raters.labels import RATERS, half_of
 from classifiers.raters.linear import FIXED, chunks, sums
 from classifiers.raters.ngrams import Scorer
+from classifiers.raters.sample import windows
 from classifiers.raters.store import Trained, load
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.errors import StageError
@@ -43,10 +43,9 @@ READS = ("doc_id", "text", "language.language")
 
 
 class RatersConfig(StageConfig):
-    """Which raters read how much."""
+    """Which models rate."""
 
     model: str = Field(default="train_raters", description="instance of `train_raters` whose models are used")
-    max_bytes: int = Field(default=1 << 20, ge=1024, description="UTF-8 bytes of a document that linear raters read")
     fluency_bytes: int = Field(default=2048, ge=64, description="UTF-8 bytes of a document that fluency reads")
 
 
@@ -79,7 +78,7 @@ def rate(state: State, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[Reje
     language = batch.column("language.language").to_pylist()
     half = half_of(batch.column("doc_id"))
     found = dict.fromkeys(RATERS, np.full(len(column), np.nan))
-    found |= _linear(state, _windows(column, state.config.max_bytes), language, half)
+    found |= _linear(state, windows(column, state.trained.max_bytes), language, half)
     found["fluency"] = _fluency(state, column, language, half)
     arrays = []
     for name in RATERS:
@@ -87,15 +86,6 @@ def rate(state: State, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[Reje
         arrays.append(pa.array(score, mask=np.isnan(score)))
     size = pc.binary_length(column).cast(pa.int64())
     return pa.RecordBatch.from_arrays([*arrays, size], schema=LAYER), []
-
-
-def _windows(column: pa.Array, most: int) -> pa.Array:
-    """Texts above `most` bytes as evenly spread windows of them."""
-    size = np.asarray(pc.binary_length(column))
-    if not (size > most).any():
-        return column
-    data = column.cast(pa.large_binary())
-    return pa.array([sample(memoryview(value.as_buffer()), most) for value in data], TEXT)
 
 
 def _linear(state: State, column: pa.Array, language: list[str | None], half: np.ndarray) -> dict[str, np.ndarray]:
@@ -123,7 +113,7 @@ def _linear(state: State, column: pa.Array, language: list[str | None], half: np
 def _fluency(state: State, column: pa.Array, language: list[str | None], half: np.ndarray) -> np.ndarray:
     """float64 [n]; NaN where the language has no model or the text no character."""
     out = np.full(len(column), np.nan)
-    read = _windows(column, state.config.fluency_bytes)
+    read = windows(column, state.config.fluency_bytes)
     code = np.array([name or "" for name in language], dtype=object)
     for name, pair in state.scorers.items():
         for side in (0, 1):

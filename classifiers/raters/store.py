@@ -1,6 +1,6 @@
 """Files of trained raters: arrays as npz (never pickled), facts as JSON.
 
-    models/<instance>/model.json     bits, order, for each rater its languages and biases, languages with a language model
+    models/<instance>/model.json     bits, bytes read, order, languages and biases of each rater
     models/<instance>/linear.npz     <rater>: int32 [2, 2^bits], the weights for documents of half 0 and of half 1
     models/<instance>/fluency-<language>.npz    <half>.<order>.<key, share, passes>, <half>.base, <half>.alphabet
     models/<instance>/cards.json     one card a rater
@@ -30,6 +30,7 @@ class Trained(NamedTuple):
     """Everything that `train_raters` made, but for the cards."""
 
     bits: int
+    max_bytes: int  # of a document that the linear raters read
     order: int
     linear: dict[str, Linear]
     fluency: dict[str, tuple[Model, Model]]  # language -> the models for documents of half 0 and of half 1
@@ -43,6 +44,7 @@ def save(root: Root, instance: str, trained: Trained) -> list[str]:
     """Write the files and return their names."""
     facts = {
         "bits": trained.bits,
+        "max_bytes": trained.max_bytes,
         "order": trained.order,
         "linear": {
             n: {"languages": list(r.languages), "bias": list(r.bias)} for n, r in sorted(trained.linear.items())
@@ -72,7 +74,7 @@ def load(root: Root, instance: str) -> Trained:
     for language in facts["fluency"]:
         arrays = _read(root, f"{base}/fluency-{language}.npz")
         fluency[language] = (_model(arrays, 0, facts["order"]), _model(arrays, 1, facts["order"]))
-    return Trained(facts["bits"], facts["order"], linear, fluency)
+    return Trained(facts["bits"], facts["max_bytes"], facts["order"], linear, fluency)
 
 
 def _arrays(halves: tuple[Model, Model]) -> dict[str, np.ndarray]:

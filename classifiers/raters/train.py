@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from classifiers.raters import cards, fluency, linear, store
 from classifiers.raters.labels import CURATED, LINEAR, RATERS, RULES, Task, half_of, read_labelled, tasks
-from classifiers.raters.sample import COLUMNS, draw
+from classifiers.raters.sample import COLUMNS, draw, windows
 from core.errors import ConfigError, StageError
 from core.hashing import digest, document_id
 from core.job import Job, Outcome
@@ -42,7 +42,11 @@ class TrainRatersConfig(StageConfig):
         "rater: JSONL file of {text, label 0 or 1, language, source} to learn from besides; its content enters the identity",
     )
     sample_bytes: int = Field(default=64 << 20, gt=0, description="text to learn from, about; as much of each dataset")
-    max_chars: int = Field(default=8000, ge=200, description="characters read of a document, from its beginning")
+    max_bytes: int = Field(
+        default=8192,
+        ge=256,
+        description="UTF-8 bytes read of a document, in four windows, to learn from it and to rate it",
+    )
     seed: int = Field(default=0, description="draws another sample")
     bits: int = Field(default=18, ge=10, le=24, description="2^bits weights a rater; n-grams share them by hash")
     c: float = Field(default=1.0, gt=0, description="liblinear's C; held-out AUC hardly depends on it, the time does")
@@ -95,7 +99,9 @@ def train_raters(job: Job) -> Outcome:
         speaks = fluency.models(sample, config.curated, config.order, config.lm_least_bytes, config.lm_most_bytes)
         compared = fluency.compared(sample, sorted(speaks), config.curated, config.order)
         written.append(cards.fluency_card(config.order, sorted(speaks), compared))
-    names = store.save(job.root, job.instance, store.Trained(config.bits, config.order, trained, speaks))
+    names = store.save(
+        job.root, job.instance, store.Trained(config.bits, config.max_bytes, config.order, trained, speaks)
+    )
     written.sort(key=lambda card: RATERS.index(card["rater"]))
     job.root.write_json(f"{store.folder(job.instance)}/cards.json", written)
     outputs = {
@@ -148,7 +154,7 @@ def _with_labelled(name: str, task: Task, config: TrainRatersConfig) -> Task:
     rows = read_labelled(config.labelled[name], "train_raters")
     ids = pa.array([str(r.get("id") or document_id("labelled", "", str(r["text"]))) for r in rows], TEXT)
     return Task(
-        pa.concat_arrays([task.texts, pa.array([str(r["text"])[: config.max_chars] for r in rows], TEXT)]),
+        pa.concat_arrays([task.texts, windows(pa.array([str(r["text"]) for r in rows], TEXT), config.max_bytes)]),
         np.concatenate([task.label, np.array([r["label"] for r in rows], dtype=np.int8)]),
         task.group + [str(r.get("source") or "labelled file") for r in rows],
         task.language + [str(r.get("language") or "en") for r in rows],
