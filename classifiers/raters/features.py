@@ -81,8 +81,8 @@ def token_pieces(text: CodePoints) -> Pieces:
     same &= (kind[1:] != 2) | (points[1:] == points[:-1])
     same &= ~(alone[1:] | ((alone | mark)[:-1] & ~mark[1:] & (kind[1:] == 1)))
     begins[1:] &= ~same
-    begins[text.start[text.start < len(points)]] &= kind[text.start[text.start < len(points)]] != 0
-    begins[text.end] = True  # the newline between documents, so that no run of newlines reaches into it
+    begins[text.start] = kind[text.start] != 0
+    begins[text.end] = True  # the newline between documents: no run of newlines reaches across it
     start = np.flatnonzero(begins)
     solid_end = np.flatnonzero((kind != 0) & np.append(begins[1:] | (kind[1:] == 0), True)) + 1
     inside = ~np.isin(start, text.end, assume_unique=True)

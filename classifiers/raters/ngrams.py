@@ -116,6 +116,11 @@ class Scorer:
     def bits(self, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """(int64 [D]: -log2 of each text's probability in units of 1 / FIXED; int64 [D]: characters predicted)."""
         found = characters(column)
+        sums = np.diff(np.concatenate([[0], np.cumsum(self.costs(found))])[found.first])
+        return sums, np.maximum(np.diff(found.first) - 1, 0)
+
+    def costs(self, found: Characters) -> np.ndarray:
+        """int64 [n]: -log2 of each character's probability after those before it; 0 for the space that begins a text."""
         n = len(found.at)
         p = np.full(n, 1.0 / self.model.alphabet)
         passed = np.full(n, self.model.base)
@@ -130,9 +135,8 @@ class Scorer:
             passed = np.ones(n)
             passed[1:] = passes[:-1]  # the history of a character is the n-gram that ends before it
         cost = np.rint(-np.log2(p) * FIXED).astype(np.int64)
-        cost[found.room == 1] = 0  # the space at the beginning is given
-        sums = np.diff(np.concatenate([[0], np.cumsum(cost)])[found.first])
-        return sums, np.maximum(np.diff(found.first) - 1, 0)
+        cost[found.room == 1] = 0
+        return cost
 
 
 def _leading(key: np.ndarray) -> tuple[np.ndarray, int]:
