@@ -24,7 +24,7 @@ from core.storage import Root
 from tests.builders import document, make_dataset, make_layer
 
 sys.path.append(str(Path(__file__).parents[1] / "dedup"))
-from memory_engine import OracleEngine  # noqa: E402
+from memory_engine import OracleEngine
 
 
 def test_buckets_weigh_by_bytes():
