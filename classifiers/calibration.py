@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from classifiers.ensemble import NOTHING, UNIT, Stack, stack_inputs
 from classifiers.raters.labels import RATERS, read_labelled
 from classifiers.raters.score import RatersConfig, rate, state_of
 from classifiers.raters.store import load
@@ -20,7 +21,7 @@ from core.job import Job
 from core.schema import TEXT
 
 if TYPE_CHECKING:
-    from classifiers.tiers import Judge, Stack
+    from classifiers.tiers import Judge
 
 LEAST_DOCS = 20  # of each label; chosen
 
@@ -39,7 +40,7 @@ def calibrated(job: Job, judge: "Judge") -> "tuple[Judge, tuple[np.ndarray, np.n
 
 def rated(job: Job) -> tuple[pa.Table, np.ndarray]:
     """The labelled documents as `tiers` reads documents, and their labels."""
-    from classifiers.tiers import NOTHING, SCORED, UNIT
+    from classifiers.tiers import SCORED
 
     rows = read_labelled(job.config.labelled, job.instance)
     label = np.array([int(r["label"]) for r in rows])
@@ -65,11 +66,9 @@ def rated(job: Job) -> tuple[pa.Table, np.ndarray]:
     return pa.Table.from_arrays(arrays, schema=SCORED), label
 
 
-def fit_stack(bucket: np.ndarray, label: np.ndarray) -> "Stack":
+def fit_stack(bucket: np.ndarray, label: np.ndarray) -> Stack:
     """A logistic regression of the labels on the buckets."""
     from sklearn.linear_model import LogisticRegression
-
-    from classifiers.tiers import Stack, stack_inputs
 
     model = LogisticRegression(solver="liblinear", dual=True, random_state=0, tol=1e-6, max_iter=10_000)
     model.fit(stack_inputs(bucket), label)

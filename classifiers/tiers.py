@@ -7,9 +7,7 @@ null where the rater does not apply). All null for a document that was not rated
 
 1. Each rater's scores become 20 buckets of equal bytes within a stratum (`percentiles`). A stratum is a language; languages with
    fewer than `floor_docs` documents are one stratum together, `*`.
-2. The ensemble of a document is the highest bucket that a positive rater gives it (Nemotron-CC: one rater that is sure is
-   enough), then the mean of all its buckets. A document that a veto rater puts into its lowest `veto_buckets` buckets has that
-   bucket instead. Where no positive rater applies, the mean of the others stands in. No rater applies: the lowest ensemble.
+2. Buckets become one number, the ensemble (`ensemble`): the highest bucket of a positive rater, unless a veto rater caps it.
 3. The maximum of three raters has 14 % in its top bucket where they are independent, not 5 %. So the ensemble is ranked again
    within its stratum, and tiers are cut where they have the mass that `shares` claim, but for documents of equal ensemble,
    which are never parted.
@@ -29,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
+from classifiers.ensemble import NOTHING, UNIT, Stack, ensemble, stacked, vetoed
 from classifiers.percentiles import BUCKETS, Histogram, buckets, histogram, looked_up, merged, middle, strata, summed
 from classifiers.percentiles import tiers as tiers_of
 from classifiers.raters.labels import RATERS
@@ -41,11 +40,6 @@ from core.schema import TEXT
 from core.stage import Artifacts, ConfigPath, Kind, Resources, Stage, StageConfig, execution
 
 TIERS = ("low", "medium_low", "medium", "medium_high", "high")
-POSITIVE = ("educational", "knowledge", "reference")
-VETO = ("commercial", "integrity", "fluency")
-UNIT = 10_000  # raters round to four digits
-FINE = 1024  # steps of the mean of all buckets within one bucket of the maximum
-NOTHING = -1  # the score of a rater that does not apply
 POOLED = "*"
 LAYER = pa.schema(
     [
@@ -80,10 +74,10 @@ class TiersConfig(StageConfig):
         default=200, ge=1, description="documents below which languages are ranked together; ten a bucket, chosen"
     )
     veto_buckets: int = Field(
-        default=2,
+        default=1,
         ge=0,
         le=BUCKETS,
-        description="lowest buckets of a veto rater that cap the ensemble; 2 of 20 chosen, untested",
+        description="lowest buckets of a veto rater that cap the ensemble; of three raters, 1 caps 15 % at most: the mass of low",
     )
     method: Literal["maximum", "stacked"] = Field(default="maximum", description="how buckets become an ensemble")
     labelled: ConfigPath | None = execution(
@@ -104,13 +98,6 @@ class Ranks(NamedTuple):
 
     scores: tuple[Histogram, ...]
     bucket: tuple[np.ndarray, ...]
-
-
-class Stack(NamedTuple):
-    """A fitted logistic regression over buckets."""
-
-    weight: np.ndarray  # float64 [raters]
-    bias: float
 
 
 def read_scores(where: str | None, layer: str, unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -178,31 +165,6 @@ def bucketed(scores: np.ndarray, rank: Ranks) -> np.ndarray:
     return out
 
 
-def ensemble(bucket: np.ndarray, veto_buckets: int) -> np.ndarray:
-    """int64 [n] in [0, BUCKETS * FINE): see the module. Only whole numbers: the mean is floored to FINE steps."""
-    applies = bucket >= 0
-    count = applies.sum(axis=1)
-    mean = np.where(applies, bucket, 0).sum(axis=1) * FINE // np.maximum(count * BUCKETS, 1)
-    top = bucket[:, [RATERS.index(r) for r in POSITIVE]].max(axis=1).astype(np.int64)
-    top = np.where((top < 0) & (count > 0), mean * BUCKETS // FINE, top)
-    vetoes = bucket[:, [RATERS.index(r) for r in VETO]].astype(np.int64)
-    worst = np.where(vetoes < 0, BUCKETS, vetoes).min(axis=1)
-    top = np.where(worst < veto_buckets, np.minimum(top, worst), top)
-    return np.where(count > 0, np.maximum(top, 0) * FINE + mean, 0)
-
-
-def stacked(bucket: np.ndarray, stack: Stack) -> np.ndarray:
-    """int64 [n] in [0, BUCKETS * FINE): the probability of a logistic regression over buckets; no rater: 0."""
-    z = stack_inputs(bucket) @ stack.weight + stack.bias
-    found = np.floor((BUCKETS * FINE - 1) / (1 + np.exp(-z))).astype(np.int64)
-    return np.where((bucket >= 0).any(axis=1), found, 0)
-
-
-def stack_inputs(bucket: np.ndarray) -> np.ndarray:
-    """Buckets as numbers around 0; the middle where a rater does not apply."""
-    return np.where(bucket >= 0, (bucket + 0.5) / BUCKETS - 0.5, 0.0)
-
-
 class Judge(NamedTuple):
     """SCORED to ensembles, with all it needs; picklable."""
 
@@ -219,7 +181,9 @@ class Judge(NamedTuple):
         for name in set(stratum.tolist()) & set(self.ranks):
             at = np.flatnonzero(stratum == name)
             bucket[at] = bucketed(scores[at], self.ranks[name])
-        found = stacked(bucket, self.stack) if self.stack else ensemble(bucket, self.veto_buckets)
+        found = (
+            stacked(bucket, self.stack) if self.stack else ensemble(bucket, vetoed(scores, bucket, self.veto_buckets))
+        )
         return stratum, bucket, found
 
 

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rated import corpus, layer, rows, run
 
+from classifiers.ensemble import FINE, ensemble, vetoed
 from classifiers.percentiles import buckets, histogram, strata, tiers
 from classifiers.raters.labels import RATERS
 from classifiers.raters.score import LAYER as SCORES
 from classifiers.raters.score import STAGE as SCORE
 from classifiers.raters.train import STAGE as TRAIN
 from classifiers.rules import preset
-from classifiers.tiers import FINE, STAGE, TIERS, ensemble
+from classifiers.tiers import STAGE, TIERS
 from core.errors import ConfigError, StageError
 from core.schema import TEXT
 from core.storage import Root
@@ -72,17 +73,22 @@ def test_ensemble_and_veto_by_hand():
         ],
         dtype=np.int8,
     )
-    found = ensemble(bucket, veto_buckets=2)
+    scores = np.full((6, 6), 4000)
+    worst = vetoed(scores, bucket, 2)
+    assert worst.tolist() == [20, 20, 1, 20, 20, 20]
+    found = ensemble(bucket, worst)
     assert (found // FINE).tolist() == [19, 7, 1, 7, 5, 0]
-    assert (found % FINE).tolist() == [
-        49 * FINE // 120,
-        48 * FINE // 120,
-        39 * FINE // 120,
-        40 * FINE // 120,
-        12 * FINE // 40,
-        0,
-    ]
-    assert ensemble(bucket, veto_buckets=0)[2] // FINE == 7
+    means = [49 / 120, 48 / 120, 39 / 120, 40 / 120, 12 / 40, 0]
+    assert (found % FINE).tolist() == [int(m * FINE) for m in means]
+    assert vetoed(scores, bucket, 0).tolist() == [20] * 6
+
+
+def test_a_rater_vetoes_only_what_it_holds_for_bad():
+    bucket = np.full((4, 6), 10, dtype=np.int8)
+    bucket[0, 4] = bucket[1, 4] = bucket[2, 5] = bucket[3, 3] = 0
+    scores = np.full((4, 6), 9000)
+    scores[1, 4] = 4999  # commercial below one half
+    assert vetoed(scores, bucket, 1).tolist() == [20, 0, 20, 0]  # perplexity has no half
 
 
 def scored(root, docs, shards=2, seed=0):
