@@ -3,7 +3,7 @@
 The ensemble of a document is the highest bucket that a positive rater gives it (Nemotron-CC, Su et al. 2024, arXiv 2412.02595:
 one rater that is sure is enough), then the mean of all its buckets. Where a veto rater puts it into one of its lowest buckets
 and, but for fluency, holds it for rather bad (a score below 0.5), it has that bucket instead. Where no positive rater applies,
-the mean of the others stands in. No rater applies: the lowest ensemble.
+the mean of the others stands in. No rater applies: 0; `tiers` leaves such documents out.
 """
 
 from typing import NamedTuple

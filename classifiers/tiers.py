@@ -3,7 +3,8 @@
 In: the layer of `raters`, `language.language`. Out, for each document that was rated: `tier` (low, medium_low, medium,
 medium_high, high), `rank` (int8, 0 low to 4 high), `score` (float32 in [0, 1]: the share of its stratum's bytes that rank
 below it), `probability` (float32, of being kept by the labelled file; null without one), and `<rater>_bucket` (int8, 0 to 19,
-null where the rater does not apply). All null for a document that was not rated, or outside `where`.
+null where the rater does not apply). All null for a document outside `where`, one that was not rated, and one for which no
+rater applies: nobody knows better, so no rule drops it. The last are counted, as `unjudged_docs`.
 
 1. Each rater's scores become 20 buckets of equal bytes within a stratum (`percentiles`). A stratum is a language; languages with
    fewer than `floor_docs` documents are one stratum together, `*`.
@@ -125,11 +126,17 @@ def read_scores(where: str | None, layer: str, unit: Unit) -> Iterator[pa.Record
     yield from pa.Table.from_arrays(made, schema=SCORED).combine_chunks().to_batches()
 
 
+def judged(piece: pa.Table) -> np.ndarray:
+    """bool [n]: rows of SCORED for which a rater applies."""
+    return np.stack([piece.column(r).to_numpy() for r in RATERS], axis=1).max(axis=1) > NOTHING
+
+
 def score_counts(piece: pa.Table) -> pa.Table:
-    """COUNTS of one piece of SCORED: bytes and documents by stratum, rater and score; rater -1 counts all documents."""
+    """COUNTS of one piece of SCORED: bytes and documents by stratum, rater and score; of rater -1 value 1 counts the documents
+    for which some rater applies, 0 the others."""
     parts = []
     for i, name in enumerate(("", *RATERS), start=-1):
-        value = piece.column(name) if name else pa.array(np.zeros(piece.num_rows, np.int64))
+        value = piece.column(name) if name else pa.array(judged(piece).astype(np.int64))
         columns = [
             piece.column("stratum"),
             pa.array(np.full(piece.num_rows, i, np.int8)),
@@ -144,6 +151,7 @@ def score_counts(piece: pa.Table) -> pa.Table:
 
 def ranks(counts: pa.Table, names: dict[str, str]) -> dict[str, Ranks]:
     """Ranks of each stratum; languages are put together as `names` says."""
+    counts = counts.filter(pc.greater_equal(counts.column("rater"), 0))
     stratum = np.array([names[s] for s in counts.column("stratum").to_pylist()], dtype=object)
     rater, value, mass = (counts.column(c).to_numpy() for c in ("rater", "value", "mass"))
     out = {}
@@ -192,6 +200,7 @@ ENSEMBLES = pa.schema([("stratum", TEXT), ("value", pa.int64()), ("mass", pa.int
 
 def ensemble_counts(judge: Judge, piece: pa.Table) -> pa.Table:
     """Bytes and documents by stratum and ensemble."""
+    piece = piece.filter(pa.array(judged(piece)))
     stratum, _, found = judge.of(piece)
     ones = pa.array(np.ones(len(found), np.int64))
     return summed(
@@ -209,6 +218,7 @@ class Verdict:
 
     def __call__(self, piece: pa.Table) -> pa.Table:
         """FOUND of a piece of SCORED."""
+        piece = piece.filter(pa.array(judged(piece)))
         stratum, bucket, found = self.judge.of(piece)
         rank = np.zeros(len(found), dtype=np.int8)
         score = np.zeros(len(found), dtype=np.float32)
@@ -232,12 +242,11 @@ def tiers(job: Job) -> Outcome:
     read = partial(read_scores, config.where, config.raters)
     scored = engine.persist(engine.scan(read, units, SCORED, f"{job.instance}: scores"))
     counts = engine.fold(scored, score_counts, merged, f"{job.instance}: percentiles")
-    if counts is None or counts.num_rows == 0:
+    docs, unjudged = _docs(counts)
+    if not docs:
         raise StageError(
             f"{job.instance}: no rated documents where {config.where!r} holds; run {config.raters}, widen `where`"
         )
-    everyone = counts.filter(pc.equal(counts.column("rater"), -1))
-    docs = dict(zip(everyone.column("stratum").to_pylist(), everyone.column("docs").to_pylist(), strict=True))
     names = strata(docs, config.floor_docs, POOLED)
     judge = Judge(names, ranks(counts, names), config.veto_buckets, None)
     chance = None
@@ -255,8 +264,25 @@ def tiers(job: Job) -> Outcome:
         )
         layers[dataset.name, job.instance] = job.align(mine, dataset, job.instance, LAYER)
     pooled = sorted(name for name, stratum in names.items() if stratum == POOLED)
-    accounts = {"docs": sum(docs.values()), "strata": len(place), "pooled_languages": len(pooled)}
+    accounts = {
+        "docs": sum(docs.values()),
+        "unjudged_docs": unjudged,
+        "strata": len(place),
+        "pooled_languages": len(pooled),
+    }
     return Outcome(layers=layers, accounts=accounts, observed={"docs": sum(docs.values()), "mass": _mass(place)})
+
+
+def _docs(counts: pa.Table | None) -> tuple[dict[str, int], int]:
+    """(judged documents by language, documents for which no rater applies)."""
+    docs: dict[str, int] = {}
+    unjudged = 0
+    for row in counts.filter(pc.equal(counts.column("rater"), -1)).to_pylist() if counts is not None else ():
+        if row["value"]:
+            docs[row["stratum"]] = row["docs"]
+        else:
+            unjudged += row["docs"]
+    return docs, unjudged
 
 
 def places(ensembles: pa.Table, shares: tuple[float, ...]) -> dict[str, tuple[Histogram, np.ndarray, np.ndarray]]:

@@ -111,7 +111,7 @@ def random_docs(count, seed):
     out = []
     for i in range(count):
         scores = [None if rng.random() < 0.1 else round(float(x), 4) for x in rng.random(6)]
-        out.append((("en", "fr", "fi")[i % 5 % 3], int(rng.integers(1, 5000)), scores))
+        out.append((("en", "en", "fr", "fr", "fi")[i % 5], int(rng.integers(1, 5000)), scores))
     return out
 
 
@@ -120,10 +120,7 @@ def test_tiers_have_the_mass_they_claim(tmp_path):
     docs = random_docs(3000, 3)
     datasets = scored(root, docs)
     outcome = run(STAGE, root, datasets, floor_docs=700)
-    assert outcome.accounts == {"docs": 3000, "strata": 2, "pooled_languages": 1} | {
-        "strata": len(outcome.observed["mass"]),
-        "pooled_languages": sum(n < 700 for n in np.unique([d[0] for d in docs], return_counts=True)[1]),
-    }
+    assert outcome.accounts == {"docs": 3000, "unjudged_docs": 0, "strata": 3, "pooled_languages": 1}
     for mass in outcome.observed["mass"].values():
         total = sum(mass.values())
         for tier, share in zip(TIERS, (0.15, 0.25, 0.40, 0.10, 0.10), strict=True):
@@ -158,16 +155,18 @@ def test_one_document_languages_empty_texts_and_unrated_documents(tmp_path):
         (None, 5, [None, None, None, 0.3, None, None]),
     ]
     docs.append(("en", None, nobody))  # outside `where` of raters
+    docs.append(("ja", 9, nobody))  # a language that no rater knows
     datasets = scored(root, docs, shards=1)
-    run(STAGE, root, datasets, floor_docs=3)
+    outcome = run(STAGE, root, datasets, floor_docs=3)
+    assert outcome.accounts == {"docs": 5, "unjudged_docs": 2, "strata": 2, "pooled_languages": 2}
     found = list(layer(datasets, "tiers").values())
     assert [row["tier"] for row in found[:3]] == ["medium"] * 3  # equal documents are never parted
     assert found[3]["rank"] is not None
-    assert found[4]["tier"] == "low"  # an empty text: no rater applies
-    assert found[4]["educational_bucket"] is None
+    assert found[4]["tier"] is None  # an empty text: no rater applies, and none is held against it
     assert found[5]["fluency_bucket"] is not None
     assert found[6]["tier"] is None
     assert found[6]["score"] is None
+    assert found[7]["tier"] is None
 
 
 def test_where_leaves_documents_out_of_the_percentiles(tmp_path):
