@@ -7,8 +7,8 @@ the sample is the corpus.
 
 Five raters are linear over hashed n-grams (`linear`), `fluency` is a character language model (`ngrams`). Trained twice, the
 files are equal byte for byte: one thread, fixed order, fixed seeds; sums of float64 may differ between CPU types in the last bit,
-which rounding the weights nearly always hides. Cost: 24 to 57 s for the demo's 1.9 k documents (6 MB read) on a loaded machine, half
-of it for the cards; 0.5 GB. Memory grows with `sample_bytes`.
+which rounding the weights nearly always hides. Cost: 24 to 57 s for the demo's 1.9 k documents (6 MB read) on two busy cores,
+half of it for the cards; 0.5 GB. Memory grows with `sample_bytes`.
 """
 
 from typing import Any

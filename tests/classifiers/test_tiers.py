@@ -1,8 +1,6 @@
 """Tiers: percentiles, ensemble and veto by hand; laws of the stage; calibration."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +18,10 @@ from classifiers.raters.train import STAGE as TRAIN
 from classifiers.rules import preset
 from classifiers.tiers import STAGE, TIERS
 from core.errors import ConfigError, StageError
-from core.schema import TEXT
+from core.schema import DOCUMENTS, TEXT
 from core.storage import Root
 from tests.builders import document, make_dataset, make_layer
-
-sys.path.append(str(Path(__file__).parents[1] / "dedup"))
-from memory_engine import OracleEngine
+from tests.dedup.memory_engine import OracleEngine
 
 
 def test_buckets_weigh_by_bytes():
@@ -96,8 +92,6 @@ def scored(root, docs, shards=2, seed=0):
     order = np.random.default_rng(seed).permutation(len(docs)) if seed else np.arange(len(docs))
     parts = [[int(i) for i in order[k::shards]] for k in range(shards)]
     tables = [pa.Table.from_pylist([document("web", f"{i}", f"text {i}") for i in part]) for part in parts]
-    from core.schema import DOCUMENTS
-
     dataset = make_dataset(root, "web", [t.cast(DOCUMENTS) if t.num_rows else DOCUMENTS.empty_table() for t in tables])
     rows_ = [docs[i] for part in parts for i in part]
     columns = {r: pa.array([d[2][k] for d in rows_], pa.float32()) for k, r in enumerate(RATERS)}
