@@ -1,14 +1,14 @@
-"""The published rule sets as data: ordered (reason, predicate) pairs over the layers `signals` and `language`.
+"""The published rule sets as data: ordered (reason, predicate) pairs over the layers `signals`, `language` and `tiers`.
 
 A document is dropped for the first rule whose predicate holds (`core.predicate`). Presets: `gopher_quality`,
-`gopher_repetition`, `c4`, `fineweb`. Thresholds are the fields of one frozen model per preset, and each field names its
+`gopher_repetition`, `c4`, `fineweb`, `tiers`. Thresholds are the fields of one frozen model per preset, and each field names its
 source; `preset("c4", {"min_sentences": 3})` overrides one. Null never drops: a document that a layer was not computed for
 passes that layer's rules, and a document without a language is not English.
 """
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -104,6 +104,15 @@ class FineWeb(_Thresholds):
     max_newline_ratio: float = Field(default=0.3, ge=0, description="datatrove's FineWeb filter: newlines per word")
 
 
+class Tiers(_Thresholds):
+    """Keep the tiers from `least` up (`classifiers.tiers`)."""
+
+    least: Literal["low", "medium_low", "medium", "medium_high", "high"] = Field(
+        default="medium",
+        description="lowest tier that stays: Step 3.5 Flash, App. C, keeps the upper three of web, the upper two of books",
+    )
+
+
 def _above(column: str, limit: float) -> str:
     return f"signals.{column} > {limit!r}"
 
@@ -170,11 +179,17 @@ def _fineweb(t: FineWeb) -> list[Rule]:
     ]
 
 
+def _tiers(t: Tiers) -> list[Rule]:
+    ranks = ("low", "medium_low", "medium", "medium_high", "high")
+    return [Rule("low_tier", f"tiers.rank < {ranks.index(t.least)}")]
+
+
 PRESETS: dict[str, tuple[type[_Thresholds], Callable[[Any], list[Rule]]]] = {
     "gopher_quality": (GopherQuality, _gopher_quality),
     "gopher_repetition": (GopherRepetition, _gopher_repetition),
     "c4": (C4, _c4),
     "fineweb": (FineWeb, _fineweb),
+    "tiers": (Tiers, _tiers),
 }
 
 

@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import ablation, corpus, harvest, overview, posttrain, running, training
+from pipelines.report import ablation, corpus, harvest, overview, posttrain, raters, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
@@ -40,6 +40,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         overview.reasons(facts, measures, docs, drop_samples(facts)),
         corpus.languages(measures),
         corpus.signals(facts, measures),
+        raters.quality(facts),
         corpus.duplicates(facts, measures, docs, similar),
         posttrain.conversations(facts),
         contamination(facts),
@@ -67,6 +68,7 @@ def _contents(body: list[Html]) -> Html:
         "reasons": "Reasons",
         "languages": "Languages",
         "signals": "Signals",
+        "quality": "Quality",
         "duplicates": "Duplicates",
         "conversations": "Conversations",
         "contamination": "Contamination",

@@ -3,12 +3,12 @@ import re
 import pyarrow as pa
 import pytest
 
-from classifiers import language, signals
+from classifiers import language, signals, tiers
 from classifiers.rules import PRESETS, Rule, preset
 from core.errors import ConfigError
 from core.predicate import Predicate
 
-LAYERS = {"signals": signals.LAYER, "language": language.LAYER}
+LAYERS = {"signals": signals.LAYER, "language": language.LAYER, "tiers": tiers.LAYER}
 
 
 def first_reason(rules: list[Rule], **values: object) -> str | None:
@@ -21,7 +21,7 @@ def first_reason(rules: list[Rule], **values: object) -> str | None:
         "stop_words": 8,
         "terminal_line_fraction": 1.0,
     }
-    good |= {"c4_sentences": 20, "c4_sentences_unterminated": 20, "language": "en", **values}
+    good |= {"c4_sentences": 20, "c4_sentences_unterminated": 20, "language": "en", "rank": 2, **values}
     table = {
         f"{layer}.{field.name}": pa.array([good.get(field.name)], field.type)
         for layer, schema in LAYERS.items()
@@ -70,6 +70,7 @@ def test_every_rule_reads_columns_that_exist_and_lets_good_prose_pass(name: str)
         ("c4", "lorem_ipsum", 0, 1, "c4_lorem_ipsum"),
         ("c4", "curly_brackets", 0, 1, "c4_curly_bracket"),
         ("c4", "c4_sentences", 5, 4, "c4_few_sentences"),
+        ("tiers", "rank", 2, 1, "low_tier"),
         ("fineweb", "terminal_line_fraction", 0.12, 0.11, "fineweb_terminal_lines"),
         ("fineweb", "short_line_fraction", 0.67, 0.68, "fineweb_short_lines"),
         ("fineweb", "dup_line_char_fraction_no_newlines", 0.01, 0.02, "fineweb_dup_line_chars"),
@@ -97,7 +98,7 @@ def test_word_length_is_not_asked_of_scripts_without_spaces() -> None:
 
 
 def test_null_signals_drop_nothing() -> None:
-    nothing = dict.fromkeys(signals.LAYER.names)
+    nothing = dict.fromkeys([*signals.LAYER.names, "rank"])
     for name in PRESETS:
         assert first_reason(preset(name), **nothing) is None
 
@@ -126,7 +127,7 @@ def test_mistakes_are_named(name: str, overrides: dict[str, object], message: st
 
 
 def test_every_threshold_names_its_source() -> None:
-    source = re.compile("Gopher|C4|FineWeb|DCLM|languages")
+    source = re.compile("Gopher|C4|FineWeb|DCLM|Step 3.5|languages")
     for thresholds, _ in PRESETS.values():
         for field, info in thresholds.model_fields.items():
             assert source.search(info.description or ""), field
