@@ -77,11 +77,16 @@ class AnswersConfig(StageConfig):
     max_cost: float | None = Field(
         default=None, ge=0, description="all answers in the log together cost at most so much; null: no cap"
     )
+    max_s: float | None = Field(
+        default=None, gt=0, description="seconds after which nothing more is sent; the rest counts as unsent"
+    )
     max_failed_fraction: float = Field(
         default=0.01, ge=0, le=1, description="requests that may fail every try before the stage does"
     )
     endpoint: str | None = execution(None, "base URL such as `http://127.0.0.1:8080/v1`; without it nothing is sent")
-    key_env: str | None = execution(None, "environment variable that holds the API key; the key itself has no place here")
+    key_env: str | None = execution(
+        None, "environment variable that holds the API key; the key itself has no place here"
+    )
     max_in_flight: int = execution(32, "requests that wait for an answer at once")
     requests_per_min: float | None = execution(None, "requests sent in a minute, retries included; null: no limit")
     tokens_per_min: float | None = execution(None, "estimated tokens of requests sent in a minute; null: no limit")
@@ -101,7 +106,7 @@ class AnswersConfig(StageConfig):
     @field_validator("endpoint")
     @classmethod
     def _is_url(cls, url: str | None) -> str | None:
-        if url is None:
+        if not url:  # an empty environment variable in the YAML
             return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
@@ -112,13 +117,17 @@ class AnswersConfig(StageConfig):
     @classmethod
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None and not KEY_ENV.fullmatch(name):  # never repeated: it may be a key
-            raise ConfigError("answers: key_env is no name of an environment variable (A-Z, 0-9, _); never write a key here")
+            raise ConfigError(
+                "answers: key_env is no name of an environment variable (A-Z, 0-9, _); never write a key here"
+            )
         return name
 
     @model_validator(mode="after")
     def _sound(self) -> "AnswersConfig":
         if self.max_cost is not None and self.prompt_price == self.completion_price == 0:
-            raise ConfigError("answers: max_cost needs prompt_price and completion_price; give both, or leave max_cost out")
+            raise ConfigError(
+                "answers: max_cost needs prompt_price and completion_price; give both, or leave max_cost out"
+            )
         for name in ("max_in_flight", "tries", "breaker", "timeout_s", "requests_per_min", "tokens_per_min"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -196,7 +205,7 @@ def answers(job: Job) -> Outcome:
         "sent_requests": tally.sent,
         "retries": dict(sorted(tally.retries.items())),
         "cost": round(paid, 6),
-        "capped": sent.capped,
+        "stopped": sent.stopped or "complete",
         "torn_bytes": log.torn_bytes,
     }
     return Outcome(outputs=outputs, accounts=accounts, observed=observed)
@@ -219,7 +228,7 @@ async def _send(job: Job, todo: list[Request], log: AnswerLog, tally: Tally) -> 
         endpoint = Endpoint(client, url, key, pace, tally, config.tries, config.breaker, config.first_wait_s)
         budget = Budget(prices, config.max_cost, prices.total(log.entries.values()))
         with job.display.task(job.instance, len(todo), 0) as advance:
-            return await Sender(endpoint, log, budget, advance).run(todo, config.max_in_flight)
+            return await Sender(endpoint, log, budget, advance).run(todo, config.max_in_flight, config.max_s)
 
 
 def _key(config: AnswersConfig) -> str | None:
@@ -227,7 +236,9 @@ def _key(config: AnswersConfig) -> str | None:
         return None
     key = os.environ.get(config.key_env, "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(f"answers: the environment variable {config.key_env} holds no key; set it, or leave key_env out")
+        raise ConfigError(
+            f"answers: the environment variable {config.key_env} holds no key; set it, or leave key_env out"
+        )
     return key
 
 
@@ -236,7 +247,9 @@ def _check(job: Job, sent: Sent, requests: int) -> None:
     if sent.error is not None:
         raise sent.error
     if sent.signalled:
-        raise StageError(f"{job.instance}: stopped by {sent.signalled} after {sent.answered:,} answers; run again to go on")
+        raise StageError(
+            f"{job.instance}: stopped by {sent.signalled} after {sent.answered:,} answers; run again to go on"
+        )
     if len(sent.failed) > job.config.max_failed_fraction * requests:
         causes = ", ".join(sorted(set(sent.failed.values())))
         raise StageError(

@@ -1,7 +1,7 @@
 """One request to an OpenAI-compatible endpoint, tried until it is answered, refused, or has failed too often.
 
-In: a JSON body. Out: the answer's text, finish_reason, model and usage (ANSWER keys), or `Refused` for a status that says this very
-request will never work (400, 413, 422). Tried again, after waits that double with jitter or as long as Retry-After says:
+In: a JSON body. Out: the answer's text, finish_reason, model and usage, or `Refused` for a status that says this very request
+will never work (400, 413, 422). Tried again, after waits that double with jitter or as long as Retry-After says:
 429, 408, 409, 425, 5xx, time-outs, broken connections, and 200s that are no chat completion (nothing in them can be used).
 Any other status is a mistake of the config and stops the stage.
 
@@ -125,8 +125,8 @@ class Endpoint:
     def _check_breaker(self, cause: str) -> None:
         if self.tally.failures_in_a_row >= self.breaker:
             raise StageError(
-                f"answers: {self.url} gave no answer in {self.tally.failures_in_a_row} tries, last {cause or 'failure elsewhere'}; "
-                "see that it is up, then run again: answers so far are kept"
+                f"answers: {self.url} gave no answer in {self.tally.failures_in_a_row} tries in a row "
+                f"({cause or 'of other requests'}); see that it is up, then run again: answers so far are kept"
             )
 
 

@@ -37,10 +37,11 @@ DEFINITION = re.compile(
     r"[^.!?\n]{10,240}[.!]",
     re.MULTILINE,
 )
-NO_SUBJECT = frozenset(
+PRONOUNS = (
     "all any both each every he here i it my one our she some such that the their there these they this those we what which "
-    "who you your its his her another other first last if now then when where why how no not only even among with".split()
+    "who you your its his her another other first last if now then when where why how no not only even among with"
 )
+NO_SUBJECT = frozenset(PRONOUNS.split())  # what a sentence of the form `X is a Y` may begin with and not define
 EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 
 
@@ -85,7 +86,9 @@ def runs_of(text: CodePoints, raw: Pieces) -> list[list[str]]:
     """`named_runs` where the words are known. A run keeps inner marks and loses those at its ends."""
     named = capitalised(text, raw)
     begins = np.flatnonzero(named & ~goes_on(named, text, raw))
-    ends = np.flatnonzero(named & ~np.append(goes_on(named, text, raw)[1:] & named[1:], False)) if len(named) else begins
+    ends = (
+        np.flatnonzero(named & ~np.append(goes_on(named, text, raw)[1:] & named[1:], False)) if len(named) else begins
+    )
     whole = text.points.tobytes().decode("utf-32-le")
     out: list[list[str]] = [[] for _ in range(len(raw.first) - 1)]
     documents = np.searchsorted(raw.first, begins, side="right") - 1

@@ -216,9 +216,7 @@ def _best(job: Job, units: list[Unit], inventory: pa.Table) -> pa.Table:
     config: PassagesConfig = job.config
     embedder = open_embedder(config.embedder)
     names = inventory.column("entity").to_pylist()
-    said = [
-        f"{n}. {d}" if d else n for n, d in zip(names, inventory.column("definition").to_pylist(), strict=True)
-    ]
+    said = [f"{n}. {d}" if d else n for n, d in zip(names, inventory.column("definition").to_pylist(), strict=True)]
     vectors = quantised(embedder.embed(said))
     scorer = Scorer(config, tuple(names), vectors, embedder)
     most = config.passages * config.candidates
@@ -269,8 +267,8 @@ class TextUnits:
             made: list[tuple[str, str]] = []
             for i, row in enumerate(rows):
                 for name, start, end in self.wanted.get(int(row), ()):
-                    stages = [[Span(s["start"], s["end"], s["replacement"]) for s in c[i].as_py() or ()]
-                              for c in (batch.column(n) for n in spans)]  # fmt: skip
+                    cuts = [batch.column(n)[i].as_py() or () for n in spans]
+                    stages = [[Span(s["start"], s["end"], s["replacement"]) for s in c] for c in cuts]
                     text = bytes(memoryview(batch.column("text")[i].as_buffer()))
                     made.append((name, released_range(text, stages, start, end)))
             if made:
@@ -279,11 +277,12 @@ class TextUnits:
 
 def released_range(text: bytes, stages: list[list[Span]], start: int, end: int) -> str:
     """Bytes `start` to `end` of a document with its spans applied; a span across an edge is applied to the part inside."""
-    inside = [
-        [Span(max(s.start, start) - start, min(s.end, end) - start, s.replacement) for s in spans if s.start < end and s.end > start]
-        for spans in stages
-    ]  # fmt: skip
+    inside = [[_shifted(s, start, end) for s in spans if s.start < end and s.end > start] for spans in stages]
     return apply_spans(text[start:end], inside)
+
+
+def _shifted(span: Span, start: int, end: int) -> Span:
+    return Span(max(span.start, start) - start, min(span.end, end) - start, span.replacement)
 
 
 def passage_id(doc_id: str, start: int, end: int) -> str:

@@ -26,9 +26,7 @@ class ShardOf:
 
 def shard_units(datasets: Sequence[Dataset]) -> list[Unit]:
     """One unit for each shard."""
-    return [
-        Unit(f"{d.name}/{s.name}", ShardOf(d, i), s.text_bytes) for d in datasets for i, s in enumerate(d.shards)
-    ]
+    return [Unit(f"{d.name}/{s.name}", ShardOf(d, i), s.text_bytes) for d in datasets for i, s in enumerate(d.shards)]
 
 
 @dataclass(frozen=True)

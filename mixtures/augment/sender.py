@@ -28,7 +28,7 @@ class Sent:
     answered: int = 0
     refused: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # key -> last cause
-    capped: bool = False
+    stopped: str = ""  # max_cost or max_s, where one ended the run
     signalled: str = ""
     error: StageError | None = None
 
@@ -36,25 +36,34 @@ class Sent:
 class Sender:
     """One run over requests that the log does not hold."""
 
-    def __init__(self, endpoint: Endpoint, log: AnswerLog, budget: Budget, advance: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, log: AnswerLog, budget: Budget, advance: Callable[[int, int, int], None]
+    ) -> None:
         self.endpoint, self.log, self.budget, self.advance = endpoint, log, budget, advance
         self.sent = Sent()
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
 
-    async def run(self, requests: Sequence[Request], in_flight: int) -> Sent:
+    async def run(self, requests: Sequence[Request], in_flight: int, max_s: float | None) -> Sent:
         """Send what can be sent. Errors that end the run are in the result, after everything in flight was logged."""
         queue = iter(requests)
+        timer = asyncio.get_running_loop().call_later(max_s, self._stop, "max_s") if max_s is not None else None
         with self._signals():
             await asyncio.gather(*(self._work(queue) for _ in range(min(in_flight, len(requests)))))
+        if timer is not None:
+            timer.cancel()
         return self.sent
+
+    def _stop(self, why: str) -> None:
+        self.sent.stopped = self.sent.stopped or why
+        self.endpoint.tally.stopped = True
 
     async def _work(self, queue: Iterator[Request]) -> None:
         for request in queue:
             if self.endpoint.tally.stopped:
                 return
             if not await self.budget.admit(request):
-                self.sent.capped = self.endpoint.tally.stopped = True
+                self._stop("max_cost")
                 return
             paid = 0.0
             try:
