@@ -25,7 +25,6 @@ from pydantic import Field, field_validator, model_validator
 from core.errors import ConfigError, StageError
 from core.hashing import seeded, table_digest
 from core.job import Job, Outcome
-from core.records import well_formed
 from core.schema import TEXT
 from core.stage import Kind, Stage, StageConfig, execution
 from mixtures.augment.budget import Budget, Prices
@@ -290,10 +289,10 @@ def answer_table(requests: Sequence[Request], passages: pa.Table, entries: Mappi
                 "template": request.template.name,
                 "version": request.template.version,
                 "model": request.body["model"],
-                "served_model": well_formed(entry["served_model"])[0],
+                "served_model": entry["served_model"],
                 "params": json.dumps(params, sort_keys=True),
-                "answer": well_formed(entry["text"])[0],
-                "finish_reason": well_formed(entry["finish_reason"])[0],
+                "answer": entry["text"],
+                "finish_reason": entry["finish_reason"],
                 **entry["usage"],
             }
         )

@@ -32,7 +32,7 @@ class Embedder(Protocol):
 class HashedWords:
     """Signed feature hashing of lower-case words; sums are of integers, so equal texts have equal vectors anywhere."""
 
-    def __init__(self, dimensions: int = 256) -> None:
+    def __init__(self, dimensions: int = 512) -> None:
         self.dimensions = dimensions
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -20,6 +20,7 @@ import httpx
 
 from core.errors import RetryableError, StageError
 from core.hashing import seeded
+from core.records import well_formed
 from mixtures.augment.pace import Pace
 
 ANSWER_BYTES = 4 << 20  # a longer body is no answer to a request of a few thousand tokens
@@ -144,9 +145,9 @@ def parsed(data: bytes) -> dict[str, Any] | None:
         return None
     counted = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in tokens)
     return {
-        "text": content or "",
-        "finish_reason": reason or "",
-        "model": str(answer.get("model") or ""),
+        "text": well_formed(content or "")[0],
+        "finish_reason": well_formed(reason or "")[0],
+        "model": well_formed(str(answer.get("model") or ""))[0],
         "usage": dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=True)) if counted else None,
     }
 

@@ -55,7 +55,7 @@ def facts(text: str, least: int = 0) -> Facts:
 def unfounded(answer: str, source: str) -> list[str]:
     """Numbers and months of the answer that the source does not state, in a readable form."""
     said, known = facts(answer, COUNTED + 1), facts(source)
-    allowed = {reading for number in known.numbers for reading in number}
+    allowed = {reading for number in known.numbers for reading in number} | {str(m) for m in known.months}
     wrong = [min(number, key=lambda r: (len(r), r)) for number in said.numbers if not number & allowed]
     months = [MONTHS.split()[m - 1] for m in sorted(said.months - known.months) if 1 <= m <= 12]
     return wrong + months

