@@ -77,7 +77,7 @@ def candidates(judge: Judge, datasets: dict[int, Dataset], unit: Unit) -> Iterat
 
 
 def edges_frame(job: Job) -> Frame:
-    """The verified pairs of `minhash` as rows of CANDIDATES, without those of a document and its parent."""
+    """The verified pairs of `minhash` as rows of CANDIDATES; the Jaccard of a document and its parent is negative."""
     instance = job.config.through(MINHASH)
     with job.root.parquet(edges_name(instance)) as f:
         units = [Unit(str(group), group) for group in range(f.num_row_groups)]
@@ -88,7 +88,7 @@ def edges_frame(job: Job) -> Frame:
     births = [Unit(f"{d.name}/{s.name}", (d.ordinal, i)) for d in made.values() for i, s in enumerate(d.shards)]
     kin = job.engine.scan(partial(_scan_kin, made), births, KIN, f"{job.instance}: parents")
     joined = job.engine.join(edges, kin, ["node", "other"], "left outer", f"{job.instance}: parents")
-    return job.engine.map(joined, _unrelated, CANDIDATES, f"{job.instance}: edges of strangers")
+    return job.engine.map(joined, _marked, CANDIDATES, f"{job.instance}: kin")
 
 
 def _scan_kin(datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -102,18 +102,17 @@ def _scan_kin(datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBat
             for parent in json.loads(metadata).get("parents", ())
             for pair in ((child, parent), (parent, child))
         }
-        yield from (
-            pa.table(
-                [*(pa.array(c, TEXT) for c in zip(*sorted(pairs), strict=True)), pa.repeat(True, len(pairs))],
-                schema=KIN,
-            ).to_batches()
-            if pairs
-            else ()
-        )
+        ordered = sorted(pairs)
+        ends = [pa.array([pair[i] for pair in ordered], TEXT) for i in range(2)]
+        yield pa.RecordBatch.from_arrays([*ends, pa.repeat(True, len(ordered))], schema=KIN)
 
 
-def _unrelated(joined: pa.Table) -> pa.Table:
-    return joined.filter(pc.is_null(joined.column("kin"))).select(CANDIDATES.names).cast(CANDIDATES)
+def _marked(joined: pa.Table) -> pa.Table:
+    """Edges of kin with a negative Jaccard, by which `dedup.survivors` knows them."""
+    jaccard = joined.column("jaccard")
+    jaccard = pc.if_else(pc.is_valid(joined.column("kin")), pc.negate(jaccard), jaccard)
+    at = joined.schema.get_field_index("jaccard")
+    return joined.set_column(at, "jaccard", jaccard).select(CANDIDATES.names).cast(CANDIDATES)
 
 
 def _scan_edges(root: Root, instance: str, unit: Unit) -> Iterator[pa.RecordBatch]:

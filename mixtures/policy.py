@@ -48,9 +48,7 @@ class SelectConfig(StageConfig):
     def _one_of_each(cls, duplicates: tuple[str, ...]) -> tuple[str, ...]:
         stages = [d.partition("@")[0] for d in duplicates]
         if set(stages) - {EXACT, MINHASH} or len(set(stages)) < len(stages):
-            raise ConfigError(
-                f"select: duplicates are one instance of exact and one of minhash at most, got {list(duplicates)}"
-            )
+            raise ValueError("expected at most one instance of exact and one of minhash")
         return duplicates
 
     def through(self, stage: str) -> str | None:
