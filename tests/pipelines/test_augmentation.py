@@ -36,8 +36,9 @@ policy:
 
 def note(i: int) -> str:
     return (
-        f"The lighthouse of Port {chr(65 + i)}nnis was lit in {1850 + i} by the engineer Clara Holm. Its tower "
-        f"is {20 + i} metres high, and its lamp is a Fresnel lens from Paris. Ships on the way to Elsinore have seen it from far away ever since."
+        f"The lighthouse of Port {chr(65 + i)}nnis was lit in {1850 + i} by the engineer Clara Holm. "
+        f"Its tower is {20 + i} metres high, and its lamp is a Fresnel lens from Paris. "
+        "Ships on the way to Elsinore have seen it from far away ever since."
     )
 
 
