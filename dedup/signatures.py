@@ -69,7 +69,7 @@ def band_keys(signature: np.ndarray, bands: int, rows: int, scope: int = 0) -> n
     """
     draw = np.random.RandomState(_KEY_SEED)
     factors = draw.randint(0, 1 << 63, (bands, rows), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    start = draw.randint(0, 1 << 63, bands, dtype=np.uint64) + np.uint64(scope) * np.uint64(0x9E3779B97F4A7C15)
+    start = draw.randint(0, 1 << 63, bands, dtype=np.uint64) + np.uint64(scope * 0x9E3779B97F4A7C15 % (1 << 64))
     grouped = signature.reshape(-1, bands, rows).astype(np.uint64)
     grouped = grouped * np.uint64(0xD1342543DE82EF95) ^ (grouped << np.uint64(29))  # spread 32 bits over 64
     h = (grouped * factors).sum(axis=2, dtype=np.uint64) + start

@@ -184,6 +184,22 @@ def generate(
 
 
 @app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="JSONL: records of the stage `rl`, each with `response` or `responses`")],
+) -> None:
+    """Score responses to RL records: maths by value, code by its tests in a sandbox.
+
+    Example: `pipelines verify sampled.jsonl > rewards.jsonl`
+    """
+    from mixtures.posttrain.verify import verify_lines, walls
+
+    for warning in walls():
+        typer.echo(f"warning: {warning}", err=True)
+    for line in verify_lines(file):
+        typer.echo(line)
+
+
+@app.command()
 def forget(
     config: Config,
     doc_id: Annotated[list[str] | None, typer.Option(help="32 hex digits")] = None,

@@ -151,7 +151,7 @@ def plan_json(pipeline: Pipeline, planned: Iterable[Planned]) -> dict[str, Any]:
     for i, p in enumerate(planned):
         reads = set(_inputs(pipeline, p.step))
         before = [q.step for q in planned[:i] if _makes(pipeline, q.step) & reads]
-        command = ["pipelines", "run", "stage", p.step.entry.instance, "-c", str(pipeline.path)]
+        command = ["pipelines", "run", "stage", p.step.entry.instance, "-c", str(pipeline.path.resolve())]
         command += ["--dataset", p.step.dataset] if p.step.dataset else []
         out.append(
             {
@@ -184,7 +184,7 @@ def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
         return []
     if kind is Kind.INGEST:
         captured = pipeline.sources[step.dataset or ""].kind
-        return [(step.dataset, captured)] if any(e.instance == captured for e in pipeline.stages) else []
+        return [(step.dataset, captured)] if any(e.instance == captured and e.stage.kind is Kind.CAPTURE for e in pipeline.stages) else []
     columns = list(entry.stage.columns(entry.config))
     if kind is Kind.DECIDE:
         columns += policy_columns(pipeline, entry.instance)

@@ -23,6 +23,9 @@ STAGES = (
     Line("language", Kind.ANNOTATE, "classifiers.language:STAGE", "language, score and script of each document"),
     Line("signals", Kind.ANNOTATE, "classifiers.signals:STAGE", "the measured value behind every quality rule"),
     Line("pii", Kind.ANNOTATE, "classifiers.pii:STAGE", "spans of e-mail and public IP addresses with replacements"),
+    Line(
+        "chat", Kind.ANNOTATE, "mixtures.posttrain.chat:STAGE", "rules, languages and difficulty of each conversation"
+    ),
     Line("exact", Kind.RELATE, "dedup.exact:STAGE", "cliques of documents with equal normalised text"),
     Line("minhash", Kind.RELATE, "dedup.minhash:STAGE", "verified near-duplicate pairs and their components"),
     Line("select", Kind.DECIDE, "mixtures.select:STAGE", "the policy: which documents stay, and why the others fall"),
@@ -40,6 +43,8 @@ STAGES = (
     Line("tokenizer", Kind.EXPORT, "mixtures.tokenizer:STAGE", "a byte-level BPE trained on a sample, or a given one"),
     Line("tokenize", Kind.EXPORT, "mixtures.tokenize:STAGE", "token shards: Megatron .bin/.idx and datatrove .ds"),
     Line("mix", Kind.EXPORT, "mixtures.mix:STAGE", "phase mixtures as indexes over the token shards"),
+    Line("sft", Kind.EXPORT, "mixtures.posttrain.sft:STAGE", "kept conversations as chat JSONL for fine-tuning"),
+    Line("rl", Kind.EXPORT, "mixtures.posttrain.rl:STAGE", "kept tasks with a verifiable answer as records for RL"),
     Line("train", Kind.EXPORT, "pipelines.model:TRAIN", "a small mixture-of-experts model on one phase"),
     Line(
         "evaluate", Kind.EXPORT, "pipelines.model:EVALUATE", "held-out bits per byte by source, and a continued prompt"

@@ -1,6 +1,7 @@
-"""Where raw records come from: WARCs, crawls, files, JSONL, Parquet, datatrove readers, behind four functions."""
+"""Where raw records come from: WARCs, crawls, files, JSONL, conversations, Parquet, datatrove readers, behind four functions."""
 
 from crawl.sources.config import (
+    ChatSource,
     CrawlSource,
     DatatroveSource,
     FilesSource,
@@ -13,6 +14,7 @@ from crawl.sources.config import (
 from crawl.sources.read import input_digest, parse, records, units
 
 __all__ = [
+    "ChatSource",
     "CrawlSource",
     "DatatroveSource",
     "FilesSource",

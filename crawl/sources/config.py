@@ -18,6 +18,9 @@ WARC_FILES = tuple(
 JSONL_FILES = tuple(
     f"**/*.{kind}{packed}" for kind in ("jsonl", "ndjson") for packed in ("", ".gz", ".zst", ".bz2", ".xz")
 )
+CHAT_FILES = tuple(
+    f"**/*.{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst", ".bz2", ".xz")
+)
 TEXT_FILES = tuple(f"**/*.{suffix}" for suffix in ("html", "htm", "xhtml", "pdf", "epub", "txt", "md", "eml"))
 
 
@@ -83,6 +86,19 @@ class JsonlSource(_Common):
     )
 
 
+class ChatSource(_Common):
+    """One conversation an object: JSONL, or one JSON array a file; plain or gz, zst, bz2, xz. The shapes are told apart by
+    their keys: `conversations` (role, content), `messages`, `conversations` (from, value)."""
+
+    kind: Literal["chat"] = "chat"
+    files: tuple[str, ...] = Field(default=CHAT_FILES, description="globs below `path`")
+    url: str | None = Field(default="url", description="key of the URL")
+    id: str | None = Field(default="id", description="key of the source's own id, kept in metadata as `source_id`")
+    line_bytes: int = Field(
+        default=256 << 20, gt=0, description="longest line read; a longer one is dropped as too_large"
+    )
+
+
 class ParquetSource(_Common):
     """One document a row."""
 
@@ -112,9 +128,9 @@ class MadeSource(BaseModel):
 
 
 # What the readers read; a crawl is turned into the WARC files it left.
-Stored = WarcSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource
+Stored = WarcSource | FilesSource | JsonlSource | ChatSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
-    WarcSource | CrawlSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource | MadeSource,
+    WarcSource | CrawlSource | FilesSource | JsonlSource | ChatSource | ParquetSource | DatatroveSource | MadeSource,
     Field(discriminator="kind"),
 ]

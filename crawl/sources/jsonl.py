@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 from core.errors import InputError
 from core.records import Dropped, Failed, Found, Origin, Raw
 from crawl.extract.html import solid
-from crawl.sources.config import JsonlSource
+from crawl.sources.config import ChatSource, JsonlSource
 from crawl.sources.listing import Piece
 from crawl.sources.members import MemberStream, TornMemberError
 
 
-def read_jsonl(file: BinaryIO, piece: Piece, source: JsonlSource) -> Iterator[Raw | Dropped | Failed]:
+def read_jsonl(file: BinaryIO, piece: Piece, source: JsonlSource | ChatSource) -> Iterator[Raw | Dropped | Failed]:
     """The records of the lines that begin in the piece's range. A line that cannot be used costs one Failed."""
     path = piece.paths[0]
     stream = MemberStream(file, at=max(0, piece.start - 1))
@@ -56,7 +56,7 @@ def parse_row(
     return Found(raw.origin, value, _url(row, url), "other", metadata=metadata)
 
 
-def _record(line: bytes, origin: Origin, where: str, source: JsonlSource) -> Raw | Failed:
+def _record(line: bytes, origin: Origin, where: str, source: JsonlSource | ChatSource) -> Raw | Failed:
     torn = not line.endswith(b"\n")
     try:
         value = json.loads(line)
@@ -65,8 +65,8 @@ def _record(line: bytes, origin: Origin, where: str, source: JsonlSource) -> Raw
         return Failed(origin, reason, f"{where}: {e}")
     if not isinstance(value, dict):
         return Failed(origin, InputError.__name__, f"{where}: got {type(value).__name__}, expected an object")
-    text = value.get(source.text)
-    if text is not None and not isinstance(text, str):
+    text = value.get(source.text) if isinstance(source, JsonlSource) else None
+    if isinstance(source, JsonlSource) and text is not None and not isinstance(text, str):
         detail = f"{where}: {source.text!r} is {type(text).__name__}, expected a string"
         return Failed(origin, InputError.__name__, detail)
     return Raw(origin, value, _url(value, source.url))

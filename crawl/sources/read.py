@@ -16,7 +16,9 @@ from core.engines.contract import Unit
 from core.hashing import CHUNK_BYTES
 from core.records import Dropped, Failed, Found, Origin, Raw
 from crawl.extract import extract
+from crawl.sources.chat import is_array, parse_chat, read_chat
 from crawl.sources.config import (
+    ChatSource,
     DatatroveSource,
     FilesSource,
     JsonlSource,
@@ -52,8 +54,8 @@ def units(source: Stored) -> list[Unit]:
     files = folder.inputs(source.files)
     if isinstance(source, FilesSource):
         return grouped(files)
-    if isinstance(source, JsonlSource):
-        return [unit for f in files for unit in _jsonl_units(folder, f)]
+    if isinstance(source, JsonlSource | ChatSource):
+        return [unit for f in files for unit in _jsonl_units(folder, f, source)]
     if isinstance(source, ParquetSource):
         return _parquet_units(folder, files, source)
     return [whole(f) for f in files]
@@ -71,7 +73,9 @@ def records(source: Stored, unit: Unit) -> Iterator[Raw | Dropped | Failed]:
             yield _file(folder, path, source)
         return
     with folder.open(piece.paths[0]) as f:
-        if isinstance(source, JsonlSource):
+        if isinstance(source, ChatSource):
+            yield from read_chat(f, piece, source)
+        elif isinstance(source, JsonlSource):
             yield from read_jsonl(f, piece, source)
         elif isinstance(source, ParquetSource):
             yield from read_parquet(f, piece, source)
@@ -83,6 +87,8 @@ def parse(source: Stored, raw: Raw) -> Found | Dropped:
     """The document in a record. May raise InputError or what a parser raises: that costs this record only."""
     if isinstance(source, WarcSource | FilesSource):
         return extract(raw, source.limits, source.document_kind, source.license)
+    if isinstance(source, ChatSource):
+        return parse_chat(raw, source)
     if isinstance(source, DatatroveSource):
         row: dict[str, Any] = {**raw.payload["metadata"], "source_id": raw.payload["id"], "text": raw.payload["text"]}
         found = parse_row(row, raw, "text", "url", None, None)
@@ -134,13 +140,15 @@ def _file(folder: Folder, path: str, source: FilesSource) -> Raw | Dropped:
     return Raw(Origin(path), data, content_type=SUFFIX_TYPES.get(path.rpartition(".")[2].lower()))
 
 
-def _jsonl_units(folder: Folder, file: Input) -> list[Unit]:
-    """Byte ranges of a plain file; a compressed one cannot be entered in the middle."""
+def _jsonl_units(folder: Folder, file: Input, source: JsonlSource | ChatSource) -> list[Unit]:
+    """Byte ranges of a plain file; a compressed one or an array of conversations cannot be entered in the middle."""
     if file.bytes <= RANGE_BYTES:
         return [whole(file)]
     with folder.open(file.path) as f:
-        packed = packing(f.read(8)) is not None
-    return [whole(file)] if packed else ranges(file)
+        solid = packing(f.read(8)) is not None
+        f.seek(0)
+        solid = solid or (isinstance(source, ChatSource) and is_array(f))
+    return [whole(file)] if solid else ranges(file)
 
 
 def _parquet_units(folder: Folder, files: list[Input], source: ParquetSource) -> list[Unit]:

@@ -1,6 +1,6 @@
 """`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, server, crawl, every stage, report.
 
-In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `seeds-*.txt`,
+In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `chats/`, `seeds-*.txt`,
 `resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads DEMO_FOLDER from the
 environment) and the root that the pipeline writes. A second run does the same and every stage finds its work done: the
 port is no part of any stage's identity.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
+from pipelines.demo.chats import write_chats
 from pipelines.demo.corpus import MOVED_HOST, build, summary
 from pipelines.demo.server import serve
 
@@ -73,6 +74,8 @@ def demo(folder: Path, large: bool, train: bool) -> int:
     folder = folder.resolve()
     manifest = build(folder / "corpus", large, print)
     print(summary(manifest))
+    chats = write_chats(folder / "corpus" / "unpacked", folder / "chats")
+    print(f"demo: conversations made of documentation: {', '.join(f'{n} {name}' for name, n in chats.items())}")
     with serve(folder / "corpus" / "hosts") as (port, resolver):
         print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
         pipeline = prepare(folder, resolver, template)

@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import augment, corpus, overview, running, training
+from pipelines.report import augment, corpus, overview, posttrain, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.markup import Html, escape, join, tag
 from pipelines.report.measure import measure
@@ -41,6 +41,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.signals(facts, measures),
         corpus.duplicates(facts, measures, docs, similar),
         augment.augmentation(facts),
+        posttrain.conversations(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         running.throughput(facts),
@@ -65,6 +66,7 @@ def _contents(body: list[Html]) -> Html:
         "signals": "Signals",
         "duplicates": "Duplicates",
         "augmentation": "Augmentation",
+        "conversations": "Conversations",
         "mixtures": "Mixtures",
         "model": "Model",
         "throughput": "Throughput",

@@ -1,0 +1,139 @@
+r"""Whether a response gives the gold answer of a mathematical task: reward 1 or 0.
+
+In: the gold answer and a response. The answer of a response is its last `\boxed{...}` (braces may nest), else what follows
+the last `####` (GSM8K), else what follows the last "answer is" or "answer:". Gold and answer are read as exact values first
+(`maths_values`); where one cannot be, `math-verify` (Apache-2.0, sympy behind it) compares them, gold parsed first: its order
+matters. sympy can take for ever on a hostile power tower, so that comparison runs in a child process that is killed after 5
+seconds and may use 1 GB.
+
+A response without a marked answer scores 0: taking any last number in it would reward a list of guesses.
+"""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+
+from core.errors import ConfigError
+from mixtures.posttrain.maths_values import equal, read_value
+
+COMPARE_S = 5.0  # math-verify's own limit for parsing and comparing, here enforced from outside
+MEMORY_BYTES = 1 << 30
+MISSING = 3  # exit status of the child where the package is not installed
+PHRASE = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*:?\s*\**\s*")
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|\s\S)")
+TAIL = 400  # characters of an answer behind a phrase that are read
+CHILD = f"""
+import json, sys
+try:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+except ImportError:
+    sys.exit({MISSING})
+pairs = json.load(sys.stdin)
+how = [LatexExtractionConfig(), ExprExtractionConfig()]
+for gold, answer in pairs:
+    try:
+        wanted = parse(f"${{gold}}$", extraction_config=how, parsing_timeout=None, raise_on_error=True)
+        given = parse(f"${{answer}}$", extraction_config=how, parsing_timeout=None, raise_on_error=True)
+        same = bool(wanted) and bool(given) and verify(wanted, given, timeout_seconds=None)
+    except Exception:
+        same = False
+    print(json.dumps(bool(same)), flush=True)
+"""
+
+
+def answer_of(response: str) -> str | None:
+    """The marked answer of a response, or None."""
+    if (boxed := last_boxed(response)) is not None:
+        return boxed
+    _, mark, tail = response.rpartition("####")
+    if mark and tail.strip():
+        return tail.strip().split("\n")[0]
+    end = response[-8 * TAIL :]
+    starts = [m.end() for m in PHRASE.finditer(end)]
+    tail = end[starts[-1] :].partition("\n")[0][:TAIL] if starts else ""
+    return _end_of_phrase(tail) or None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The inside of the last `\boxed{...}` whose braces close; escaped braces do not count."""
+    for match in reversed(list(BOXED.finditer(text))):
+        if match[1] != "{":
+            return match[1].strip()
+        depth, at = 1, match.end()
+        while at < len(text) and depth:
+            if text[at] == "\\":
+                at += 2
+                continue
+            depth += (text[at] == "{") - (text[at] == "}")
+            at += 1
+        if not depth:
+            return text[match.end() : at - 1].strip()
+    return None
+
+
+def _end_of_phrase(tail: str) -> str:
+    """The answer in the rest of a line: up to the end of a sentence, without emphasis."""
+    cut = re.split(r"(?<!\d)\.(?!\d)|\.\s|\.$|\s(?:because|since)\b", tail.strip())[0]
+    return cut.strip().strip("*_`").strip()
+
+
+def maths_reward(response: str, gold: str) -> tuple[float, str]:
+    """(1.0 or 0.0, how it was decided)."""
+    answer = answer_of(response)
+    if answer is None:
+        return 0.0, "no marked answer"
+    return (1.0, "equal") if same_answer(gold, answer) else (0.0, f"answered {answer[:80]!r}")
+
+
+def same_answer(gold: str, answer: str) -> bool:
+    """Whether two answers mean the same. A gold answer that boxes or marks its value is unwrapped first."""
+    gold = answer_of(gold) or gold
+    if gold.strip() == answer.strip():
+        return bool(gold.strip())
+    wanted, given = read_value(gold), read_value(answer)
+    if wanted is not None and given is not None:
+        return equal(wanted, given)
+    return compare([(gold, answer)])[0]
+
+
+def compare(pairs: list[tuple[str, str]]) -> list[bool]:
+    """What math-verify says of (gold, answer) pairs; False from the pair on which the child had to be killed."""
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-c", CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_limits,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        said, _ = child.communicate(json.dumps(pairs), timeout=COMPARE_S * len(pairs) + COMPARE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        said, _ = child.communicate()
+    if child.returncode == MISSING:
+        raise ConfigError(
+            "verify: comparing LaTeX needs the package math-verify; install the extra `posttrain`, see README"
+        )
+    made = [line == "true" for line in said.splitlines()][: len(pairs)]
+    return made + [False] * (len(pairs) - len(made))
+
+
+def _limits() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def is_verifiable(gold: str) -> bool:
+    """Whether a gold answer can be told right from wrong: an exact value that is no choice, or LaTeX with a digit or an
+    operator."""
+    value = read_value(answer_of(gold) or gold)
+    if value is not None:
+        return not hasattr(value, "word")
+    text = (answer_of(gold) or gold).strip()
+    return len(text) <= TAIL and bool(re.search(r"\\(?:frac|sqrt|pi|cup|infty)|[\d)]\s*[\^*/+-]|[a-z]\^", text))
