@@ -1,7 +1,7 @@
 """Spherical k-means over int8 vectors: fitted by faiss on a sample, assigned exactly.
 
-Vectors are int8 [n, d], d at most `MOST_DIMS`, and mean a direction. So are centroids, once fitted. An inner product of two is then
-an integer below 2^24, which float32 holds exactly: `assign` gives the same answer in every batch, on every CPU and with any BLAS,
+Vectors are int8 [n, d], d at most `MOST_DIMS`, and mean a direction. So are centroids, once fitted. An inner product of two is
+then an integer below 2^24, which float32 holds exactly: `assign` answers the same in every batch, on every CPU, with any BLAS,
 and is still one matrix product. `fit` runs on one thread over rows in a given order: the same bytes on one type of CPU.
 
 Cost: fit 2 n k d operations a round, some 40 GFLOP/s a core; assign 2 (k1 + k2) d a vector with two levels.

@@ -80,7 +80,7 @@ class StaticVectors:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.table = table.astype(np.int64)
-        self._known: list[bool] = table.any(axis=1).tolist()
+        self._known: list[bool] = np.any(table, axis=1).tolist()
         self._tokenizer = tokenizer
         self._tokens: dict[str, list[int]] = {}
 
