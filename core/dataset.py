@@ -5,8 +5,8 @@ checks that a layer was made from just these documents.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -38,6 +38,7 @@ class Dataset:
     ordinal: int
     shards: tuple[Shard, ...]
     generation: int = 0
+    absent: Mapping[str, pa.Schema] = field(default_factory=dict)  # layers that by config are not computed here
 
     @property
     def rows(self) -> int:
@@ -109,7 +110,10 @@ class Dataset:
         return found
 
     def read_layer(self, layer: str, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
-        """One layer shard. A layer of other documents is an error, never silently joined."""
+        """One layer shard. A layer of other documents is an error, never silently joined; one that by config is not computed
+        for this dataset is null in every row."""
+        if layer in self.absent:
+            return _uncomputed(self.absent[layer], shard.rows, columns)
         name = self.layer_name(layer, shard)
         note = self.root.note(name)
         if note is None:
@@ -142,6 +146,13 @@ def open_dataset(root: Root, name: str, ordinal: int) -> Dataset | None:
         Shard(shard, out["rows"], out["text_bytes"], out["content"]) for shard, out in sorted(manifest.outputs.items())
     )
     return Dataset(root, name, ordinal, shards, manifest.accounts.get("generation", 0))
+
+
+def _uncomputed(schema: pa.Schema, rows: int, columns: Sequence[str] | None) -> pa.Table:
+    """A layer of rows that nobody computed."""
+    names = list(columns or schema.names)
+    arrays = [pa.repeat(False, rows) if n == "computed" else pa.nulls(rows, schema.field(n).type) for n in names]
+    return pa.table(arrays, schema=pa.schema([schema.field(n) for n in names]))
 
 
 def _bounded(batch: pa.RecordBatch, limit: int) -> Iterator[pa.RecordBatch]:

@@ -107,7 +107,7 @@ class Stage:
     artifacts: Callable[[Any], Artifacts] | None = None
     libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity
     resources: Resources = field(default_factory=Resources)
-    per_dataset: bool = False  # capture and ingest work on one source; annotate always does
+    per_dataset: bool = False  # capture: once for each source whose kind is the stage's name, not once for the root
 
     def columns(self, config: Any) -> tuple[str, ...]:
         """What this stage reads under `config`, in order."""

@@ -196,5 +196,6 @@ STAGE = Stage(
     kind=Kind.CAPTURE,
     config=CrawlStageConfig,
     fn=capture,
+    per_dataset=True,
     libraries=("protego", "h11", "can_ada", "selectolax", "resiliparse"),
 )

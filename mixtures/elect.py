@@ -2,9 +2,11 @@
 
 Nodes are cliques of equal text (or single documents), edges are verified near-duplicates. Of a clique the best document stands
 for all; among nodes `dedup.survivors` goes through them best first, and a node falls only to one that stays and whose likeness
-is proven. The others of a clique fall to where their best one falls, or to it.
+is proven. The others of a clique fall to where their best one falls, or to it. An edge between a document and its parent does not
+count, where it joins them by their own ids; equal texts fall whatever their kinship.
 """
 
+import json
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +22,7 @@ from core.schema import TEXT
 from core.storage import Root
 from dedup import survivors
 from dedup.minhash import edges_name
-from mixtures.policy import Judge
+from mixtures.policy import EXACT, MINHASH, Judge
 
 # One schema for documents and edges, so that both travel in one shuffle by `group`. An edge has `other` and no `doc_id`.
 CANDIDATES = pa.schema(
@@ -34,6 +36,7 @@ CANDIDATES = pa.schema(
         ("jaccard", pa.float32()),
     ]
 )
+KIN = pa.schema([("node", TEXT), ("other", TEXT), ("kin", pa.bool_())])
 LOSERS = pa.schema([("row", pa.int64()), ("survivor", TEXT), ("through", TEXT)])
 
 
@@ -43,14 +46,13 @@ def candidates(judge: Judge, datasets: dict[int, Dataset], unit: Unit) -> Iterat
     dataset = datasets[ordinal]
     shard = dataset.shards[number]
     orders = [p.lstrip("-") for p in judge.config.prefer]
-    groups = [
-        c for c, on in (("exact.clique", "exact"), ("minhash.component", "minhash")) if on in judge.config.duplicates
-    ]
+    exact, minhash = judge.config.through(EXACT), judge.config.through(MINHASH)
+    groups = [f"{exact}.clique"] * bool(exact) + [f"{minhash}.component"] * bool(minhash)
     fate, table, _ = judge.judge(dataset, shard, [*groups, *orders, "doc_id", "fetched_at"])
     doc_id = table.column("doc_id").combine_chunks()
     nothing = pa.nulls(shard.rows, TEXT)
-    clique = table.column("exact.clique").combine_chunks() if "exact" in judge.config.duplicates else nothing
-    component = table.column("minhash.component").combine_chunks() if "minhash" in judge.config.duplicates else nothing
+    clique = table.column(f"{exact}.clique").combine_chunks() if exact else nothing
+    component = table.column(f"{minhash}.component").combine_chunks() if minhash else nothing
     group = pc.coalesce(component, clique)
     live = np.asarray(fate.column("keep")) & np.asarray(pc.is_valid(group))
     rank = judge.priority.index(dataset.name) if dataset.name in judge.priority else len(judge.priority)
@@ -75,14 +77,46 @@ def candidates(judge: Judge, datasets: dict[int, Dataset], unit: Unit) -> Iterat
 
 
 def edges_frame(job: Job) -> Frame:
-    """The verified pairs of `minhash` as rows of CANDIDATES."""
-    with job.root.parquet(edges_name("minhash")) as f:
+    """The verified pairs of `minhash` as rows of CANDIDATES; the Jaccard of a document and its parent is negative."""
+    instance = job.config.through(MINHASH)
+    with job.root.parquet(edges_name(instance)) as f:
         units = [Unit(str(group), group) for group in range(f.num_row_groups)]
-    return job.engine.scan(partial(_scan_edges, job.root), units, CANDIDATES, f"{job.instance}: edges")
+    edges = job.engine.scan(partial(_scan_edges, job.root, instance), units, CANDIDATES, f"{job.instance}: edges")
+    made = {d.ordinal: d for d in job.datasets if d.generation}
+    if not made:
+        return edges
+    births = [Unit(f"{d.name}/{s.name}", (d.ordinal, i)) for d in made.values() for i, s in enumerate(d.shards)]
+    kin = job.engine.scan(partial(_scan_kin, made), births, KIN, f"{job.instance}: parents")
+    joined = job.engine.join(edges, kin, ["node", "other"], "left outer", f"{job.instance}: parents")
+    return job.engine.map(joined, _marked, CANDIDATES, f"{job.instance}: kin")
 
 
-def _scan_edges(root: Root, unit: Unit) -> Iterator[pa.RecordBatch]:
-    with root.parquet(edges_name("minhash")) as f:
+def _scan_kin(datasets: dict[int, Dataset], unit: Unit) -> Iterator[pa.RecordBatch]:
+    """Every child with each of its parents, both ways round."""
+    ordinal, number = unit.payload
+    dataset = datasets[ordinal]
+    for batch in dataset.read(dataset.shards[number], ["doc_id", "metadata"]):
+        pairs = {
+            pair
+            for child, metadata in zip(*(c.to_pylist() for c in batch.columns), strict=True)
+            for parent in json.loads(metadata).get("parents", ())
+            for pair in ((child, parent), (parent, child))
+        }
+        ordered = sorted(pairs)
+        ends = [pa.array([pair[i] for pair in ordered], TEXT) for i in range(2)]
+        yield pa.RecordBatch.from_arrays([*ends, pa.repeat(True, len(ordered))], schema=KIN)
+
+
+def _marked(joined: pa.Table) -> pa.Table:
+    """Edges of kin with a negative Jaccard, by which `dedup.survivors` knows them."""
+    jaccard = joined.column("jaccard")
+    jaccard = pc.if_else(pc.is_valid(joined.column("kin")), pc.negate(jaccard), jaccard)
+    at = joined.schema.get_field_index("jaccard")
+    return joined.set_column(at, "jaccard", jaccard).select(CANDIDATES.names).cast(CANDIDATES)
+
+
+def _scan_edges(root: Root, instance: str, unit: Unit) -> Iterator[pa.RecordBatch]:
+    with root.parquet(edges_name(instance)) as f:
         table = f.read_row_group(unit.payload, columns=["component", "a", "b", "jaccard"])
     n = table.num_rows
     arrays = [table.column("component"), table.column("a"), pa.nulls(n, TEXT), pa.nulls(n, pa.int64())]

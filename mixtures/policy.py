@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from classifiers.rules import preset
 from core.dataset import Dataset, Shard
@@ -24,6 +24,7 @@ from core.schema import FATE, TEXT
 from core.stage import StageConfig
 from core.storage import Root
 
+EXACT, MINHASH = "exact", "minhash"  # the stages whose relations name duplicates
 WITHDRAWN = "withdrawn.txt"  # in the root
 _AUTHORITY = r"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?P<authority>[^/?#]*)"  # RFC 3986, appendix B
 
@@ -32,15 +33,27 @@ class SelectConfig(StageConfig):
     """Knobs of one select; its rules stand in the config's `policy` under its label."""
 
     after: str | None = Field(default=None, description="an earlier fate that carries forward, such as fate@eligible")
-    duplicates: tuple[Literal["exact", "minhash"], ...] = Field(
+    duplicates: tuple[str, ...] = Field(
         default=(),
-        description="relations through which duplicates fall: exact, minhash, or both",
+        description="instances of exact and of minhash, at most one of each, through which duplicates fall",
         examples=[["exact", "minhash"]],
     )
     prefer: tuple[str, ...] = Field(
         default=(),
         description="columns that order duplicates after dataset priority, best first; '-signals.chars' means the longest wins",
     )
+
+    @field_validator("duplicates")
+    @classmethod
+    def _one_of_each(cls, duplicates: tuple[str, ...]) -> tuple[str, ...]:
+        stages = [d.partition("@")[0] for d in duplicates]
+        if set(stages) - {EXACT, MINHASH} or len(set(stages)) < len(stages):
+            raise ValueError("expected at most one instance of exact and one of minhash")
+        return duplicates
+
+    def through(self, stage: str) -> str | None:
+        """The instance of exact or of minhash through which duplicates fall here."""
+        return next((d for d in self.duplicates if d.partition("@")[0] == stage), None)
 
 
 @dataclass(frozen=True)

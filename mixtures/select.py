@@ -6,7 +6,8 @@ layer `fate@LABEL` (keep, reason, stage, detail); with duplicates also `duplicat
 A document falls for the first of: an earlier fate, a takedown, a stage that rejected it, the first rule that holds, a verified
 duplicate that stays. Survivors are elected among the documents that passed everything else, in the order of the policy's dataset
 priority, `prefer`, date and doc_id: a document falls only through an edge to one that stays, so a chain A~B~C with A and C
-unlike keeps both A and C. Rules over values that were not computed do not hold; they are counted as unjudged.
+unlike keeps both A and C. A document and its parent never fall to each other through such an edge. Rules over values that were
+not computed do not hold; they are counted as unjudged.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from core.rows import dataset_of
 from core.schema import FATE, TEXT
 from core.stage import Kind, Stage
 from mixtures.elect import CANDIDATES, LOSERS, candidates, edges_frame, elect
-from mixtures.policy import Judge, SelectConfig, read_withdrawn, rules_of
+from mixtures.policy import EXACT, MINHASH, Judge, SelectConfig, read_withdrawn, rules_of
 
 SURVIVORS = pa.schema([("survivor", TEXT), ("through", TEXT)])
 
@@ -103,7 +104,7 @@ def _write_duplicates(job: Job, judge: Judge, outcome: Outcome) -> None:
     units = [Unit(f"{d.name}/{s.name}", (d.ordinal, i)) for d in job.datasets for i, s in enumerate(d.shards)]
     rows = job.engine.scan(partial(candidates, judge, datasets), units, CANDIDATES, f"{job.instance}: candidates")
     frames: list[Frame] = [rows]
-    if "minhash" in job.config.duplicates:
+    if job.config.through(MINHASH):
         frames.append(edges_frame(job))
     decide = partial(elect, threshold=_threshold(job))
     losers = job.engine.persist(
@@ -119,7 +120,8 @@ def _write_duplicates(job: Job, judge: Judge, outcome: Outcome) -> None:
 
 def _threshold(job: Job) -> float:
     """The least Jaccard of the edges that `minhash` left."""
-    manifest = read_manifest(job.root, "minhash", None) if "minhash" in job.config.duplicates else None
+    instance = job.config.through(MINHASH)
+    manifest = read_manifest(job.root, instance, None) if instance else None
     return float(manifest.identity.config["jaccard"]) if manifest else 1.0
 
 
@@ -155,10 +157,10 @@ def _reads(config: SelectConfig) -> tuple[str, ...]:
     out = ["doc_id", "fetched_at", *(p.lstrip("-") for p in config.prefer)]
     if config.after:
         out.append(f"{config.after}.keep")
-    if "exact" in config.duplicates:
-        out.append("exact.clique")
-    if "minhash" in config.duplicates:
-        out += ["minhash.component", "@minhash"]
+    if exact := config.through(EXACT):
+        out.append(f"{exact}.clique")
+    if minhash := config.through(MINHASH):
+        out += [f"{minhash}.component", f"@{minhash}"]
     return tuple(out)
 
 

@@ -45,7 +45,7 @@ def run_all(
     Example: `pipelines run all -c configs/demo.yaml --until mix`
     """
     from pipelines.plan import plan
-    from pipelines.runner import between
+    from pipelines.scope import between
 
     pipeline = _load(config, engine, workers)
     chosen = between(pipeline, from_, until)
@@ -72,7 +72,7 @@ def run_stage(
 
     Example: `pipelines run stage signals -c configs/demo.yaml --dataset web`
     """
-    from pipelines.plan import steps
+    from pipelines.scope import steps
 
     pipeline = _load(config, engine, workers)
     entry = pipeline.entry(name)

@@ -1,4 +1,4 @@
-"""One YAML file describes one pipeline: `root`, `engine`, `sources`, `stages`, `policy`. All mistakes are reported at once.
+"""One YAML file describes one pipeline: `root`, `engine`, `sources`, `stages`, `policy`. All mistakes are told at once.
 
 root: ./data                      # any fsspec URL; relative paths are meant from this file's folder
 engine: {name: local, workers: 2, memory_gb: 4}
@@ -19,45 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from core.errors import ConfigError
 from core.predicate import Predicate
 from core.stage import ConfigPath, Kind, Stage, StageConfig
+from pipelines.knobs import EngineConfig, Rule
 from pipelines.stages import BY_NAME, STAGES, load
 from pipelines.yaml_lines import Lines
 from pipelines.yaml_lines import load as load_yaml
 
-REPEATABLE = {"select"}  # stages that a pipeline may name several times, as NAME@LABEL
-
-
-class EngineConfig(BaseModel):
-    """How to run: nothing here changes a byte of the output."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(default="local", pattern="^(local|ray|spark)$", description="local, ray or spark")
-    workers: int = Field(default=0, ge=0, description="worker processes; 0: one per core")
-    memory_gb: float = Field(default=4.0, gt=0, description="memory shared by all workers")
-    stall_s: float = Field(default=600.0, gt=0, description="a worker that gives no sign for so long is replaced")
-    scratch: ConfigPath | None = Field(
-        default=None, description="local folder for spills; default: exchange/ below a local root"
-    )
-    address: str | None = Field(
-        default=None, description="cluster to join (Ray address, Spark master); default: start one here"
-    )
-
-
-class Rule(BaseModel):
-    """One line of a policy: either a predicate that drops, or a preset of such lines."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    drop: str | None = Field(default=None, description="documents for which this predicate holds fall")
-    reason: str | None = Field(default=None, description="the reason recorded; required with `drop`")
-    use: str | None = Field(default=None, description="a preset: gopher_quality, gopher_repetition, c4, fineweb")
-    thresholds: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's thresholds")
-    datasets: tuple[str, ...] | None = Field(default=None, description="only documents of these datasets")
+LABELLED = {"select"}  # stages that always bear a label, as NAME@LABEL: the policy has rules for each
+REPEATABLE = {"exact", "minhash", "decontaminate"}  # stages that may bear one, to run again at a later place
 
 
 @dataclass(frozen=True)
@@ -134,6 +107,7 @@ class _Checker:
         if not sources and "sources" not in self.data:
             self.problems.append(f"{self.lines.where(())}: `sources` is missing; name at least one")
         self._check_datasets(stages, names)
+        self._check_made(stages, sources)
         self._check_columns(stages, policy)
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
@@ -161,11 +135,8 @@ class _Checker:
                     ("stages", instance), f"unknown stage {name!r}{nearest(name, known)}; `pipelines stages` lists all"
                 )
                 continue
-            if (name in REPEATABLE) != bool(label) or not re.fullmatch(r"\w*", label):
-                self._problem(
-                    ("stages", instance),
-                    f"{name!r} takes {'a label, as in ' + name + '@final' if name in REPEATABLE else 'no label'}",
-                )
+            if wrong := _label_problem(name, label):
+                self._problem(("stages", instance), wrong)
                 continue
             try:
                 stage = load(instance)
@@ -185,7 +156,7 @@ class _Checker:
     def _policy(self, stages: list[StageEntry], sources: list[str]) -> dict[str, Any]:
         given = self._mapping(("policy",))
         labels = [e.instance.partition("@")[2] for e in stages if e.stage.kind is Kind.DECIDE]
-        named = [i.partition("@")[2] for i in self._mapping(("stages",)) if i.partition("@")[0] in REPEATABLE]
+        named = [i.partition("@")[2] for i in self._mapping(("stages",)) if i.partition("@")[0] in LABELLED]
         self._known_keys(("policy",), given, ["priority", "withdrawn", *named])
         out: dict[str, Any] = {
             "priority": self._validate(("policy", "priority"), tuple[str, ...], given.get("priority", []))
@@ -226,6 +197,20 @@ class _Checker:
             for name in e.config.datasets or ():
                 if name not in sources:
                     self._problem(("stages", e.instance, "datasets"), f"no source {name!r}{nearest(name, sources)}")
+
+    def _check_made(self, stages: list[StageEntry], sources: dict[str, Any]) -> None:
+        """A made dataset has a maker, and a maker has a dataset to make."""
+        makers = [e.instance for e in stages if e.stage.kind is Kind.MAKE]
+        made = {name: s.stage for name, s in sources.items() if s.kind == "made"}
+        for name, stage in made.items():
+            if stage not in makers:
+                near = nearest(stage, makers) or "; name one of the stages that make documents, and list it in `stages`"
+                self._problem(("sources", name, "stage"), f"no stage {stage!r} makes documents here{near}")
+        for stage in makers:
+            if stage not in made.values():
+                self._problem(
+                    ("stages", stage), f"makes a dataset; add a source `NAME: {{kind: made, stage: {stage}}}`"
+                )
 
     def _check_columns(self, stages: list[StageEntry], policy: dict[str, Any]) -> None:
         """Columns that a config names in layers of its own stages exist there: known before anything has run."""
@@ -304,6 +289,14 @@ class _Checker:
     def _problem(self, path: tuple[str | int, ...], message: str) -> None:
         dotted = ".".join(str(p) for p in path)
         self.problems.append(f"{self.lines.where(path)}: {dotted}: {message}")
+
+
+def _label_problem(name: str, label: str) -> str | None:
+    """What is wrong with an instance name, if anything."""
+    takes = name in LABELLED or name in REPEATABLE
+    if label if not takes else (name in LABELLED and not label) or not re.fullmatch(r"\w*", label):
+        return f"{name!r} takes {'a label, as in ' + name + '@final' if takes else 'no label'}"
+    return None
 
 
 def _in_data(value: Any, loc: tuple[Any, ...], part: Any) -> bool:

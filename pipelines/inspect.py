@@ -19,7 +19,7 @@ from core.storage import Root
 from mixtures.policy import WITHDRAWN, rules_of, withdrawn_rows
 from mixtures.select import fate_layer
 from pipelines.config import Pipeline
-from pipelines.plan import Step, steps
+from pipelines.scope import DOCUMENT_KINDS, Step, layers_of, steps
 
 TEXT_PREVIEW = 400  # characters of a document's text in `explain`
 
@@ -67,7 +67,7 @@ def check_root(pipeline: Pipeline, root: Root, content: bool) -> tuple[list[str]
 def account_problems(step: Step, manifest: Manifest) -> list[str]:
     """Counts that do not add up."""
     a = manifest.accounts
-    if step.entry.stage.kind is Kind.INGEST and a["records"] != a["drops"] + a["rejects"] + a["documents"]:
+    if step.entry.stage.kind in DOCUMENT_KINDS and a["records"] != a["drops"] + a["rejects"] + a["documents"]:
         return [
             f"records {a['records']:,} != drops {a['drops']:,} + rejects {a['rejects']:,} + documents {a['documents']:,}"
         ]
@@ -83,11 +83,7 @@ def account_problems(step: Step, manifest: Manifest) -> list[str]:
 def layer_manifests(pipeline: Pipeline, root: Root, dataset: str) -> Iterator[tuple[str, Manifest]]:
     """Every committed layer of a dataset, in the order of the pipeline."""
     for entry in pipeline.stages:
-        label = entry.instance.partition("@")[2]
-        names = [f"duplicates@{label}", f"fate@{label}"] if entry.stage.kind is Kind.DECIDE else [entry.instance]
-        if entry.stage.kind not in (Kind.ANNOTATE, Kind.RELATE, Kind.DECIDE):
-            continue
-        for name in names:
+        for name, _ in layers_of(entry):
             manifest = read_manifest(root, name, dataset)
             if manifest is not None:
                 yield name, manifest

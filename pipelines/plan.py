@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
+from core.dataset import DOCUMENTS_INSTANCE
 from core.errors import ConfigError
 from core.hashing import digest, file_digest
 from core.manifest import Identity, Manifest, read_manifest
@@ -18,25 +18,9 @@ from core.schema import DOCUMENTS
 from core.stage import Artifacts, Kind, identity_fields
 from core.storage import Root
 from pipelines.config import Pipeline, StageEntry
+from pipelines.scope import Step, absent_layers, present, steps
 
 STAND_INS = {"fasttext": ("fasttext-wheel",)}  # the same library as a binary, for machines without a compiler
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage on one dataset, or (`dataset` None) on the whole root."""
-
-    entry: StageEntry
-    dataset: str | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.entry.instance} [{self.dataset}]" if self.dataset else self.entry.instance
-
-    @property
-    def manifest(self) -> str:
-        """The instance name its manifest bears: ingest makes the documents, whatever the stage is called."""
-        return DOCUMENTS_INSTANCE if self.entry.stage.kind is Kind.INGEST else self.entry.instance
 
 
 @dataclass
@@ -49,39 +33,6 @@ class Planned:
     identity: Identity | None = None  # None: not known before something it reads has run
 
 
-def steps(pipeline: Pipeline) -> list[Step]:
-    """All steps in the order in which they run."""
-    out = []
-    for entry in pipeline.stages:
-        for name in scope(pipeline, entry):
-            out.append(Step(entry, name))
-    return out
-
-
-def scope(pipeline: Pipeline, entry: StageEntry) -> list[str | None]:
-    """The datasets a stage runs on one by one; [None] when it works on all at once."""
-    kind = entry.stage.kind
-    names = [n for n in pipeline.sources if entry.config.datasets is None or n in entry.config.datasets]
-    if kind is Kind.CAPTURE:
-        return [n for n in names if pipeline.sources[n].kind == entry.instance]
-    if kind in (Kind.INGEST, Kind.ANNOTATE):
-        return list(names)
-    return [None]
-
-
-def datasets_of(pipeline: Pipeline, root: Root, entry: StageEntry) -> tuple[Dataset, ...]:
-    """The committed datasets a stage works on. One that is missing is an error that says what to run."""
-    out = []
-    for ordinal, name in enumerate(pipeline.sources):
-        if entry.config.datasets is not None and name not in entry.config.datasets:
-            continue
-        dataset = open_dataset(root, name, ordinal)
-        if dataset is None:
-            raise ConfigError(f"{entry.instance}: dataset {name!r} has no documents yet; run stage `extract` first")
-        out.append(dataset)
-    return tuple(out)
-
-
 def plan(pipeline: Pipeline, root: Root, chosen: Iterable[Step] | None = None) -> list[Planned]:
     """The plan for `chosen` steps (default all)."""
     running: set[tuple[str | None, str]] = set()
@@ -90,7 +41,7 @@ def plan(pipeline: Pipeline, root: Root, chosen: Iterable[Step] | None = None) -
         planned = plan_step(pipeline, root, step, running)
         if planned.run:
             running.add((step.dataset, step.manifest))
-            if step.entry.stage.kind not in (Kind.ANNOTATE, Kind.INGEST, Kind.CAPTURE):
+            if step.dataset is None:
                 running.update(
                     (name, layer) for name in pipeline.sources for layer in (step.entry.instance, _layer_of(step))
                 )
@@ -119,8 +70,8 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
     if entry.stage.kind is Kind.DECIDE:
         config["policy"] = policy_identity(pipeline, root, entry.instance)
     inputs: dict[str, str] = {}
-    if entry.stage.kind in (Kind.CAPTURE, Kind.INGEST):
-        config["source"] = identity_fields(pipeline.sources[step.dataset or ""])
+    if step.dataset and entry.stage.kind is not Kind.ANNOTATE:
+        config["source"] = identity_fields(pipeline.sources[step.dataset])
     seeds_file = getattr(pipeline.sources.get(step.dataset or ""), "seeds_file", None)
     if entry.stage.kind is Kind.CAPTURE and seeds_file:
         inputs["seeds_file"] = _seeds_digest(seeds_file)
@@ -217,7 +168,7 @@ def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
     """(dataset or None, manifest name) of everything a step reads."""
     entry = step.entry
     kind = entry.stage.kind
-    if kind is Kind.CAPTURE:
+    if kind is Kind.CAPTURE and step.dataset:
         return []
     if kind is Kind.INGEST:
         captured = pipeline.sources[step.dataset or ""].kind
@@ -227,18 +178,17 @@ def _inputs(pipeline: Pipeline, step: Step) -> list[tuple[str | None, str]]:
         columns += policy_columns(pipeline, entry.instance)
     if entry.config.where:
         columns += Predicate(entry.config.where).columns
-    names = (
-        [step.dataset]
-        if step.dataset
-        else [n for n in pipeline.sources if n in (entry.config.datasets or pipeline.sources)]
-    )
+    judged = entry.stage.kind is Kind.ANNOTATE
+    names = [step.dataset] if judged and step.dataset else present(pipeline, entry)
+    absent = {name: absent_layers(pipeline, name) for name in names}
     out: list[tuple[str | None, str]] = []
     for column in dict.fromkeys(columns):
         if column.startswith("@"):
             out.append((None, column[1:]))
             continue
         layer = column.rpartition(".")[0]
-        out += [(n, layer if layer and column not in DOCUMENTS.names else DOCUMENTS_INSTANCE) for n in names]
+        name = layer if layer and column not in DOCUMENTS.names else DOCUMENTS_INSTANCE
+        out += [(n, name) for n in names if name not in absent[n]]
     out += [(n, DOCUMENTS_INSTANCE) for n in names]
     return list(dict.fromkeys(out))
 

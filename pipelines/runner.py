@@ -12,14 +12,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.captures import staging
-from core.dataset import Dataset, open_dataset
+from core.dataset import Dataset
 from core.engines.contract import Engine
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.errors import ConfigError, StageError
@@ -31,7 +31,8 @@ from core.progress import Display, quiet
 from core.stage import Kind
 from core.storage import Root
 from pipelines.config import EngineConfig, Pipeline
-from pipelines.plan import Planned, Step, artifacts_of, code_of, datasets_of, identity_of, plan_step, steps
+from pipelines.plan import Planned, artifacts_of, code_of, identity_of, plan_step
+from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
 
 FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
 
@@ -122,6 +123,8 @@ class Runner:
         job = self._job(step, identity)
         self.engine.begin(self._scratch_of(step, identity))
         outcome = step.entry.stage.fn(job)
+        if step.entry.stage.kind is Kind.MAKE:
+            outcome.accounts["generation"] = 1 + max((d.generation for d in job.datasets), default=0)
         observed = self._observed(began, clock, outcome.observed)
         for (dataset, layer), outputs in sorted(outcome.layers.items()):
             write_manifest(self.root, Manifest(layer, dataset, identity, outputs, _layer_accounts(outputs), observed))
@@ -142,7 +145,7 @@ class Runner:
         """Remove the scratch of a run that was stopped after it had written its manifest: nobody will ask for it again."""
         assert identity is not None  # the plan compared it
         scratch, staged = self._scratch_of(step, identity), staging(step.dataset or "")
-        is_staged = step.entry.stage.kind is Kind.INGEST and self.root.exists(staged)
+        is_staged = step.entry.stage.kind in DOCUMENT_KINDS and self.root.exists(staged)
         if scratch.exists() or is_staged:
             with held(self.root, _lock_name(step), self.options.run_id):
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -151,8 +154,10 @@ class Runner:
 
     def _job(self, step: Step, identity: Identity) -> Job:
         entry = step.entry
-        source_kinds = (Kind.CAPTURE, Kind.INGEST)
-        datasets = () if entry.stage.kind in source_kinds else datasets_of(self.pipeline, self.root, entry)
+        from_outside = (
+            entry.stage.kind is not Kind.MAKE and step.dataset is not None
+        )  # one source, captured or ingested
+        datasets = () if from_outside else datasets_of(self.pipeline, self.root, entry)
         return Job(
             stage=entry.stage,
             instance=entry.instance,
@@ -187,7 +192,7 @@ class Runner:
         if not todo:
             return planned
         name = group[0].dataset or ""
-        dataset = open_dataset(self.root, name, list(self.pipeline.sources).index(name))
+        dataset = dataset_at(self.pipeline, self.root, name)
         if dataset is None:
             raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
         with contextlib.ExitStack() as locks:
@@ -206,7 +211,7 @@ class Runner:
         part = dataset
         if self.options.shards:
             first, last = self.options.shards
-            part = Dataset(dataset.root, dataset.name, dataset.ordinal, dataset.shards[first:last], dataset.generation)
+            part = replace(dataset, shards=dataset.shards[first:last])
         reports = annotate(self.engine, part, runs, self.pipeline.engine.stall_s)
         if len(part.shards) < len(dataset.shards):
             self.say(
@@ -264,17 +269,6 @@ def grouped(todo: Sequence[Step]) -> Iterator[list[Step]]:
         i = j
 
 
-def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Step]:
-    """The steps from stage `first` to stage `last`, both included."""
-    names = [e.instance for e in pipeline.stages]
-    begin = names.index(pipeline.entry(first).instance) if first else 0
-    end = names.index(pipeline.entry(last).instance) if last else len(names) - 1
-    if begin > end:
-        raise ConfigError(f"--from {first} stands after --until {last} in {pipeline.path}")
-    inside = set(names[begin : end + 1])
-    return [s for s in steps(pipeline) if s.entry.instance in inside]
-
-
 def remove_output(root: Root, step: Step) -> None:
     """Forget that a step was run and what it wrote beside the documents, so that it runs anew, every shard of it."""
     instance, kind = step.entry.instance, step.entry.stage.kind
@@ -286,7 +280,7 @@ def remove_output(root: Root, step: Step) -> None:
     label = instance.partition("@")[2]
     layers = [f"fate@{label}", f"duplicates@{label}"] if kind is Kind.DECIDE else [instance]
     for dataset in [step.dataset] if step.dataset else root.names("datasets"):
-        for layer in layers if kind is not Kind.INGEST else []:
+        for layer in layers if kind not in DOCUMENT_KINDS else []:
             root.remove(f"datasets/{dataset}/layers/{layer}")
             root.remove(manifest_name(layer, dataset))
     for folder in (f"relations/{instance}", "tokens" if instance == "tokenize" else f"models/{instance}"):

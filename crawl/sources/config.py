@@ -102,9 +102,19 @@ class DatatroveSource(_Common):
     arguments: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
 
 
+class MadeSource(BaseModel):
+    """A dataset that a stage of this pipeline makes from others: the next generation. It names its parents in `metadata`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["made"] = "made"
+    stage: str = Field(description="the stage that makes it, such as augment or dialogues")
+
+
 # What the readers read; a crawl is turned into the WARC files it left.
 Stored = WarcSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource
 
 Source = Annotated[
-    WarcSource | CrawlSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource, Field(discriminator="kind")
+    WarcSource | CrawlSource | FilesSource | JsonlSource | ParquetSource | DatatroveSource | MadeSource,
+    Field(discriminator="kind"),
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from core.dataset import DOCUMENTS_INSTANCE, Dataset, open_dataset
+from core.dataset import DOCUMENTS_INSTANCE, Dataset
 from core.manifest import Manifest, read_manifest
 from core.stage import Kind
 from core.storage import Root
@@ -16,8 +16,8 @@ from mixtures.policy import CompiledRule, read_withdrawn, rules_of
 from mixtures.select import fate_layer
 from pipelines.config import Pipeline
 from pipelines.inspect import layer_manifests
-from pipelines.plan import Step, steps
 from pipelines.report.svg import Level
+from pipelines.scope import Step, dataset_at, steps
 
 DUPLICATE = "duplicate_"  # reasons of documents that fell to a duplicate begin so (mixtures.select)
 REJECTED = "rejected"
@@ -126,7 +126,7 @@ def gather(pipeline: Pipeline, root: Root) -> Facts:
     """Read every manifest of the pipeline."""
     found = ((step, read_manifest(root, step.manifest, step.dataset)) for step in steps(pipeline))
     done = tuple(Done(step, manifest) for step, manifest in found if manifest is not None)
-    opened = (open_dataset(root, name, i) for i, name in enumerate(pipeline.sources))
+    opened = (dataset_at(pipeline, root, name) for name in pipeline.sources)
     datasets = tuple(d for d in opened if d is not None)
     layers: dict[str, dict[str, Manifest]] = {d.name: {} for d in datasets}
     stale = []

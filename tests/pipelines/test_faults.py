@@ -257,7 +257,7 @@ def test_ctrl_c_ends_in_130_and_the_same_command_goes_on(small, tmp_path):
         env=environment(),
         start_new_session=True,
     )
-    until(lambda: process.poll() is not None or list((tmp_path / "root").glob("datasets/*/documents/*.parquet")))
+    until(lambda: process.poll() is not None or (tmp_path / "root/exchange").is_dir())  # it works; much is left to do
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130

@@ -10,8 +10,9 @@ from core.lock import held
 from core.manifest import read_manifest
 from core.storage import Root
 from pipelines.config import load_pipeline
-from pipelines.plan import plan, plan_json, plan_step, steps
-from pipelines.runner import Runner, RunOptions, between, grouped
+from pipelines.plan import plan, plan_json, plan_step
+from pipelines.runner import Runner, RunOptions, grouped
+from pipelines.scope import between, steps
 from tests.builders import tree_digest
 
 CONFIG = """\

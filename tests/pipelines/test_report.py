@@ -19,7 +19,8 @@ from pipelines.report.measure import KEPT, SEED, Panel, limits, measure
 from pipelines.report.overview import link
 from pipelines.report.svg import Curve, Histogram, Threshold, histogram, lines, nice_ticks
 from pipelines.report.training import bits_per_byte, smooth
-from pipelines.runner import Runner, RunOptions, between
+from pipelines.runner import Runner, RunOptions
+from pipelines.scope import between
 
 WORDS = (
     "the",
