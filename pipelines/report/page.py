@@ -6,7 +6,7 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import corpus, overview, running, training
+from pipelines.report import clusters, corpus, overview, running, training
 from pipelines.report.accounts import gather
 from pipelines.report.markup import Html, escape, join, tag
 from pipelines.report.measure import measure
@@ -40,6 +40,7 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.languages(measures),
         corpus.signals(facts, measures),
         corpus.duplicates(facts, measures, docs, similar),
+        clusters.clusters(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         running.throughput(facts),
@@ -63,6 +64,7 @@ def _contents(body: list[Html]) -> Html:
         "languages": "Languages",
         "signals": "Signals",
         "duplicates": "Duplicates",
+        "clusters": "Clusters",
         "mixtures": "Mixtures",
         "model": "Model",
         "throughput": "Throughput",
