@@ -13,7 +13,7 @@ language.language` documents in languages that the encoder does not know get has
 (`mixtures.hashed_vectors`). The two spaces are unrelated: at 256 dims the cosine of a distilled and a hashed vector was 0.05 in
 magnitude in the mean and 0.32 at most, that of hashed ones of one language 0.23 in the mean (1,803 documents).
 
-Cost: 1,800 pages of 8 kB a CPU second once a worker knows the common words, about half of that on its first thousand pages; 350 MB
+Cost: 1,800 pages of 8 kB a CPU second once a worker knows the common words, half of that on its first thousand pages; 350 MB
 a worker. Hashing reads 2,000 such pages a CPU second.
 
 It works one document at a time, through `core.annotate` (a bad document costs itself). It is a relate stage because an annotate
