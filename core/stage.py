@@ -88,6 +88,7 @@ class Resources:
 Artifacts = Mapping[
     str, str
 ]  # name -> local path of a model, tokenizer or benchmark whose fingerprint enters the identity
+ROOT = "root"  # artifact of annotate stages that read other stages' outputs ("@raters"): the URL of the root, in no identity
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from core.hashing import digest, file_digest
 from core.manifest import Identity, Manifest, read_manifest
 from core.predicate import Predicate
 from core.schema import DOCUMENTS
-from core.stage import Artifacts, Kind, identity_fields
+from core.stage import ROOT, Artifacts, Kind, identity_fields
 from core.storage import Root
 from pipelines.config import Pipeline, StageEntry
 from pipelines.scope import Step, absent_layers, present, steps
@@ -81,6 +81,8 @@ def identity_of(pipeline: Pipeline, root: Root, step: Step, with_inputs: bool = 
         label = f"{where}/{name}" if where else name
         inputs[label] = _content(root, where, name, step)
     artifacts = {name: file_digest(path) for name, path in artifacts_of(entry).items()}
+    if entry.stage.kind is Kind.ANNOTATE:  # another model means other values in every shard
+        artifacts |= {name: _content(root, None, name[1:], step) for name in models_of(entry)}
     libraries = {name: library_version(name) for name in entry.stage.libraries}
     return Identity(entry.stage.name, entry.stage.version, config, inputs, artifacts, libraries)
 
@@ -99,6 +101,16 @@ def code_of(identity: Identity) -> str:
 
 def artifacts_of(entry: StageEntry) -> Artifacts:
     return entry.stage.artifacts(entry.config) if entry.stage.artifacts else {}
+
+
+def models_of(entry: StageEntry) -> list[str]:
+    """What a stage reads of other stages' outputs, as `@instance`."""
+    return [c for c in entry.stage.columns(entry.config) if c.startswith("@")]
+
+
+def opened_with(entry: StageEntry, root: Root) -> Artifacts:
+    """What an annotate stage is opened with: its artifacts, and the URL of the root where it reads other stages' outputs."""
+    return {**artifacts_of(entry), **({ROOT: root.url} if models_of(entry) else {})}
 
 
 def library_version(name: str) -> str:

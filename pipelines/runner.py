@@ -31,7 +31,7 @@ from core.progress import Display, quiet
 from core.stage import Kind
 from core.storage import Root
 from pipelines.config import EngineConfig, Pipeline
-from pipelines.plan import Planned, artifacts_of, code_of, identity_of, plan_step
+from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_with, plan_step
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
 
 FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
@@ -207,7 +207,7 @@ class Runner:
         for p in todo:
             entry = p.step.entry
             code = code_of(identity_of(self.pipeline, self.root, p.step, with_inputs=False))
-            runs.append(AnnotateRun(entry.stage, entry.instance, entry.config, artifacts_of(entry), code))
+            runs.append(AnnotateRun(entry.stage, entry.instance, entry.config, opened_with(entry, self.root), code))
         part = dataset
         if self.options.shards:
             first, last = self.options.shards
