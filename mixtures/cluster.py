@@ -50,7 +50,7 @@ LEAVES = pa.schema([("parent", pa.int32()), ("leaf", pa.int32()), ("vector", pa.
 DRAWS = 1 << 53  # seeded_column has so many values
 SALT = pa.scalar("cluster", TEXT)  # `split` and `tokenizer` draw by other hashes of doc_id
 BATCH_BYTES = 16 << 20
-SKEW = 4  # times the mean number of leaves that one parent may get: bounds the longest fit. Chosen, untested
+SKEW = 2  # times the mean number of leaves that one parent may get: bounds the longest fit. Chosen, untested
 FILES = ("parents", "leaves", "first")
 
 
