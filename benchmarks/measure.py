@@ -21,6 +21,7 @@ import psutil
 LIBRARIES = (
     "pyarrow",
     "numpy",
+    "faiss-cpu",
     "fasttext",
     "zstandard",
     "datatrove",

@@ -39,6 +39,10 @@ STAGES = (
     Line("tiers", Kind.RELATE, "classifiers.tiers:STAGE", "quality tiers by percentile and language, high to low"),
     Line("exact", Kind.RELATE, "dedup.exact:STAGE", "cliques of documents with equal normalised text"),
     Line("minhash", Kind.RELATE, "dedup.minhash:STAGE", "verified near-duplicate pairs and their components"),
+    Line("embedder", Kind.EXPORT, "mixtures.embedder:STAGE", "a static embedding distilled from a sentence encoder"),
+    Line("embed", Kind.RELATE, "mixtures.embed:STAGE", "one vector for each document"),
+    Line("cluster", Kind.RELATE, "mixtures.cluster:STAGE", "two-level spherical k-means over the vectors"),
+    Line("rebalance", Kind.RELATE, "mixtures.rebalance:STAGE", "a quota for each cluster, and who is within it"),
     Line("select", Kind.DECIDE, "mixtures.select:STAGE", "the policy: which documents stay, and why the others fall"),
     Line("split", Kind.ANNOTATE, "mixtures.split:STAGE", "train or held-out, fixed by a hash"),
     Line(

@@ -6,7 +6,18 @@ from string import Template
 
 from core.storage import Root
 from pipelines.config import Pipeline
-from pipelines.report import ablation, augment, corpus, harvest, overview, posttrain, raters, running, training
+from pipelines.report import (
+    ablation,
+    augment,
+    clusters,
+    corpus,
+    harvest,
+    overview,
+    posttrain,
+    raters,
+    running,
+    training,
+)
 from pipelines.report.accounts import gather
 from pipelines.report.contamination import contamination
 from pipelines.report.markup import Html, escape, join, tag
@@ -42,10 +53,11 @@ def render(pipeline: Pipeline, root: Root) -> str:
         corpus.signals(facts, measures),
         raters.quality(facts),
         corpus.duplicates(facts, measures, docs, similar),
-        augment.augmentation(facts),
-        posttrain.conversations(facts),
+        clusters.clusters(facts),
         contamination(facts),
         harvest.changes(facts),
+        augment.augmentation(facts),
+        posttrain.conversations(facts),
         training.mixtures(facts),
         training.model(facts, evaluated),
         ablation.ablations(facts),
@@ -71,10 +83,11 @@ def _contents(body: list[Html]) -> Html:
         "signals": "Signals",
         "quality": "Quality",
         "duplicates": "Duplicates",
-        "augmentation": "Augmentation",
-        "conversations": "Conversations",
+        "clusters": "Clusters",
         "contamination": "Contamination",
         "changes": "Changes",
+        "augmentation": "Augmentation",
+        "conversations": "Conversations",
         "mixtures": "Mixtures",
         "model": "Model",
         "ablations": "Ablations",

@@ -21,9 +21,15 @@ stages:
   extract: {}
   exact: {}
   minhash: {}
+  embedder: {kind: hashed, dims: 32}
+  embed: {}
+  cluster: {clusters: 9, points: 16}
+  rebalance: {keep_fraction: 0.5, block_docs: 40}
   select@final: {}
 policy:
   priority: [books, web]
+  final:
+    - {drop: rebalance.within_quota == false, reason: over_quota}
 """
 DOCS = 600
 
@@ -101,7 +107,7 @@ def test_the_corpus_has_something_to_find(expected):
         pytest.param("spark", 2, marks=pytest.mark.spark),
     ],
 )
-def test_dedup_and_select_are_the_same_on_every_engine(name, workers, expected, tmp_path):
+def test_dedup_clusters_and_select_are_the_same_on_every_engine(name, workers, expected, tmp_path):
     require(name)
     write_sources(tmp_path)
     files, manifests = outcome(tmp_path, name, workers)

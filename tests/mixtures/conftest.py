@@ -83,7 +83,7 @@ class House:
             table = self.root.read_table(dataset.documents_name(shard))
             rows = [{"computed": True, "error": None, **make(d)} for d in table.to_pylist()]
             full = pa.schema([pa.field("computed", pa.bool_()), pa.field("error", TEXT), *schema])
-            write_layer(dataset, layer, shard, schema, [pa.Table.from_pylist(rows, full)], digest([layer, rows]))
+            write_layer(dataset, layer, shard, schema, [pa.Table.from_pylist(rows, full)], digest([layer, repr(rows)]))
 
     def judge(self, name: str, drop: Sequence[str] = (), held_out: Sequence[str] = ()) -> None:
         """fate@final and split: documents whose text holds one of the words fall, or are held out."""
