@@ -10,7 +10,7 @@ import yaml
 from core.errors import ConfigError
 
 Path = tuple[str | int, ...]
-_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(:-[^}]*)?\}")  # ${NAME}, or ${NAME:-what stands for it}
 
 
 class Lines:
@@ -67,7 +67,9 @@ def _build(node: yaml.Node, path: Path, lines: Lines) -> Any:
 
 def _from_environment(value: str, node: yaml.Node, lines: Lines) -> str:
     def look_up(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name, instead = match.groups()
+        if instead is not None:
+            return os.environ.get(name) or instead[2:]
         if name not in os.environ:
             lines.problems.append(f"{lines.name}:{node.start_mark.line + 1}: environment variable {name} is not set")
         return os.environ.get(name, "")

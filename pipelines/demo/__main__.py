@@ -1,4 +1,4 @@
-"""`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, server, crawl, every stage, report.
+"""`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, servers, every stage, an ablation, report.
 
 In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `chats/`, `seeds-*.txt`,
 `resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads DEMO_FOLDER from the
@@ -11,17 +11,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
 from pipelines.demo import releases
 from pipelines.demo.chats import write_chats
 from pipelines.demo.corpus import MOVED_HOST, build, summary
+from pipelines.demo.model_server import ENDPOINT, model_file, serve_model
 from pipelines.demo.server import serve
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-LAST_WITHOUT_TRAINING = "mix"
+ABLATION = TEMPLATE.parent / "ablations" / "reference.yaml"  # on top of the template, which reads DEMO_FOLDER too
+LAST_WITHOUT_TRAINING = "rl"
 SOURCES = ("web", "reference", "code")
 
 
@@ -63,14 +66,29 @@ def _write(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def command(pipeline: Path, train: bool) -> list[str]:
-    """The command that a person would type for the same run."""
+def commands(folder: Path, pipeline: Path, train: bool) -> list[list[str]]:
+    """What a person would type for the same run, in order: the pipeline, an ablation on top of it, the report."""
     until = [] if train else ["--until", LAST_WITHOUT_TRAINING]
-    return [sys.executable, "-m", "pipelines", "run", "all", "-c", str(pipeline), *until]
+    ablation = [["run", "ablation", "-c", str(ABLATION)]] if train else []
+    report = ["report", "-c", str(pipeline), "--out", str(folder / "report.html")]
+    return [["run", "all", "-c", str(pipeline), *until], *ablation, report]
+
+
+@contextmanager
+def language_model() -> Iterator[str]:
+    """The base URL of a small model on loopback; empty, after a word of why, where its packages are not there."""
+    try:
+        model_file()
+    except ConfigError as error:
+        print(f"{error}; nothing will be augmented")
+        yield ""
+        return
+    with serve_model() as url:
+        yield url
 
 
 def demo(folder: Path, large: bool, train: bool) -> int:
-    """The whole demo; the pipeline's exit status."""
+    """The whole demo; the exit status of its first command that failed."""
     template = template_text()  # before the first download
     folder = folder.resolve()
     manifest = build(folder / "corpus", large, print)
@@ -78,24 +96,15 @@ def demo(folder: Path, large: bool, train: bool) -> int:
     chats = write_chats(folder / "corpus" / "unpacked", folder / "chats")
     print(f"demo: conversations made of documentation: {', '.join(f'{n} {name}' for name, n in chats.items())}")
     releases.build(folder / "releases", print)
-    with serve(folder / "corpus" / "hosts") as (port, resolver):
+    with serve(folder / "corpus" / "hosts") as (port, resolver), language_model() as endpoint:
         print(f"demo: {len(resolver)} hosts, {MOVED_HOST} among them, on 127.0.0.1:{port}")
         pipeline = prepare(folder, resolver, template)
-        environment = os.environ | {"DEMO_FOLDER": str(folder)}
-        done = subprocess.run(command(pipeline, train), env=environment, check=False)
-        if done.returncode == 0:
-            report = [
-                sys.executable,
-                "-m",
-                "pipelines",
-                "report",
-                "-c",
-                str(pipeline),
-                "--out",
-                str(folder / "report.html"),
-            ]
-            done = subprocess.run(report, env=environment, check=False)
-    return done.returncode
+        environment = os.environ | {"DEMO_FOLDER": str(folder), ENDPOINT: endpoint}
+        for command in commands(folder, pipeline, train):
+            done = subprocess.run([sys.executable, "-m", "pipelines", *command], env=environment, check=False)
+            if done.returncode:
+                return done.returncode
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from core.errors import ConfigError, InputError
 from pipelines.demo import corpus, download, render, sites
-from pipelines.demo.__main__ import command, prepare, template_text
+from pipelines.demo.__main__ import commands, prepare, template_text
 from pipelines.demo.sites import Package, Site
 
 CHANGED_S = 1_600_000_000
@@ -292,5 +292,9 @@ def test_pipeline_files(tmp_path: Path) -> None:
     os.utime(pipeline, (CHANGED_S, CHANGED_S))
     prepare(tmp_path, {"b.example": "127.0.0.1:2", "a.example": "127.0.0.1:2"}, template)
     assert pipeline.stat().st_mtime == CHANGED_S
-    assert command(pipeline, True)[1:] == ["-m", "pipelines", "run", "all", "-c", str(pipeline)]
-    assert command(pipeline, False)[-2:] == ["--until", "mix"]
+    run, ablation, report = commands(tmp_path, pipeline, True)
+    assert run == ["run", "all", "-c", str(pipeline)]
+    assert ablation[:3] == ["run", "ablation", "-c"]
+    assert Path(ablation[3]).is_file()
+    assert report == ["report", "-c", str(pipeline), "--out", str(tmp_path / "report.html")]
+    assert commands(tmp_path, pipeline, False) == [[*run, "--until", "rl"], report]
