@@ -98,4 +98,12 @@ def _ordered(job: Job, parts: Sequence[Part], seed: int) -> Entries:
     return Entries(shards, [part.domain for part in parts], domain=domain, **column)
 
 
-STAGE = Stage(name="mix", kind=Kind.EXPORT, config=MixConfig, fn=mix, reads=reads, resources=Resources(memory_gb=4.0))
+STAGE = Stage(
+    name="mix",
+    kind=Kind.EXPORT,
+    config=MixConfig,
+    fn=mix,
+    version=2,  # 2: documents may be held for a phase, and a phase may replay another
+    reads=reads,
+    resources=Resources(memory_gb=4.0),
+)

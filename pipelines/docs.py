@@ -245,8 +245,9 @@ def _written(stage: "Stage") -> "Iterator[tuple[str, pa.Schema]]":
 
 
 def _with_defaults(model: "type[BaseModel]") -> "BaseModel":
-    """A config of defaults only; a required mapping is empty."""
-    required: dict[str, Any] = {n: get_origin(f.annotation) for n, f in model.model_fields.items() if f.is_required()}
+    """A config of defaults only; required texts and mappings are empty."""
+    fields = model.model_fields.items()
+    required: dict[str, Any] = {n: get_origin(f.annotation) or f.annotation for n, f in fields if f.is_required()}
     return model.model_construct(**{name: empty() for name, empty in required.items()})
 
 

@@ -143,6 +143,7 @@ def _train_reads(config: TrainStageConfig) -> tuple[str, ...]:
 
 TRAIN = Stage(
     name="train",
+    version=2,  # 2: may begin from another stage's model
     kind=Kind.EXPORT,
     config=TrainStageConfig,
     fn=train,
@@ -153,6 +154,7 @@ TRAIN = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
+    version=2,  # 2: losses are kept by document
     kind=Kind.EXPORT,
     config=EvaluateStageConfig,
     fn=evaluate,
