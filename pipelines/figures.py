@@ -17,10 +17,14 @@ import pyarrow.compute as pc
 
 from core.errors import ConfigError
 from core.storage import Root
+from pipelines.ablation.config import AA
+from pipelines.ablation.result import read_result
+from pipelines.ablation.trials import result_name
 from pipelines.config import Pipeline
 from pipelines.docs import REPO, table
 from pipelines.plan import plan
 from pipelines.report.accounts import Facts, gather, levels, tokens
+from pipelines.report.contamination import canaries
 
 BAR = 30  # characters of the funnel's longest bar
 REASONS = 3  # reasons named beside a step of the funnel
@@ -79,6 +83,7 @@ def _results(facts: Facts) -> Iterator[str]:
     for phase in mix.config.phases if mix else ():
         a = mix.manifest.accounts if mix else {}
         yield f"- Phase `{phase}`: {a[f'{phase}_tokens']:,} tokens, {a[f'{phase}_docs']:,} documents, repeats counted."
+    yield from _judged(facts)
     if train:
         o = train.manifest.observed
         yield (
@@ -90,6 +95,43 @@ def _results(facts: Facts) -> Iterator[str]:
         docs = evaluate.manifest.accounts["held_out_docs"]
         by = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
         yield f"- Bits per byte on {docs} held-out documents: {by}."
+    yield from _compared(facts)
+
+
+def _judged(facts: Facts) -> Iterator[str]:
+    """What the stages between extraction and tokens found, one line each, as far as the pipeline has them."""
+    if done := facts.of("decontaminate"):
+        a, planted = done.manifest.accounts, canaries(facts, done.instance)
+        by = ", ".join(f"{kind} {caught} of {docs}" for kind, (caught, docs) in planted.items())
+        yield f"- {a['hit_docs']:,} documents hold benchmark items or repeat held-out text; planted canaries found: {by}."
+    if done := facts.of("rebalance"):
+        a, o = done.manifest.accounts, done.manifest.observed
+        yield (
+            f"- {a['clustered']:,} documents in {o['clusters']:,} clusters, {a['within_quota']:,} within the quotas; "
+            f"Gini {o['gini']:.2f} before, {o['kept_gini']:.2f} after."
+        )
+    for name, source in facts.pipeline.sources.items():
+        if source.kind == "made" and (made := facts.documents(name)):
+            yield f"- `{source.stage}`: {made.accounts['documents']:,} documents made of {made.accounts['records']:,} records."
+    for stage in ("sft", "rl"):
+        if done := facts.of(stage):
+            a = done.manifest.accounts
+            yield f"- `{stage}`: {a['records']:,} records of {a['considered']:,} conversations."
+
+
+def _compared(facts: Facts) -> Iterator[str]:
+    """What each ablation of the root found, a line an arm."""
+    for name in sorted(facts.root.names("ablations")):
+        if not facts.root.exists(result_name(name)):
+            continue
+        result = read_result(facts.root, name)
+        for arm in dict.fromkeys(c["arm"] for c in result["comparisons"]):
+            rows = [c for c in result["comparisons"] if c["arm"] == arm]
+            by = ", ".join(
+                f"{c['domain']} {c['effect']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] {c['verdict']}" for c in rows
+            )
+            label = "A/A" if arm == AA else f"`{arm}`"
+            yield f"- Ablation `{name}`, {label} against the baseline, bits per byte and 95% interval: {by}."
 
 
 def _speeds(facts: Facts) -> Iterator[str]:

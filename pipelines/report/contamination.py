@@ -98,6 +98,12 @@ def _read(facts: Facts, instance: str) -> _Seen:
     return seen
 
 
+def canaries(facts: Facts, instance: str) -> dict[str, tuple[int, int]]:
+    """By kind of canary: how many pages were found, and how many were planted."""
+    seen = _read(facts, instance)
+    return {kind: (seen.caught[kind], seen.planted[kind]) for kind in CANARY_KINDS}
+
+
 def _count(seen: _Seen, row: dict[str, Any]) -> None:
     methods: dict[tuple[str, str], str] = {}
     for found in row["found"]:
