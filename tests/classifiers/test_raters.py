@@ -14,10 +14,26 @@ from classifiers.raters.store import load
 from classifiers.raters.train import STAGE as TRAIN
 from core.engines.local import LocalEngine
 from core.errors import ConfigError, StageError
+from core.manifest import read_manifest
 from core.schema import TEXT
 from core.storage import Root
+from pipelines.config import load_pipeline
+from pipelines.runner import Runner, RunOptions
 
 SMALL = {"bits": 14, "order": 3, "lm_least_bytes": 2000}
+PIPELINE = """\
+root: {folder}/root
+engine: {{workers: 1, memory_gb: 1}}
+sources:
+  web: {{kind: jsonl, path: {folder}/web}}
+stages:
+  extract: {{}}
+  language: {{}}
+  train_raters: {{raters: [educational], bits: {bits}}}
+  pii: {{}}
+  raters: {{}}
+policy: {{}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +182,26 @@ def test_nothing_to_learn_from_and_no_model_are_named(tmp_path):
         TRAIN.config(raters=["taste"])
     with pytest.raises(ConfigError, match="no labels are taken"):
         TRAIN.config(labelled={"fluency": "x.jsonl"})
+
+
+def test_in_a_pipeline_raters_share_a_pass_and_follow_their_models(tmp_path):
+    lines = [json.dumps({"text": d["text"], "url": d["url"]}) + "\n" for d in rows()["web"]]
+    (tmp_path / "web").mkdir()
+    for i in range(2):
+        (tmp_path / "web" / f"{i}.jsonl").write_text("".join(lines[i::2]))
+
+    def ran(bits):
+        config = tmp_path / "p.yaml"
+        config.write_text(PIPELINE.format(folder=tmp_path, bits=bits))
+        runner = Runner(load_pipeline(config), RunOptions("test"))
+        return runner, {p.step.name: p for p in runner.run()}
+
+    runner, _ = ran(14)
+    first = read_manifest(runner.root, "raters", "web")
+    assert first.observed["fused"] == ["pii", "raters"]
+    assert first.accounts == {"rows": 120, "computed": 120, "rejected": 0}
+    assert first.identity.artifacts["@train_raters"] == read_manifest(runner.root, "train_raters", None).content()
+    assert not any(p.run for p in ran(14)[1].values())
+    _, planned = ran(12)
+    assert [name for name, p in planned.items() if p.run] == ["train_raters", "raters [web]"]
+    assert read_manifest(runner.root, "raters", "web").content() != first.content()
