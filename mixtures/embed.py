@@ -1,6 +1,6 @@
 """The stage `embed`: one vector a document, from the model that the stage `embedder` made.
 
-In: `text`, and with `language` the column that says which. Out, the layer `embed`:
+In: `text`, the model (`@embedder`), and with `language` the column that says which. Out, the layer `embed`:
 
 - `vector`  large_binary  int8 [dims], the largest entry 127 in magnitude: a direction, no length; null: no known word
 - `model`   large_string  `distilled` or `hashed`: whose vector it is; null where the vector is null
@@ -15,29 +15,19 @@ magnitude in the mean and 0.32 at most, that of hashed ones of one language 0.23
 
 Cost: 1,800 pages of 8 kB a CPU second once a worker knows the common words, half of that on its first thousand pages; 350 MB
 a worker. Hashing reads 2,000 such pages a CPU second.
-
-It works one document at a time, through `core.annotate` (a bad document costs itself). It is a relate stage because an annotate
-stage cannot read what another stage wrote below `models/`.
 """
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from core.annotate import AnnotateRun, annotate, forget_rejecting
-from core.dataset import Dataset
 from core.errors import StageError
-from core.hashing import digest
-from core.ingest import check_budget
-from core.job import Job, Outcome, total
 from core.schema import TEXT
-from core.stage import Artifacts, Kind, Reject, Resources, Stage, StageConfig
+from core.stage import ROOT, Artifacts, Kind, Reject, Resources, Stage, StageConfig
 from core.storage import Root
 from mixtures.hashed_vectors import hashed_vectors
 from mixtures.static_vectors import StaticVectors, to_int8
@@ -69,18 +59,13 @@ class EmbedState:
 
 
 def open_model(config: EmbedConfig, artifacts: Artifacts) -> EmbedState:
-    """Load what `embedder` wrote; `artifacts["root"]` is the URL of the root."""
-    return _open(config, artifacts["root"], artifacts["fingerprint"])
-
-
-@lru_cache(maxsize=1)
-def _open(config: EmbedConfig, url: str, fingerprint: str) -> EmbedState:
+    """Load what `embedder` wrote, once per worker."""
     from tokenizers import Tokenizer
 
-    root, folder = Root(url), f"models/{config.embedder}"
+    root, folder = Root(artifacts[ROOT]), f"models/{config.embedder}"
+    if not root.exists(f"{folder}/embedder.json"):
+        raise StageError(f"embed: no model {config.embedder!r} in {root.url}; run stage {config.embedder} first")
     about = root.read_json(f"{folder}/embedder.json")
-    if about["fingerprint"] != fingerprint:
-        raise StageError(f"embed: {folder} changed while it was read; run stage {config.embedder} again")
     static = None
     if about["kind"] == DISTILLED:
         table = np.load(io.BytesIO(root.read_bytes(f"{folder}/table.npy")))
@@ -117,54 +102,17 @@ def vector_column(vectors: np.ndarray) -> pa.Array:
 
 
 def reads(config: EmbedConfig) -> tuple[str, ...]:
-    return ("text", *((config.language,) if config.language else ()))
-
-
-KERNEL = Stage(
-    name="embed", kind=Kind.ANNOTATE, config=EmbedConfig, fn=embed, reads=reads, layer=LAYER, open=open_model
-)
-
-
-def embed_all(job: Job) -> Outcome:
-    """Write the layer of every dataset, shard by shard; committed shards are not computed again."""
-    config: EmbedConfig = job.config
-    name = f"models/{config.embedder}/embedder.json"
-    if not job.root.exists(name):
-        raise StageError(f"{job.instance}: no model {config.embedder!r} in {job.root.url}; run stage embedder first")
-    fingerprint = job.root.read_json(name)["fingerprint"]
-    artifacts = {"root": job.root.url, "fingerprint": fingerprint}
-    run = AnnotateRun(KERNEL, job.instance, config, artifacts, digest([job.code, fingerprint]))
-    outcome = Outcome(accounts={"docs": 0, "embedded": 0, "rejected": 0})
-    reports = []
-    for dataset in job.datasets:
-        made = annotate(job.engine, dataset, [run], job.stall_s)
-        outputs = {r.unit: r.value[job.instance] for r in made}
-        outcome.layers[dataset.name, job.instance] = outputs
-        _check_rejects(job, dataset, outputs, made)
-        reports += made
-        outcome.accounts["docs"] += dataset.rows
-        for key, stored in (("embedded", "computed"), ("rejected", "rejected")):
-            outcome.accounts[key] += sum(o[stored] for o in outputs.values())
-    outcome.observed = total(reports)
-    return outcome
-
-
-def _check_rejects(job: Job, dataset: Dataset, outputs: dict[str, dict[str, int]], reports: Sequence) -> None:
-    rejected = sum(o["rejected"] for o in outputs.values())
-    try:
-        check_budget(job.instance, dataset.name, rejected, dataset.rows)
-    except StageError:
-        forget_rejecting(dataset, job.instance, reports)
-        raise
+    return ("text", *((config.language,) if config.language else ()), f"@{config.embedder}")
 
 
 STAGE = Stage(
     name="embed",
-    kind=Kind.RELATE,
+    kind=Kind.ANNOTATE,
     config=EmbedConfig,
-    fn=embed_all,
-    reads=lambda c: (*reads(c), f"@{c.embedder}"),
+    fn=embed,
+    reads=reads,
     layer=LAYER,
+    open=open_model,
     libraries=("numpy", "tokenizers"),
     resources=Resources(memory_gb=1.0),
 )

@@ -6,15 +6,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from core.annotate import AnnotateRun, annotate
 from core.dataset import DOCUMENTS_INSTANCE, Dataset, Shard, open_dataset
 from core.engines.contract import Unit
-from core.hashing import document_id, table_digest
-from core.job import Job
+from core.hashing import digest, document_id, table_digest
+from core.job import Job, Outcome
 from core.layer import write_layer
-from core.manifest import Identity, Manifest, write_manifest
+from core.manifest import Identity, Manifest, read_manifest, write_manifest
 from core.schema import DOCUMENTS
 from core.stage import Kind, Stage, StageConfig
 from core.storage import Root
+from pipelines.config import StageEntry
+from pipelines.plan import models_of, opened_with
 
 
 def document(source: str, path: str, text: str, **more: Any) -> dict[str, Any]:
@@ -79,6 +82,21 @@ def make_job(
     """A job of a stage that does nothing by itself."""
     stage = Stage(name="test", kind=Kind.RELATE, config=StageConfig, fn=lambda job: None)
     return Job(stage, "test", StageConfig(), root, engine, datasets, "identity", source_name=source, code=code)
+
+
+def annotate_all(job: Job) -> Outcome:
+    """An annotate stage on every dataset of a job, opened as the runner opens it. Accounts: rows, computed, rejected of all."""
+    entry = StageEntry(job.instance, job.stage, job.config)
+    models = {name: read_manifest(job.root, name[1:], None) for name in models_of(entry)}
+    contents = {name: m.content() if m else None for name, m in models.items()}
+    code = digest([job.stage.name, job.config.model_dump(mode="json"), contents])
+    run = AnnotateRun(job.stage, job.instance, job.config, opened_with(entry, job.root), code)
+    accounts = dict.fromkeys(("rows", "computed", "rejected"), 0)
+    for dataset in job.datasets:
+        made = {r.unit: r.value[job.instance] for r in annotate(job.engine, dataset, [run], stall_s=120.0)}
+        write_manifest(job.root, Manifest(job.instance, dataset.name, Identity(job.stage.name, 1, {}, {}), made))
+        accounts = {key: n + sum(out[key] for out in made.values()) for key, n in accounts.items()}
+    return Outcome(accounts=accounts)
 
 
 def tree_digest(root: Root, folder: str) -> dict[str, str]:

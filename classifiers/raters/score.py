@@ -3,16 +3,14 @@
 In: `text`, `language.language`, the models of `train_raters`. Out, a row a document: float32 `educational`, `knowledge`,
 `reference`, `fluency`, `commercial`, `integrity`, rounded to SCORE_DIGITS, and `bytes` (int64, UTF-8 length). Null where a rater
 does not apply: it was not trained in the document's language (unknown or too few labels), or the text has no token. Never NaN.
+Models trained anew score every shard anew.
 
 `fluency` is the geometric mean of the characters' probabilities, 1 / perplexity; the others are logistic. Scores are to be
 compared within a language; `tiers` does that. A document is read in windows, as many bytes of it as the raters were trained
 on and `fluency_bytes` for fluency, so it costs no more however long it is.
-
-The models lie in the root, which an annotate stage cannot name, so this is a relate stage that runs the annotate machinery on
-each dataset: shards resume one by one, a document that raises or kills is rejected alone.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,20 +24,12 @@ from classifiers.raters.linear import FIXED, chunks, sums
 from classifiers.raters.ngrams import Scorer
 from classifiers.raters.sample import windows
 from classifiers.raters.store import Trained, load
-from core.annotate import AnnotateRun, annotate, forget_rejecting
-from core.errors import StageError
-from core.hashing import digest
-from core.ingest import check_budget
-from core.job import Job, Outcome, total
-from core.manifest import read_manifest
-from core.predicate import Predicate
 from core.schema import TEXT
-from core.stage import Artifacts, Kind, Reject, Resources, Stage, StageConfig
+from core.stage import ROOT, Artifacts, Kind, Reject, Resources, Stage, StageConfig
 from core.storage import Root
 
 SCORE_DIGITS = 4  # 10,001 values: a histogram of them is exact, and far coarser than what CPUs disagree on
 LAYER = pa.schema([*(pa.field(name, pa.float32()) for name in RATERS), pa.field("bytes", pa.int64())])
-READS = ("doc_id", "text", "language.language")
 
 
 class RatersConfig(StageConfig):
@@ -60,7 +50,7 @@ class State(NamedTuple):
 
 def open_raters(config: RatersConfig, artifacts: Artifacts) -> State:
     """Load the models once per worker."""
-    return state_of(config, load(Root(artifacts["root"]), config.model))
+    return state_of(config, load(Root(artifacts[ROOT]), config.model))
 
 
 def state_of(config: RatersConfig, trained: Trained) -> State:
@@ -123,71 +113,19 @@ def _fluency(state: State, column: pa.Array, language: list[str | None], half: n
     return out
 
 
-RATE = Stage(
+def reads(config: RatersConfig) -> tuple[str, ...]:
+    return ("doc_id", "text", "language.language", f"@{config.model}")
+
+
+STAGE = Stage(
     name="raters",
     kind=Kind.ANNOTATE,
     config=RatersConfig,
     fn=rate,
     version=1,
-    reads=READS,
-    layer=LAYER,
-    open=open_raters,
-)
-
-
-def raters(job: Job) -> Outcome:
-    """The layer of every dataset."""
-    trained = load(job.root, job.config.model)
-    models = read_manifest(job.root, job.config.model, None)
-    if models is None:
-        raise StageError(
-            f"{job.instance}: no run of {job.config.model} is recorded; run stage {job.config.model} first"
-        )
-    code = digest([job.code, models.content()])  # not the documents: a new shard leaves the others as they are
-    run = AnnotateRun(RATE, job.instance, job.config, {"root": job.root.url}, code)
-    layers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    reports = []
-    for dataset in job.datasets:
-        mine = annotate(job.engine, dataset, [run], job.stall_s)
-        outputs = {r.unit: r.value[job.instance] for r in mine}
-        try:
-            check_budget(job.instance, dataset.name, sum(o["rejected"] for o in outputs.values()), dataset.rows)
-        except StageError:
-            forget_rejecting(dataset, job.instance, mine)
-            raise
-        layers[dataset.name, job.instance] = outputs
-        reports += mine
-    applied = _applied(job)
-    observed = {**total(reports), "without": {name: applied["docs"] - applied.get(name, 0) for name in RATERS}}
-    accounts = {"docs": applied["docs"], "raters": len(trained.linear) + bool(trained.fluency)}
-    return Outcome(layers=layers, accounts=accounts, observed=observed)
-
-
-def _applied(job: Job) -> dict[str, int]:
-    """How many documents were rated at all, and by each rater."""
-    found = dict.fromkeys([*RATERS, "docs"], 0)
-    for dataset in job.datasets:
-        for shard in dataset.shards:
-            table = dataset.read_layer(job.instance, shard, [*RATERS, "bytes"])
-            for name in RATERS:
-                found[name] += table.num_rows - table.column(name).null_count
-            found["docs"] += table.num_rows - table.column("bytes").null_count
-    return found
-
-
-def reads(config: RatersConfig) -> tuple[str, ...]:
-    where = Predicate(config.where).columns if config.where else ()
-    return tuple(dict.fromkeys([*READS, f"@{config.model}", *where]))
-
-
-STAGE = Stage(
-    name="raters",
-    kind=Kind.RELATE,
-    config=RatersConfig,
-    fn=raters,
-    version=1,
     reads=reads,
     layer=LAYER,
+    open=open_raters,
     libraries=("numpy",),
     resources=Resources(memory_gb=2.0),
 )

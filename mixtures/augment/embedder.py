@@ -1,7 +1,8 @@
-"""Texts as vectors, for the search of the inventory in the passages: a protocol, and a default that needs no model.
+"""Texts as vectors, for the search of the inventory in the passages: a protocol, a default that needs no model, a trained one.
 
-`embed(texts)` gives float32 [n, d] with rows of length one (or zero). The default hashes words into d signed buckets, weighted
-by length, so that `the` says little and `photosynthesis` much; it finds shared words, not shared meaning.
+`embed(texts)` gives float32 [n, d]; rows mean directions, zero for a text without a known word. The default hashes words into d
+signed buckets, weighted by length, so that `the` says little and `photosynthesis` much; it finds shared words, not shared
+meaning. `ModelVectors` are those of the stage `embed`, from a model of `embedder`: of a distilled one they find meaning.
 
 Similarities are compared as whole numbers: `quantised` turns a row into integers within +-127, held in float32, and a product
 of two such rows of d <= 1024 is a whole number below 2^24, which float32 holds exactly. So the order in which a matrix product
@@ -9,6 +10,8 @@ adds, which depends on batch size, threads and library, cannot move a hit.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.schema import TEXT
+from core.stage import ROOT
 from core.text import Hashes, code_points, raw_words, words
+from mixtures.embed import EmbedConfig, EmbedState, embed, open_model
+from mixtures.kmeans import unpack
 
 LEVELS = 127
 MOST_DIMENSIONS = 1024  # 1024 * 127 * 127 < 2^24
@@ -49,6 +55,29 @@ class HashedWords:
         rows = sums.reshape(len(texts), self.dimensions).astype(np.float64)
         length = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
         return (rows / np.maximum(length, 1.0)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ModelVectors:
+    """Vectors from an instance of `embedder`, loaded once per worker and `identity`, that of the stage which reads it."""
+
+    url: str
+    instance: str
+    identity: str
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, dims]."""
+        state = _opened(self)
+        made, _ = embed(state, pa.RecordBatch.from_arrays([pa.array(texts, TEXT)], names=["text"]))
+        found, there = unpack(made.column("vector"), "passages", state.dims)
+        vectors = np.zeros((len(texts), state.dims), np.float32)
+        vectors[there] = found
+        return vectors
+
+
+@lru_cache(maxsize=1)
+def _opened(model: ModelVectors) -> EmbedState:
+    return open_model(EmbedConfig(embedder=model.instance), {ROOT: model.url})
 
 
 def quantised(vectors: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ Cost: two passes over the text, 3 MB/s for the inventory and about 4 MB/s for th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from core.stage import Artifacts, ConfigPath, Kind, Resources, Stage, StageConfi
 from core.text import Span, apply_spans
 from mixtures.augment.coverage import choose
 from mixtures.augment.density import scores
-from mixtures.augment.embedder import Embedder, HashedWords, nearest, quantised
+from mixtures.augment.embedder import Embedder, HashedWords, ModelVectors, nearest, quantised
 from mixtures.augment.inventory import INVENTORY, mine, read_file, runs_of, with_file
 from mixtures.augment.rows import Order, ShardOf, WhereRows, best_rows, shard_units
 from mixtures.augment.windows import Passages
@@ -76,8 +76,16 @@ class PassagesConfig(StageConfig):
     per_entity: int = Field(default=3, ge=1, description="passages taken for the sake of one entity")
     per_document: int = Field(default=2, ge=1, description="passages taken from one document")
     candidates: int = Field(default=20, ge=1, description="densest passages looked at, for each one taken")
-    embedder: Literal["hashed"] = Field(default="hashed", description="how passages and entities become vectors")
-    min_similarity: float = Field(default=0.45, ge=0, le=1, description="least cosine of an entity found by its vector")
+    embedder: str | None = Field(
+        default=None,
+        description="instance of `embedder` whose vectors find entities in passages; null: words hashed, no model",
+    )
+    min_similarity: float = Field(
+        default=0.45,
+        ge=0,
+        le=1,
+        description="least cosine of an entity found by its vector; chosen for hashed words, a model's cosines differ",
+    )
     similar_entities: int = Field(default=3, ge=0, description="entities found by vectors, at most, in one passage")
     spans: tuple[str, ...] = Field(
         default=(), description="layer columns of spans to apply, earliest stage first: `pii.spans`"
@@ -99,16 +107,12 @@ class PassagesConfig(StageConfig):
 
 def reads(config: PassagesConfig) -> tuple[str, ...]:
     where = Predicate(config.where).columns if config.where else ()
-    return ("doc_id", "text", "metadata", *ABOUT, *where, *config.spans)
+    models = (f"@{config.embedder}",) if config.embedder else ()
+    return ("doc_id", "text", "metadata", *ABOUT, *where, *config.spans, *models)
 
 
 def artifacts(config: PassagesConfig) -> Artifacts:
     return {"inventory": config.inventory} if config.inventory else {}
-
-
-def open_embedder(name: str) -> Embedder:
-    """The embedder of a config."""
-    return {"hashed": HashedWords}[name]()
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,9 @@ def passages(job: Job) -> Outcome:
 def _best(job: Job, units: list[Unit], inventory: pa.Table) -> pa.Table:
     """The densest candidates of all shards, best first."""
     config: PassagesConfig = job.config
-    embedder = open_embedder(config.embedder)
+    embedder: Embedder = HashedWords()
+    if config.embedder:
+        embedder = ModelVectors(job.root.url, config.embedder, job.identity)
     names = inventory.column("entity").to_pylist()
     said = [f"{n}. {d}" if d else n for n, d in zip(names, inventory.column("definition").to_pylist(), strict=True)]
     vectors = quantised(embedder.embed(said))
@@ -311,6 +317,6 @@ STAGE = Stage(
     fn=passages,
     reads=reads,
     artifacts=artifacts,
-    libraries=("numpy", "pyarrow"),
+    libraries=("numpy", "pyarrow", "tokenizers"),
     resources=Resources(memory_gb=2.0),
 )

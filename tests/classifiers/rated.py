@@ -1,6 +1,5 @@
 """A small corpus that all six raters can learn from, and stages run on it as the runner would run them."""
 
-from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -10,9 +9,9 @@ from core.engines.local import LocalEngine
 from core.job import Job, Outcome
 from core.manifest import Identity, Manifest, write_manifest
 from core.schema import DOCUMENTS, TEXT
-from core.stage import Stage
+from core.stage import Kind, Stage
 from core.storage import Root
-from tests.builders import document, make_dataset, make_layer
+from tests.builders import annotate_all, document, make_dataset, make_layer
 from tests.pipelines.small_pipeline import prose
 
 CURATED = "The {0} is a kind of {1}. It was founded in 1{2:03d} and named after Anna Berg, who described {0} in Basel. "
@@ -78,7 +77,9 @@ def run(stage: Stage, root: Root, datasets: tuple[Dataset, ...], engine: Any = N
     artifacts = stage.artifacts(made) if stage.artifacts else {}
     job = Job(stage, stage.name, made, root, own, datasets, identity.digest(), artifacts=artifacts, code="code")
     try:
-        outcome: Outcome = stage.fn(replace(job))
+        if stage.kind is Kind.ANNOTATE:
+            return annotate_all(job)
+        outcome: Outcome = stage.fn(job)
     finally:
         if engine is None:
             own.clear()

@@ -8,16 +8,32 @@ import pytest
 from rated import corpus, layer, rows, run
 
 from classifiers.raters.labels import RATERS
-from classifiers.raters.score import RATE, RatersConfig, rate, state_of
 from classifiers.raters.score import STAGE as SCORE
+from classifiers.raters.score import RatersConfig, rate, state_of
 from classifiers.raters.store import load
 from classifiers.raters.train import STAGE as TRAIN
 from core.engines.local import LocalEngine
 from core.errors import ConfigError, StageError
+from core.manifest import read_manifest
 from core.schema import TEXT
 from core.storage import Root
+from pipelines.config import load_pipeline
+from pipelines.runner import Runner, RunOptions
 
 SMALL = {"bits": 14, "order": 3, "lm_least_bytes": 2000}
+PIPELINE = """\
+root: {folder}/root
+engine: {{workers: 1, memory_gb: 1}}
+sources:
+  web: {{kind: jsonl, path: {folder}/web}}
+stages:
+  extract: {{}}
+  language: {{}}
+  train_raters: {{raters: [educational], bits: {bits}}}
+  pii: {{}}
+  raters: {{}}
+policy: {{}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +94,12 @@ def test_scores_mean_what_they_say(trained):
     for doc_id, row in scores.items():
         assert row["computed"]
         assert row["bytes"] == len(by_id[doc_id]["text"].encode())
-        assert all(row[name] is None or 0 <= row[name] <= 1 for name in RATERS)
+        assert all(0 <= row[name] <= 1 for name in RATERS)  # English, which all were trained in
         (teaches if "tutorial" in by_id[doc_id]["url"] else tells if "releases" in by_id[doc_id]["url"] else []).append(
             row["educational"]
         )
     assert min(teaches) > max(tells)
-    assert outcome.accounts["docs"] == 200
-    assert outcome.observed["without"] == dict.fromkeys(RATERS, 0)
+    assert outcome.accounts == {"rows": 200, "computed": 200, "rejected": 0}
 
 
 def test_a_document_is_scored_by_the_half_that_has_not_read_it(trained):
@@ -125,7 +140,7 @@ def test_ugly_texts_have_scores_or_nulls_and_never_nan(trained):
         assert column[8].as_py() is None
         assert column[5].as_py() is not None
     assert out.column("bytes").to_pylist()[5:7] == [5_000_000, 5_000_000]
-    assert out.schema.equals(RATE.layer)
+    assert out.schema.equals(SCORE.layer)
     assert rate(state, batch([]))[0].num_rows == 0
 
 
@@ -167,3 +182,26 @@ def test_nothing_to_learn_from_and_no_model_are_named(tmp_path):
         TRAIN.config(raters=["taste"])
     with pytest.raises(ConfigError, match="no labels are taken"):
         TRAIN.config(labelled={"fluency": "x.jsonl"})
+
+
+def test_in_a_pipeline_raters_share_a_pass_and_follow_their_models(tmp_path):
+    lines = [json.dumps({"text": d["text"], "url": d["url"]}) + "\n" for d in rows()["web"]]
+    (tmp_path / "web").mkdir()
+    for i in range(2):
+        (tmp_path / "web" / f"{i}.jsonl").write_text("".join(lines[i::2]))
+
+    def ran(bits):
+        config = tmp_path / "p.yaml"
+        config.write_text(PIPELINE.format(folder=tmp_path, bits=bits))
+        runner = Runner(load_pipeline(config), RunOptions("test"))
+        return runner, {p.step.name: p for p in runner.run()}
+
+    runner, _ = ran(14)
+    first = read_manifest(runner.root, "raters", "web")
+    assert first.observed["fused"] == ["pii", "raters"]
+    assert first.accounts == {"rows": 120, "computed": 120, "rejected": 0}
+    assert first.identity.artifacts["@train_raters"] == read_manifest(runner.root, "train_raters", None).content()
+    assert not any(p.run for p in ran(14)[1].values())
+    _, planned = ran(12)
+    assert [name for name, p in planned.items() if p.run] == ["train_raters", "raters [web]"]
+    assert read_manifest(runner.root, "raters", "web").content() != first.content()

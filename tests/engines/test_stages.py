@@ -33,7 +33,8 @@ policy:
 """
 DOCS = 600
 
-pytestmark = pytest.mark.filterwarnings("ignore:PySpark does not yet")
+# Spark: 138 s on two busy cores, most of it starting workers.
+pytestmark = [pytest.mark.filterwarnings("ignore:PySpark does not yet"), pytest.mark.timeout(900)]
 
 
 def texts(seed):

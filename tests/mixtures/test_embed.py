@@ -162,7 +162,7 @@ def test_stages_over_shards_and_workers(make_house, tmp_path):
     two = encoder_house(make_house("two"), folder, {"b": table.slice(6), "c": table.slice(0, 6)})
     one.run(embed.STAGE)
     outcome = two.run(embed.STAGE, workers=2)
-    assert outcome.accounts == {"docs": len(TEXTS), "embedded": len(TEXTS), "rejected": 0}
+    assert outcome.accounts == {"rows": len(TEXTS), "computed": len(TEXTS), "rejected": 0}
     found = vectors_of(one)
     assert found == vectors_of(two)
     rows = list(found.values())

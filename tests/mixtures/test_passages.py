@@ -1,5 +1,7 @@
 """Passages: where they are cut, how dense they are, which entities they hold, and that nothing but the documents decides."""
 
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engines.local import LocalEngine
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from core.job import Job, Outcome
 from core.schema import SPANS, TEXT
 from core.storage import Root
 from core.text import Span, code_points, raw_words
 from mixtures.augment.coverage import choose
 from mixtures.augment.density import MILLION, compressed, entity_starts, scores
-from mixtures.augment.embedder import HashedWords, nearest, quantised
+from mixtures.augment.embedder import HashedWords, ModelVectors, nearest, quantised
 from mixtures.augment.inventory import clean, defined, named_runs, read_file, titles
 from mixtures.augment.passages import (
     STAGE,
@@ -26,10 +28,12 @@ from mixtures.augment.passages import (
     passage_id,
     passages_name,
     passages_of,
+    reads,
     released_range,
 )
 from mixtures.augment.windows import byte_offsets, passages
 from tests.builders import documents, make_dataset, make_layer
+from tests.mixtures.encoders import VOCABULARY, tokenizer
 
 FACTS = (
     "In 1843 the mathematician Ada Lovelace described how the Analytical Engine of Charles Babbage could compute Bernoulli "
@@ -166,6 +170,31 @@ def test_spans_inside_across_and_outside_a_range() -> None:
     assert released_range(text, [], 2, 4) == "23"
 
 
+def write_model(root: Root, **rows: list[int]) -> None:
+    """A distilled model that knows some words of VOCABULARY, as `embedder` leaves it."""
+    table = np.zeros((len(VOCABULARY), 2), np.int16)
+    for word, row in rows.items():
+        table[VOCABULARY.index(word)] = row
+    data = io.BytesIO()
+    np.save(data, table)
+    root.write_bytes("models/embedder/table.npy", data.getvalue())
+    root.write_bytes("models/embedder/tokenizer.json", tokenizer().to_str().encode())
+    root.write_json("models/embedder/embedder.json", {"kind": "distilled", "dims": 2, "languages": ["en"]})
+
+
+def test_vectors_of_a_model_meet_where_meaning_does(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    write_model(root, water=[5, 0], river=[9, 0], captain=[0, 7])
+    model = ModelVectors(root.url, "embedder", "one")
+    vectors = model.embed(["the water", "River", "a captain", "zebra", ""])
+    assert vectors.tolist() == [[127, 0], [127, 0], [0, 127], [0, 0], [0, 0]]
+    assert nearest(quantised(vectors[:1]), quantised(vectors[1:]), 0.5, 5) == [[0]]
+    assert pickle.loads(pickle.dumps(model)) == model
+    write_model(root, water=[0, 5])
+    assert ModelVectors(root.url, "embedder", "two").embed(["water"]).tolist() == [[0, 127]]
+    assert ModelVectors(root.url, "embedder", "two").embed([]).shape == (0, 2)
+
+
 def run(root: Root, datasets: list[Any], workers: int = 0, **config: Any) -> Outcome:
     made = PassagesConfig(**{"where": None, "min_words": 16, "max_words": 40, "min_docs": 1, **config})
     engine = LocalEngine(Path(root.base) / f"exchange-{workers}", workers)
@@ -233,6 +262,24 @@ def test_a_given_inventory_comes_first(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="one entity a line"):
         read_file(str(path))
+
+
+def test_a_model_finds_entities_that_are_not_named(tmp_path: Path) -> None:
+    root = Root(str(tmp_path / "root"))
+    write_model(root, water=[5, 0], river=[9, 0], captain=[0, 7])
+    path = tmp_path / "entities.txt"
+    path.write_text("River\nCaptain\n", "utf-8")
+    dataset = make_dataset(
+        root, "web", [["so much water runs below seven old mills that one of them has not stood still ever"]]
+    )
+    held = []
+    for model in ("embedder", None):
+        run(root, [dataset], inventory=str(path), embedder=model)
+        held.append(root.read_table(passages_name("passages")).column("entities").to_pylist())
+    assert held == [[["River"]], []]
+    assert "@embedder" in reads(PassagesConfig(embedder="embedder"))
+    with pytest.raises(StageError, match=r"no model 'other' .*; run stage other first"):
+        run(root, [dataset], embedder="other")
 
 
 def test_ugly_documents_pass_through(tmp_path: Path) -> None:
