@@ -284,7 +284,8 @@ def remove_output(root: Root, step: Step) -> None:
         for layer in layers if kind not in DOCUMENT_KINDS else []:
             root.remove(f"datasets/{dataset}/layers/{layer}")
             root.remove(manifest_name(layer, dataset))
-    for folder in (f"relations/{instance}", "tokens" if instance == "tokenize" else f"models/{instance}"):
+    own = [instance] if instance in ("sft", "rl") else []  # JSON lines, which vouch for themselves shard by shard
+    for folder in (f"relations/{instance}", "tokens" if instance == "tokenize" else f"models/{instance}", *own):
         root.remove(folder)
 
 

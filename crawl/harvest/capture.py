@@ -23,7 +23,7 @@ from core.job import Job, Outcome, total
 from core.stage import Kind, Stage, StageConfig
 from core.storage import Root
 from crawl.harvest.archives import Seen, index_digest, read_index, united
-from crawl.harvest.config import Dump, HarvestConfig, ReleasePair, Repository
+from crawl.harvest.config import ARCHIVE_FILES, Dump, HarvestConfig, ReleasePair, Repository
 from crawl.harvest.dumps import dump_records
 from crawl.harvest.forge import forge_records
 from crawl.harvest.git import open_repository, require_git
@@ -222,7 +222,7 @@ def _outcome(made: dict[str, dict[str, Any]], observed: dict[str, Any]) -> Outco
 
 def _index(job: Job, work: IndexUnits, folder: str) -> tuple[list[Asked], dict[str, int]]:
     """What archives name and no clone already holds, and how much of them was read."""
-    found = [Archive(path, f.path) for path in work.config.archives for f in Folder(path).inputs(("**/*.json.gz",))]
+    found = [Archive(path, f.path) for path in work.config.archives for f in Folder(path).inputs(ARCHIVE_FILES)]
     units = [Unit(unit_name(a), a) for a in found]
     if not units:
         return [], {}

@@ -1,7 +1,8 @@
 """The knobs of a harvest: what it reads, and which changes are worth keeping. Thresholds are those of the spec sheet
 (section 7 of sources) unless a description says otherwise.
 
-An input's `name` enters the identity of the run, its `path` does not: the same clone elsewhere is the same clone.
+An input's `name` enters the identity of the run, its `path` does not: the same clone elsewhere is the same clone. Archives have
+no names; those of their files, with their sizes, stand for them.
 """
 
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from core.hashing import file_digest
+from core.errors import ConfigError
+from core.hashing import digest, file_digest
 from core.stage import ConfigPath, execution
 
+ARCHIVE_FILES = ("**/*.json.gz",)
 Take = Literal["pulls", "merges", "commits"]
 
 
@@ -103,7 +106,7 @@ class HarvestConfig(_Part):
     take: tuple[Take, ...] = Field(default=("pulls", "merges", "commits"), description="what is taken from them")
     dumps: tuple[Dump, ...] = Field(default=(), description="archive.json files")
     archives: tuple[ConfigPath, ...] = execution(
-        (), "GH Archive files or globs (.json.gz): an index of pull requests only"
+        (), "GH Archive files or globs (.json.gz): an index of pull requests only; names and sizes enter the identity"
     )
     api: Api | None = Field(default=None, description="interface that completes what archives and lists name")
     release_pairs: tuple[ReleasePair, ...] = Field(default=(), description="two versions of a package each")
@@ -117,6 +120,18 @@ class HarvestConfig(_Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def lists(self) -> dict[str, str]:
-        """Digests of the small files that say what is harvested: by them, and not by their paths, runs are told apart."""
+        """Digests of what says what is harvested: by it, and not by paths, runs are told apart. Small files are read, archives
+        known by name and size."""
         paths = {"release_list": self.release_list, "benchmark_commits": self.rules.benchmark_commits}
-        return {name: file_digest(path) if Path(path).is_file() else "absent" for name, path in paths.items() if path}
+        found = {name: file_digest(path) if Path(path).is_file() else "absent" for name, path in paths.items() if path}
+        return {**found, **({"archives": _listed(self.archives)} if self.archives else {})}
+
+
+def _listed(archives: tuple[str, ...]) -> str:
+    """Digest of the names and sizes of the files that archives stand for."""
+    from crawl.sources.listing import Folder  # its package reads this module
+
+    try:
+        return digest(sorted([f.path, f.bytes] for path in archives for f in Folder(path).inputs(ARCHIVE_FILES)))
+    except ConfigError:  # told before any work by who reads them
+        return "absent"

@@ -21,14 +21,13 @@ from crawl.harvest.history import with_contents
 from crawl.harvest.judge import judge_names, judge_repository
 from crawl.harvest.record import Issue, Record, Remark, later
 from crawl.harvest.swebench import excluded_repository
-from crawl.harvest.text import is_bot
+from crawl.harvest.text import is_bot, without_comments
 
 DUMP_BYTES = 2 << 30  # unpacked; chosen: the largest seen is 3 MB
 # GitHub's closing keywords; an issue of another repository is none of ours.
 _CLOSES = re.compile(
     r"(?i)\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?):?\s+(?:https://github\.com/([\w.-]+/[\w.-]+)/issues/|#)(\d+)\b"
 )
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 # StarCoder keeps a discussion of one person if it is no longer than this (arXiv 2305.06161, section 3.3).
 ALONE_CHARS, ALONE_EVENTS = 7_000, 10
 
@@ -108,7 +107,7 @@ def judged_discussion(record: Record, rules: Rules) -> Record:
 
 def closed_issues(record: Record, repo: str) -> list[int]:
     """Numbers of the issues that a pull request says it closes, in its own repository, in the order named."""
-    found = _CLOSES.findall(_COMMENT.sub("", f"{record.title}\n{record.body}"))
+    found = _CLOSES.findall(without_comments(f"{record.title}\n{record.body}"))
     return list(dict.fromkeys(int(n) for other, n in found if not other or other.lower() == repo.lower()))
 
 

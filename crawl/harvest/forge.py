@@ -72,6 +72,9 @@ def forge_records(
     except GoneError as e:
         yield whole.dropped("gone", str(e))
         return
+    except InputError as e:  # of one repository: the others are asked for all the same
+        yield whole.dropped("unreadable", str(e))
+        return
     about = replace(whole, kind="pull_request", license=license, stars=known.stars)
     for number in wanted:
         record = replace(about, key=f"pull/{number}", number=number)

@@ -26,6 +26,8 @@ from crawl.harvest.config import Api
 AGENT = "stepwell harvest"
 GONE = (404, 410, 451)  # 451: withdrawn for legal reasons
 ANSWER_BYTES = 64 << 20
+DAY_S = 86_400.0  # no limit of the forge lasts longer, whatever a header says
+REDIRECTS = 5  # of one question; a renamed repository takes one
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
 _PASSING = (500, 502, 503, 504)
 
@@ -97,8 +99,8 @@ class GitHub:
                 self._pause(attempt)
         raise InputError(f"harvest: GraphQL gave errors only, the last {str(errors)[:200]}")
 
-    def _get(self, url: str, fixed: bool) -> tuple[Any, str]:
-        """(JSON, Link header), from the store where that still holds."""
+    def _get(self, url: str, fixed: bool, moves: int = REDIRECTS) -> tuple[Any, str]:
+        """(JSON, Link header), from the store where that still holds. At most `moves` redirects are followed."""
         name = self._name(["get", url])
         known = self._read(name)
         if known is not None and fixed:
@@ -110,7 +112,9 @@ class GitHub:
             self.confirmed += 1
             return known["body"], known["link"]
         if answer.status_code in (301, 302, 307, 308):
-            return self._get(self._own(answer.headers.get("location", "")), fixed)
+            if not moves:
+                raise InputError(f"harvest: {urlsplit(url).path} leads round in circles, got {REDIRECTS} redirects")
+            return self._get(self._own(answer.headers.get("location", "")), fixed, moves - 1)
         body, link = _json(answer), answer.headers.get("link", "")
         self._root.write_json(name, {"url": url, "etag": answer.headers.get("etag"), "link": link, "body": body})
         return body, link
@@ -159,9 +163,9 @@ class GitHub:
         """Sleep as long as the answer asks for; a minute where it does not say."""
         now = time.time()
         after, reset = answer.headers.get("retry-after", ""), answer.headers.get("x-ratelimit-reset", "")
-        wait_s = float(after) if after.isdigit() else max(0.0, float(reset) - now) if reset.isdigit() else 60.0
+        wait_s = float(after) if after.isdecimal() else max(0.0, float(reset) - now) if reset.isdecimal() else 60.0
         if wait_s > self._api.max_wait_s:
-            when = time.strftime("%H:%M:%S UTC", time.gmtime(now + wait_s))
+            when = time.strftime("%H:%M:%S UTC", time.gmtime(now + min(wait_s, DAY_S)))
             raise StageError(f"harvest: the rate limit asks for a wait of {wait_s:.0f} s; run again after {when}")
         time.sleep(wait_s)
 

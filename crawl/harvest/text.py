@@ -21,7 +21,7 @@ _TRAILER = re.compile(
 )
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _MENTION = re.compile(r"(?<![\w/.@])@([A-Za-z0-9](?:[A-Za-z0-9-]{0,38}))(?![\w/-])")
-_MAIL = re.compile(r"<?[\w.+-]+@[\w-]+(?:\.[\w-]+)+>?")
+_MAIL = re.compile(r"<?(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+>?")
 
 # StarCoder's list and rule for bots, and CI accounts seen in GitHub's own documentation.
 _BOT_PARTS = ("[bot]", "jenkins", "travis", "k8s-", "dependabot", "renovate", "codecov", "coveralls", "netlify")
@@ -37,8 +37,15 @@ def is_bot(login: str) -> bool:
 def cleaned(text: str) -> str:
     """A body or comment with line ends as LF, without HTML comments, quoted e-mail and commit trailers, and not too
     long."""
-    plain = _COMMENT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    plain = without_comments(text.replace("\r\n", "\n").replace("\r", "\n"))
     return trimmed(_TRAILER.sub("", without_reply(plain)).strip())
+
+
+def without_comments(text: str) -> str:
+    """The text without HTML comments; one that is never closed stays. Behind the last mark that closes one nothing is
+    looked for, or thousands of opening marks would each be sought an end for."""
+    end = text.rfind("-->") + 3
+    return _COMMENT.sub("", text[:end]) + text[end:] if end > 2 else text
 
 
 def without_reply(text: str) -> str:

@@ -160,7 +160,7 @@ def backoff(attempt: int, key: str, first_s: float) -> float:
 def retry_after(headers: httpx.Headers) -> float | None:
     """Seconds that the server asks for: a number, or a date (RFC 9110, 10.2.3). None where it says nothing readable."""
     value = headers.get("retry-after", "").strip()
-    if value.replace(".", "", 1).isdigit():
+    if value.replace(".", "", 1).isdecimal():
         return float(value)
     try:
         when = email.utils.parsedate_to_datetime(value)

@@ -18,21 +18,62 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-# Syscall numbers from the kernel's tables (unistd_64.h, asm-generic/unistd.h). Denied: new processes, new sockets and io_uring,
-# signals to and memory of other processes, namespaces, mounts. `clone` is let through for threads only.
+# Syscall numbers from the kernel's tables (unistd_64.h, asm-generic/unistd.h). Denied, in this order: new processes, sockets and
+# io_uring, signals to and memory of other processes, namespaces, mounts; priority and processors of other processes; System V
+# and POSIX queues and shared memory (they outlive the run), keyrings; owners, modes, times and attributes of files, of which
+# Landlock knows nothing, and truncation by path, which its first versions lack. `clone` is let through for threads only.
 SYSCALLS = {
-    "x86_64": (0xC000003E, 56, (41, 57, 58, 62, 101, 165, 200, 234, 272, 308, 310, 311, 424, 425, 434, 435)),
-    "aarch64": (0xC00000B7, 220, (40, 97, 117, 129, 130, 131, 198, 268, 270, 271, 424, 425, 434, 435)),
+    "x86_64": (
+        0xC000003E,
+        56,
+        (
+            *(41, 57, 58, 62, 101, 129, 165, 200, 234, 272, 297, 298, 308, 310, 311, 424, 425, 434, 435, 438),
+            *(141, 142, 144, 203, 251, 314),
+            *(29, 64, 68, 240, 248, 249, 250),
+            *(76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452, 463, 466),
+        ),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        220,
+        (
+            *(40, 97, 117, 129, 130, 131, 138, 198, 240, 241, 268, 270, 271, 424, 425, 434, 435, 438),
+            *(30, 118, 119, 122, 140, 274),
+            *(180, 186, 190, 194, 217, 218, 219),
+            *(5, 6, 7, 14, 15, 16, 45, 52, 53, 54, 55, 88, 452, 463, 466),
+        ),
+    ),
 }
+ANY = 0xFFFFFFFF
+# Numbers by processor, which argument, which of its bits, values, whether these alone are allowed or these alone denied.
+ARGUMENTS = (
+    (
+        {"x86_64": 72, "aarch64": 25},
+        1,
+        ANY,
+        (8, 10, 15),
+        False,
+    ),  # fcntl SETOWN, SETSIG, SETOWN_EX: signals sent by proxy
+    ({"x86_64": 16, "aarch64": 29}, 1, ANY, (0x8901, 0x8902), False),  # ioctl FIOSETOWN, SIOCSPGRP: the same
+    (
+        {"x86_64": 53, "aarch64": 199},
+        1,
+        0xF,
+        (1,),
+        True,
+    ),  # socketpair of streams (asyncio); a datagram's reaches any socket
+    ({"x86_64": 302, "aarch64": 261}, 0, ANY, (0,), True),  # prlimit of itself
+)
 CLONE3, CLONE_THREAD, X32 = 435, 0x00010000, 0x40000000
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
-LOAD, RETURN, IF_EQUAL, IF_ABOVE, IF_SET = (
+LOAD, AND, RETURN, IF_EQUAL, IF_ABOVE, IF_SET = (
     0x20,
+    0x54,
     0x06,
     0x15,
     0x35,
     0x45,
-)  # BPF: operation, jump if so, jump if not, value
+)  # BPF: operation, jump if so, if not, value
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_RIGHTS = 1 | 4 | 8  # execute, read file, read folder
 WRITE_RIGHTS = (
@@ -49,12 +90,16 @@ def limit(limits: dict[str, Any]) -> None:
         resource.RLIMIT_FSIZE: limits["file_bytes"],
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: limits["processes"],
     }
     for name, most in wanted.items():
-        hard = resource.getrlimit(name)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(name, (most, most))
+        lower(name, most)
+
+
+def lower(name: int, most: int) -> None:
+    """One limit, no higher than what is allowed here."""
+    hard = resource.getrlimit(name)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(name, (most, most))
 
 
 def restrict_files(folder: str) -> bool:
@@ -98,6 +143,12 @@ def restrict_calls() -> bool:
     code += [(LOAD, 0, 0, 0), (IF_ABOVE, 0, 1, X32), (RETURN, 0, 0, EPERM)]  # word 0: the syscall's number
     for number in denied:
         code += [(IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ENOSYS if number == CLONE3 else EPERM)]
+    for numbers, place, bits, values, alone in ARGUMENTS:
+        listed, others = (ALLOW, EPERM) if alone else (EPERM, ALLOW)
+        code += [(IF_EQUAL, 0, 2 * len(values) + 3, numbers[platform.machine()])]
+        code += [(LOAD, 0, 0, 16 + 8 * place), (AND, 0, 0, bits)]
+        code += [line for value in values for line in ((IF_EQUAL, 0, 1, value), (RETURN, 0, 0, listed))]
+        code += [(RETURN, 0, 0, others)]
     code += [(IF_EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (IF_SET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, EPERM)]
     code += [(RETURN, 0, 0, ALLOW)]
     packed = b"".join(struct.pack("HBBI", *line) for line in code)
@@ -131,7 +182,8 @@ def confine(options: dict[str, Any]) -> dict[str, bool]:
     LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which the two below require
     files = restrict_files(options["folder"])
     calls = restrict_calls()
-    if not calls:
+    if not calls:  # this limit counts all that the user runs, so with seccomp it would only make runs depend on that
+        lower(resource.RLIMIT_NPROC, options["processes"])
         block_in_python()
     return {"files": files, "calls": calls}
 

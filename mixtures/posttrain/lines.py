@@ -30,6 +30,7 @@ DOCS = pa.schema(
         pa.field("bytes", pa.int64(), nullable=False),  # of the line, newline included
     ]
 )
+SUFFIXES = ("jsonl", "docs.parquet")  # of the files of a shard
 Made = dict[str, Any] | str  # a record, or why there is none
 Make = Callable[[dict[str, Any]], Made]
 

@@ -9,7 +9,8 @@ In: documents of sources of kind `chat` for which `where` holds. Out: `rl/<datas
 - `domain`, `license`, `pass_rate`
 
 and what `mixtures.posttrain.lines` writes beside it. A conversation that gives no record is counted under its first reason:
-image, link, proof, multiple_choice, true_false, multi_part, open_ended, unverifiable_answer (see `tasks`), multi_turn_tools.
+image, link, proof, multiple_choice, true_false, multi_part, open_ended, unverifiable_answer (see `tasks`), multi_turn_tools;
+rendering_differs where spans are to be applied and would cut the wrong bytes (see `sft`).
 `pipelines verify` scores responses.
 """
 
@@ -22,14 +23,14 @@ from core.job import Job, Outcome
 from core.predicate import Predicate
 from core.stage import Kind, Resources, Stage
 from core.text import Span
-from crawl.sources.conversations import texts, with_spans
+from crawl.sources.conversations import render, texts, with_spans
 from mixtures.posttrain.lines import Made
 from mixtures.posttrain.parts import conversation_of, parts_of
 from mixtures.posttrain.sft import SftConfig, export
 from mixtures.posttrain.tasks import gold_of, tests_of, unfit, verifier_of
 
 FORMAT = 1
-ABOUT = ("doc_id", "metadata", "license", "chat.domain", "chat.pass_rate")
+ABOUT = ("doc_id", "text", "metadata", "license", "chat.domain", "chat.pass_rate")
 
 
 class RlConfig(SftConfig):
@@ -66,6 +67,8 @@ class Task:
         if reason := unfit(record, parts, conversation.get("images") or (), verifier):
             return reason
         stages = [[Span(s["start"], s["end"], s["replacement"]) for s in document[name] or ()] for name in self.spans]
+        if any(stages) and render(messages)[0] != document["text"]:
+            return "rendering_differs"
         prompt = _prompt(with_spans(messages, stages) if any(stages) else messages)
         if not prompt:
             return "multi_turn_tools"

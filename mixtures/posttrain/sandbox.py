@@ -5,14 +5,17 @@ new folder, session and process group, with an empty environment and no file des
 library is there, installed packages are not. About 40 ms a run.
 
 What stops what, on Linux x86-64 and arm64 (kernel 5.13 and later):
-- seccomp: creating sockets (any family, io_uring too) and processes, signalling, tracing or reading other processes.
+- seccomp: creating sockets (any family, io_uring too; a connected pair of streams is allowed, which asyncio needs) and
+  processes; signalling, tracing, slowing or reading other processes; queues and shared memory that would outlive the run;
+  changing owner, mode, times or attributes of files.
 - Landlock: reading outside the interpreter and the system's libraries (so no home folder, no /proc, no environment of the
   parent), writing outside the run's folder.
 - rlimits: address space, CPU seconds, size of one file, open files. The parent: wall-clock time (SIGKILL to the group), bytes
   of output.
 
 What it does not stop: a hole in the kernel; covert channels such as timing; many files of the allowed size in the run's
-folder; threads (the address space bounds them); reading what lies below /usr. `protections()` says which of the two strong
+folder; threads (the address space bounds them); reading what lies below /usr; asking whether a file is there and how large
+(stat). `protections()` says which of the two strong
 walls stand on this machine. Without seccomp (another processor, a container that forbids it) Python names are blocked
 instead, which determined code undoes; without Landlock the run may read and write what this user may. Both then need a
 container around this process.

@@ -8,6 +8,7 @@ over what stands between messages changes nothing. A document whose text is not 
 as `rendering_differs`: spans would cut the wrong bytes. Packing and templates are the trainer's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +22,7 @@ from core.predicate import Predicate
 from core.stage import Kind, Resources, Stage, StageConfig, execution, identity_fields
 from core.text import Span
 from crawl.sources.conversations import MESSAGE_KEYS, render, with_spans
-from mixtures.posttrain.lines import LineUnits, Made, summed
+from mixtures.posttrain.lines import SUFFIXES, LineUnits, Made, summed
 from mixtures.posttrain.parts import conversation_of
 
 ABOUT = ("doc_id", "text", "metadata", "source", "license")
@@ -102,7 +103,14 @@ def export(job: Job, make: Any, columns: tuple[str, ...]) -> Outcome:
         **{f"left_out.{reason}": n for reason, n in reasons.items()},
         **{f"domain.{name}": n for name, n in domains.items()},
     }
-    return Outcome(outputs, accounts=accounts, observed=total(reports))
+    return Outcome(outputs, accounts=accounts, observed=total(reports), cleanup=_stale(job, outputs))
+
+
+def _stale(job: Job, outputs: Mapping[str, Any]) -> list[str]:
+    """Files of shards and datasets that are gone: who reads all lines of a folder must not meet them."""
+    found = [f"{d}/{name}" for d in job.root.names(job.instance) for name in job.root.names(f"{job.instance}/{d}")]
+    written = {f"{name}.{suffix}" for name in outputs for suffix in SUFFIXES}
+    return [f"{job.instance}/{name}" for name in found if name not in written]
 
 
 STAGE = Stage(name="sft", kind=Kind.EXPORT, config=SftConfig, fn=sft, reads=reads, resources=Resources(memory_gb=1.0))

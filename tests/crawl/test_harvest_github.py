@@ -129,6 +129,22 @@ def test_rate_limits_are_waited_for_or_told(forge, client):
         github.get("b")
 
 
+def test_waits_that_are_no_times_are_told_too(forge, client):
+    forge.answers["/a"] = (429, {"Retry-After": "9" * 400}, {})
+    with client() as github, pytest.raises(StageError, match="run again after"):
+        github.get("a")
+    forge.answers["/b"] = (429, {"Retry-After": "\u00b2"}, {})  # a digit that is no number
+    with client(max_wait_s=30.0) as github, pytest.raises(StageError, match="a wait of 60 s"):
+        github.get("b")
+
+
+def test_redirects_in_a_circle_end(forge, client):
+    forge.answers["/a"] = (301, {"Location": f"{forge.url}/a"}, None)
+    with client() as github, pytest.raises(InputError, match="circles"):
+        github.get("a")
+    assert len(forge.seen) == 6
+
+
 def test_faults_are_tried_again_a_few_times(forge, client):
     forge.answers["/a"] = [(502, {}, b"<html>bad gateway"), (503, {}, None), (200, {}, {"n": 1})]
     forge.answers["/b"] = (502, {}, b"")
@@ -276,6 +292,10 @@ def test_content_that_does_not_come_costs_its_pull_request_only(forge, client, s
     forge.answers["/repos/ada/small"] = (451, {}, {"message": "withdrawn"})
     with client() as github:
         assert [r.drop for r in harvested(github).values()] == ["gone"]
+    for odd in ((200, {}, b"no json"), (400, {}, {"message": "bad name"})):
+        forge.answers["/repos/ada/small"] = odd
+        with client() as github:
+            assert [r.drop for r in harvested(github).values()] == ["unreadable"]
 
 
 def test_forks_fall_before_their_list_is_asked_for(forge, client, small):

@@ -1,5 +1,6 @@
 """From clones, dumps and releases to documents and dialogues, through the command: accounts, masks, resume, same bytes."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -201,7 +202,8 @@ def test_a_killed_harvest_goes_on_to_the_same_bytes(harvested, tmp_path):
     captures = tmp_path / "root" / "captures" / "pulls"
     while process.poll() is None and not list(captures.glob("*.json")):
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it was faster than this loop
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = {p.name: p.stat().st_mtime_ns for p in captures.glob("*.json")}
     assert done
@@ -226,6 +228,26 @@ def test_an_empty_list_of_releases_is_an_empty_dataset(tmp_path):
     path.write_text(f"root: {tmp_path}/root\nsources:\n  pulls: {source}\nstages:\n  harvest: {{}}\n  extract: {{}}\n")
     run(path)
     assert documents(tmp_path, "pulls") == []
+
+
+def test_another_archive_is_read_by_the_next_run(tmp_path):
+    """The list of archives is no knob of the identity; what it stands for is."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for number, folder in enumerate(folders, start=1):
+        folder.mkdir()
+        event = {**BEFORE, "payload": {"action": "closed", "number": number, "pull_request": {"number": number}}}
+        (folder / f"2025-10-0{number}-0.json.gz").write_bytes(gzip.compress(json.dumps(event).encode()))
+    path, records = tmp_path / "p.yaml", []
+    for named in (folders[:1], folders):
+        source = f"{{kind: harvest, archives: [{', '.join(map(str, named))}]}}"
+        path.write_text(f"root: {tmp_path}/root\nsources:\n  pulls: {source}\nstages:\n  harvest: {{}}\n")
+        run(path)
+        manifest = json.loads((tmp_path / "root/datasets/pulls/manifests/harvest.json").read_text())
+        records.append(manifest["accounts"]["records"])
+    assert records == [1, 2]
+    before = HarvestSource(archives=(str(folders[0]),)).lists
+    assert before == HarvestSource(archives=(str(folders[0].rename(tmp_path / "moved")),)).lists
+    assert HarvestSource(archives=(str(tmp_path / "nowhere"),)).lists == {"archives": "absent"}
 
 
 def test_names_and_identities_know_no_paths():

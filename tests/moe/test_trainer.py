@@ -24,7 +24,7 @@ from moe.trainer import METRICS, TIME_FIELDS, read_metrics, train
 from tests.moe.conftest import counting_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The child prints each step, so that the parent can kill it in the middle of a chosen one.
+# The child prints the step at which the parent is to kill it, and waits there: however slow the parent is, it is not too late.
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -32,7 +32,13 @@ from moe.config import from_json
 from moe.trainer import train
 from tests.moe.conftest import counting_source
 config, folder = from_json(json.loads(sys.argv[1])), Path(sys.argv[2])
-train(config, counting_source(), folder, lambda row: print(row["step"], flush=True))
+
+def said(row):
+    if row["step"] >= int(sys.argv[3]):
+        print(row["step"], flush=True)
+        sys.stdin.read()
+
+train(config, counting_source(), folder, said)
 """
 
 
@@ -94,13 +100,12 @@ def test_resume_after_kill_9(
     """Killed by the kernel in another process: after step 3, before the first periodic checkpoint, and after step 8."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(train_config)), str(folder)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     for stop in (3, 8):
-        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=_environment()) as child:
+        with subprocess.Popen([*command, str(stop)], cwd=REPOSITORY, env=_environment(), **pipes) as child:
             assert child.stdout is not None
-            for line in child.stdout:
-                if int(line) >= stop:
-                    child.send_signal(signal.SIGKILL)
-                    break
+            assert child.stdout.readline() == f"{stop}\n".encode()
+            child.kill()
         assert child.returncode == -signal.SIGKILL
     summary = train(train_config, source, folder)
     assert summary.resumed_step is not None

@@ -6,6 +6,10 @@ import pytest
 
 from core.schema import LAYER_HEAD
 from core.storage import Root
+from mixtures.posttrain.sft import STAGE as SFT
+from pipelines.config import StageEntry
+from pipelines.runner import remove_output
+from pipelines.scope import Step
 from tests.pipelines.small_pipeline import JUDGED, pipelines, state, texts, write_config, write_jsonl
 
 
@@ -31,3 +35,11 @@ def test_a_changed_file_is_found_and_made_again(tmp_path: Path) -> None:
     assert pipelines("run", "stage", "signals", "-c", config, "--force").code == 0
     assert pipelines("check", "-c", config, "--content").code == 0
     assert state(tmp_path / "root") == before
+
+
+def test_lines_that_would_vouch_for_themselves_are_forgotten_too(tmp_path):
+    root = Root(str(tmp_path))
+    for name in ("sft/chats/s0.jsonl", "rl/chats/s0.jsonl"):
+        root.write_bytes(name, b"{}\n")
+    remove_output(root, Step(StageEntry("sft", SFT, SFT.config()), None))
+    assert (root.names("sft"), root.names("rl")) == ([], ["chats"])

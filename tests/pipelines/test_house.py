@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from core.hashing import digest
+from core.hashing import digest, file_digest
 from pipelines.stages import STAGES, load
 
 REPO = Path(__file__).resolve().parents[2]
@@ -206,7 +206,8 @@ def stage_modules(module):
 
 
 def code_digest(modules):
-    """Hash of the code without docstrings, comments and layout: none of those can change an output."""
+    """Hash of the code without docstrings, comments and layout, which change no output, and of the files that lie beside a
+    module and are named in it, such as lists of words, which do."""
     trees = {}
     for name in modules:
         tree = ast.parse(MODULES[name].read_text("utf-8"))
@@ -219,7 +220,9 @@ def code_digest(modules):
                 and isinstance(body[0].value, ast.Constant)
             ):
                 body[0].value = ast.Constant(None)
-        trees[name] = ast.dump(tree)
+        beside = {p.name: p for p in MODULES[name].parent.iterdir() if p.is_file() and p.suffix != ".py"}
+        named = sorted({n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in beside})
+        trees[name] = [ast.dump(tree), [file_digest(beside[n]) for n in named]] if named else ast.dump(tree)
     return digest(trees)
 
 
@@ -296,6 +299,18 @@ def test_layout_and_comments_do_not_count(tmp_path, monkeypatch):
         digests.append(code_digest(["m"]))
     assert digests[0] == digests[1] != digests[2]
     assert digests[3] == digests[4]
+
+
+def test_a_list_beside_a_module_counts_as_its_code(tmp_path, monkeypatch):
+    path, words = tmp_path / "m.py", tmp_path / "words.txt"
+    monkeypatch.setitem(MODULES, "m", path)
+    path.write_text('WORDS = "words.txt"\n')
+    digests = []
+    for text in ("a", "b", "b"):
+        words.write_text(text)
+        digests.append(code_digest(["m"]))
+        (tmp_path / "other.txt").write_text(text)
+    assert digests[0] != digests[1] == digests[2]
 
 
 if __name__ == "__main__":

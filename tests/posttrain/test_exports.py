@@ -14,6 +14,7 @@ from mixtures.posttrain.chat import STAGE as CHAT
 from mixtures.posttrain.chat import ChatConfig, artifacts, chat, open_chat
 from mixtures.posttrain.parts import parts_of
 from mixtures.posttrain.rl import STAGE as RL
+from mixtures.posttrain.rl import Task
 from mixtures.posttrain.sft import STAGE as SFT
 from mixtures.posttrain.sft import Line
 from mixtures.posttrain.tasks import gold_of, unfit, verifier_of
@@ -104,6 +105,26 @@ def test_what_is_no_conversation_or_not_its_rendering_is_counted(house: House) -
     assert outcome.accounts["left_out.rendering_differs"] == 1
     assert outcome.accounts["left_out.no_conversation"] == 1
     assert outcome.accounts["records"] == 1
+
+
+def test_spans_of_another_text_cut_no_task() -> None:
+    """A span would lie in the prompt; but the document's text is no longer what it was found in."""
+    (row,) = documents([turns("How many?", "\\boxed{2}")]).to_pylist()
+    about = {**row, "text": "edited", "chat.domain": None, "chat.pass_rate": None}
+    span = {"start": 0, "end": 3, "replacement": "x"}
+    task = Task(("pii.spans",), False, 1.0)
+    assert task({**about, "pii.spans": [span]}) == "rendering_differs"
+    assert isinstance(task({**about, "pii.spans": []}), dict)
+    assert isinstance(task({**about, "pii.spans": [span], "text": row["text"]}), dict)
+
+
+def test_lines_of_shards_that_are_gone_go(house: House) -> None:
+    judged(house, [turns("q", "a")], shards=1)
+    outcome = house.run(SFT)
+    assert outcome.cleanup == []
+    for name in ("sft/chats/old.jsonl", "sft/chats/old.docs.parquet", "sft/gone/s0.jsonl"):
+        house.root.write_bytes(name, b"")
+    assert house.run(SFT).cleanup == ["sft/chats/old.docs.parquet", "sft/chats/old.jsonl", "sft/gone/s0.jsonl"]
 
 
 def test_workers_and_a_second_run_give_the_same_bytes(house: House) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,50 @@ def test_the_caller_cannot_be_signalled() -> None:
     needs("calls")
     ran = run_program("import os; os.kill(os.getppid(), 9)")
     assert b"PermissionError" in ran.err
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import ctypes, struct\ncall = ctypes.CDLL(None).syscall\n"
+        "call(SIGQUEUE, PID, 9, struct.pack('iiii', 9, 0, -1, 0) + bytes(112))",
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, PID)\nfcntl.fcntl(r, 10, 9)\n"
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(r, fcntl.F_GETFL))\nos.write(w, b'x')",
+        "import resource; resource.prlimit(PID, resource.RLIMIT_NOFILE, (5, 5))",
+        "import os; os.setpriority(os.PRIO_PROCESS, PID, 19)",
+    ],
+)
+def test_no_other_process_is_signalled_or_slowed_by_a_detour(source: str) -> None:
+    """What `kill` has siblings for. The victim is a process of this user that waits for its standard input."""
+    needs("calls")
+    code = "import os, sys, resource as r; sys.stdin.read(); print(os.nice(0), r.getrlimit(r.RLIMIT_NOFILE)[0] > 5)"
+    queue = "129" if platform.machine() == "x86_64" else "138"
+    with subprocess.Popen([sys.executable, "-I", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as victim:
+        run_program(source.replace("SIGQUEUE", queue).replace("PID", str(victim.pid)))
+        said = victim.communicate()[0].split()
+    assert (victim.returncode, said) == (0, [str(os.nice(0)).encode(), b"True"])
+
+
+@pytest.mark.parametrize(
+    "call", ["chmod(PATH, 0o777)", "utime(PATH, (1, 1))", "setxattr(PATH, 'user.x', b'1')", "truncate(PATH, 0)"]
+)
+def test_files_outside_keep_their_mode_times_and_length(call: str, tmp_path: Path) -> None:
+    needs("calls")
+    path = tmp_path / "file"
+    path.write_text("hunter2")
+    path.chmod(0o600)
+    before = path.stat()
+    ran = run_program(f"import os; os.{call.replace('PATH', repr(str(path)))}")
+    assert b"PermissionError" in ran.err
+    assert path.stat() == before
+
+
+def test_nothing_is_left_behind_and_no_local_socket_is_reached() -> None:
+    needs("calls")
+    assert run_program("import ctypes; print(ctypes.CDLL(None).shmget(0, 4096, 0o1600))").out == b"-1\n"
+    assert not run_program("import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)").ok
+    ran = run_program("import asyncio; asyncio.run(asyncio.sleep(0)); print('done')")  # a pair of streams is harmless
+    assert ran.out == b"done\n", ran.err
 
 
 def test_without_seccomp_names_are_blocked_in_python() -> None:
