@@ -202,12 +202,13 @@ def levels(facts: Facts) -> list[Level]:
         out[-1] = Level("kept", out[-1].left, out[-1].lost, out[-1].verb)
     if shards := tokens(facts):
         docs = {name: shards["docs"].get(name, 0) for name in manifests}
-        lost_docs = sum(left.values()) - sum(docs.values())
-        out.append(
-            Level(
-                "tokenised", docs, {"not in token shards": lost_docs}, note=f"{sum(shards['tokens'].values()):,} tokens"
-            )
-        )
+        meant = _meant_for_tokens(facts)
+        lost_docs = {
+            "in datasets not tokenised": sum(n for name, n in left.items() if name not in meant),
+            "not in token shards": sum(n - docs[name] for name, n in left.items() if name in meant),
+        }
+        total = f"{sum(shards['tokens'].values()):,} tokens"
+        out.append(Level("tokenised", docs, {reason: n for reason, n in lost_docs.items() if n}, note=total))
     return out
 
 
@@ -232,12 +233,19 @@ def checks(facts: Facts) -> Iterator[Check]:
     done_tokens = facts.of("tokenize")
     if done_tokens and facts.selects and done_tokens.config.where == facts.fate:
         made = sum(tokens(facts)["docs"].values())
-        kept = facts.selects[-1].manifest.accounts["kept"]
+        last, meant = facts.selects[-1], _meant_for_tokens(facts)
+        fell = sum(n for by in dropped(last, meant).values() for n in by.values())
+        kept = sum(facts.rows[name] for name in meant) - fell
         left_out = done_tokens.manifest.accounts.get("contaminated_docs", 0)
-        spelled = f"{kept:,} kept by {facts.selects[-1].instance}" + (
-            f" - {left_out:,} contaminated" if left_out else ""
-        )
+        spelled = f"{kept:,} kept by {last.instance}" + (f" - {left_out:,} contaminated" if left_out else "")
         yield Check("tokenize: documents", made, kept - left_out, spelled)
+
+
+def _meant_for_tokens(facts: Facts) -> list[str]:
+    """The datasets with documents that `tokenize` works on."""
+    done = facts.of("tokenize")
+    wanted = done.config.datasets if done else None
+    return [name for name in facts.rows if wanted is None or name in wanted]
 
 
 def _totals(by: ByReason) -> Counts:
