@@ -193,7 +193,7 @@ def levels(facts: Facts) -> list[Level]:
         label = done.instance.partition("@")[2]
         last = done is facts.selects[-1]
         for lost, name, verb in ((ruled, label, "by rules"), (copies, "unique", "duplicates")):
-            if not lost and not (name == label and not last):
+            if not lost and (last or copies or name != label):
                 continue
             left = {d: n - sum(by.get(d, 0) for by in lost.values()) for d, n in left.items()}
             out.append(Level(name, dict(left), _totals(lost), verb))
