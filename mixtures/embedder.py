@@ -179,6 +179,7 @@ STAGE = Stage(
     kind=Kind.EXPORT,
     config=EmbedderConfig,
     fn=make_embedder,
+    where=False,
     artifacts=find_model,
     libraries=("numpy", "tokenizers"),
     resources=Resources(memory_gb=2.0),

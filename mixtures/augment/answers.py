@@ -312,5 +312,6 @@ STAGE = Stage(
     kind=Kind.CAPTURE,
     config=AnswersConfig,
     fn=answers,
+    where=False,
     reads=lambda c: (f"@{c.passages}",),
 )
