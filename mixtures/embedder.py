@@ -181,6 +181,6 @@ STAGE = Stage(
     fn=make_embedder,
     where=False,
     artifacts=find_model,
-    libraries=("numpy", "tokenizers"),
+    libraries=("numpy", "tokenizers", "safetensors", "threadpoolctl"),
     resources=Resources(memory_gb=2.0),
 )
