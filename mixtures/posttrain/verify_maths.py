@@ -124,8 +124,8 @@ def compare(pairs: list[tuple[str, str]]) -> list[bool | None]:
         except subprocess.TimeoutExpired:
             child.kill()
             said, _ = child.communicate()
-    made: list[bool | None] = [line == "true" for line in said.splitlines()][: len(pairs)]
-    return made + [None] * (len(pairs) - len(made))
+    made = [line == "true" for line in said.splitlines()][: len(pairs)]
+    return [*made, *[None] * (len(pairs) - len(made))]
 
 
 def _wait_until_ready(child: "subprocess.Popen[str]") -> None:
