@@ -120,8 +120,8 @@ class AnnotateUnits:
         for batch in self.dataset.read(shard, stored, self.batch_bytes):
             columns = {name: batch.column(name) for name in batch.schema.names}
             for run in todo:
-                seat = _Seat(start, self.runs.index(run), len(self.runs), unit, note)
-                table, bad = _annotate_batch(run, columns, batch.num_rows, seat)
+                seat = Seat(start, self.runs.index(run), len(self.runs), unit, note)
+                table, bad = annotate_batch(run, columns, batch.num_rows, seat)
                 tables[run.layer].append(table)
                 rejects[run.layer] += bad
                 columns.update({f"{run.layer}.{c}": table.column(c).combine_chunks() for c in table.column_names})
@@ -173,7 +173,7 @@ def opened(run: AnnotateRun) -> Any:
 
 
 @dataclass(frozen=True)
-class _Seat:
+class Seat:
     """Where a batch stands: its first row in the shard, and the number of its stage among the group's."""
 
     start: int
@@ -191,7 +191,7 @@ class _Seat:
         self.note(row=(self.start + row) * self.stages + self.number)
 
 
-def _annotate_batch(run: AnnotateRun, columns: dict[str, Any], rows: int, seat: _Seat) -> tuple[pa.Table, list[Reject]]:
+def annotate_batch(run: AnnotateRun, columns: dict[str, Any], rows: int, seat: Seat) -> tuple[pa.Table, list[Reject]]:
     """Layer rows for one batch, and rejects by row of the shard."""
     live = run.where.holds(columns) if run.where else np.ones(rows, dtype=bool)
     errors: dict[int, tuple[str, str]] = {}

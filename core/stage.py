@@ -49,7 +49,9 @@ class StageConfig(BaseModel):
 
     datasets: tuple[str, ...] | None = Field(default=None, description="work on these datasets only; default: all")
     where: str | None = Field(
-        default=None, description="compute only rows for which this predicate over layers holds, e.g. `fate@eligible`"
+        default=None,
+        description="compute only rows for which this predicate over layers holds, e.g. `fate@eligible`; refused by stages that "
+        "choose no rows",
     )
 
 
@@ -109,6 +111,7 @@ class Stage:
     libraries: tuple[str, ...] = ()  # distributions whose versions enter the identity
     resources: Resources = field(default_factory=Resources)
     per_dataset: bool = False  # capture: once for each source whose kind is the stage's name, not once for the root
+    where: bool = True  # whether the knob `where` has a meaning here; a config that sets it elsewhere is refused
 
     def columns(self, config: Any) -> tuple[str, ...]:
         """What this stage reads under `config`, in order."""

@@ -41,5 +41,6 @@ STAGE = Stage(
     kind=Kind.INGEST,
     config=ExtractConfig,
     fn=extract,
+    where=False,
     libraries=("resiliparse", "fastwarc", "trafilatura", "pypdfium2", "lxml"),
 )

@@ -196,6 +196,7 @@ STAGE = Stage(
     kind=Kind.CAPTURE,
     config=CrawlStageConfig,
     fn=capture,
+    where=False,
     per_dataset=True,
     libraries=("protego", "h11", "can_ada", "selectolax", "resiliparse"),
 )

@@ -179,7 +179,8 @@ STAGE = Stage(
     kind=Kind.EXPORT,
     config=EmbedderConfig,
     fn=make_embedder,
+    where=False,
     artifacts=find_model,
-    libraries=("numpy", "tokenizers"),
+    libraries=("numpy", "tokenizers", "safetensors", "threadpoolctl"),
     resources=Resources(memory_gb=2.0),
 )

@@ -1,13 +1,72 @@
-"""The text that leaves the house: documents as tokenizer, token shards and exports see them, with all spans applied."""
+"""The text that leaves the house: documents as tokenizer, token shards and exports see them, with all spans applied.
+
+`LastLook` holds that text against an index of `decontaminate` once more: what the policy let pass, or a replacement put
+together, goes no further.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.dataset import Dataset, Shard
+from core.errors import StageError
+from core.job import Job
+from core.manifest import read_manifest
 from core.predicate import Predicate
+from core.schema import TEXT
+from core.storage import Root
 from core.text import Span, apply_spans
+from dedup.finder import Finder, open_finder
+
+
+@dataclass(frozen=True)
+class LastLook:
+    """An index of `decontaminate`, opened once in each worker."""
+
+    url: str  # of the root
+    instance: str
+    fingerprint: str
+
+    @property
+    def targets(self) -> str:
+        """The column that says which documents are targets themselves; held-out text does not contaminate those."""
+        return targets_column(self.instance)
+
+    def hit(self, texts: Sequence[str], targets: pa.Array) -> np.ndarray:
+        """bool [n]: which texts hold something of the index. `targets` holds the column of that name."""
+        own = np.asarray(pc.fill_null(targets, False), dtype=bool)
+        return _finder(self.url, self.instance, self.fingerprint).hit(pa.array(texts, TEXT), own)
+
+
+def targets_column(instance: str) -> str:
+    return f"{instance}.held_out"
+
+
+def last_look(job: Job) -> LastLook | None:
+    """The index that `decontaminate` of the config names, as its manifest has it; None where it names none."""
+    instance = job.config.decontaminate
+    if not instance:
+        return None
+    manifest = read_manifest(job.root, instance, None)
+    if manifest is None:
+        raise StageError(f"{job.instance}: no index of {instance!r} in {job.root.url}; run stage {instance} first")
+    return LastLook(job.root.url, instance, str(manifest.outputs["index"]["content"]))
+
+
+@lru_cache(maxsize=1)
+def _finder(url: str, instance: str, fingerprint: str) -> Finder:
+    """The index in this process; read again where another fingerprint is asked for."""
+    finder = open_finder(Root(url), instance)
+    if finder.fingerprint != fingerprint:
+        raise StageError(
+            f"{instance}: its index is not the one its manifest names, got {finder.fingerprint[:8]}, expected "
+            f"{fingerprint[:8]}; run stage {instance} again"
+        )
+    return finder
 
 
 def released(

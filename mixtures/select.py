@@ -165,5 +165,12 @@ def _reads(config: SelectConfig) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    name="select", kind=Kind.DECIDE, config=SelectConfig, fn=select, version=1, reads=_reads, libraries=("pyarrow",)
+    name="select",
+    kind=Kind.DECIDE,
+    config=SelectConfig,
+    fn=select,
+    where=False,
+    version=1,
+    reads=_reads,
+    libraries=("pyarrow",),
 )

@@ -12,29 +12,24 @@ benchmark item is left out and counted. What the policy let pass, or a replaceme
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from pydantic import Field, field_validator
 
 from core.dataset import Dataset, Shard
 from core.engines.contract import Note, Report, Unit
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError
 from core.hashing import TableHash, digest
 from core.job import Job, Outcome, total
-from core.manifest import read_manifest
 from core.predicate import Predicate
 from core.schema import TEXT, conform
 from core.stage import Kind, Resources, Stage, StageConfig, execution, identity_fields
-from core.storage import Root
-from dedup.finder import Finder, open_finder
 from mixtures.encoder import TokenizerInfo, open_encoder, read_info
-from mixtures.released import released
+from mixtures.released import LastLook, last_look, released, targets_column
 from mixtures.token_files import docs_name, ds_index_bytes, index_bytes, shard_name
 
 DOCS = pa.schema(
@@ -92,26 +87,22 @@ def reads(config: TokenizeConfig) -> tuple[str, ...]:
         *(Predicate(config.where).columns if config.where else ()),
         *config.spans,
         f"@{config.tokenizer}",
-        *((f"@{config.decontaminate}", _held_out(config.decontaminate)) if config.decontaminate else ()),
+        *((f"@{config.decontaminate}", targets_column(config.decontaminate)) if config.decontaminate else ()),
     )
-
-
-def _held_out(instance: str) -> str:
-    """The column that says which documents are targets themselves."""
-    return f"{instance}.held_out"
 
 
 def tokenize(job: Job) -> Outcome:
     """Write the token shards of all datasets."""
     tokenizer = read_info(job.root, job.config.tokenizer)
     libraries = {name: version(name) for name in job.stage.libraries}
-    check = _index(job)
-    code = digest([job.stage.version, identity_fields(job.config), tokenizer.fingerprint, check, libraries])
+    look = last_look(job)
+    index = look.fingerprint if look else ""
+    code = digest([job.stage.version, identity_fields(job.config), tokenizer.fingerprint, index, libraries])
     outputs: dict[str, dict[str, Any]] = {}
     reports = []
     for dataset in job.datasets:
         units = [Unit(s.name, s, s.text_bytes) for s in dataset.shards]
-        work = TokenizeUnits(dataset, job.config, tokenizer, code, check)
+        work = TokenizeUnits(dataset, job.config, tokenizer, code, look)
         made = job.engine.run_units(work, units, f"{job.instance}: {dataset.name}")
         outputs.update({f"{dataset.name}/{r.unit}": r.value for r in made})
         reports += made
@@ -119,29 +110,6 @@ def tokenize(job: Job) -> Outcome:
     if job.config.decontaminate:
         accounts["contaminated_docs"] = sum(out["contaminated"] for out in outputs.values())
     return Outcome(outputs, accounts=accounts, observed={**total(reports), **_figures(reports)})
-
-
-def _index(job: Job) -> str:
-    """The fingerprint of the index that the final text is held against; empty without one."""
-    instance = job.config.decontaminate
-    if not instance:
-        return ""
-    manifest = read_manifest(job.root, instance, None)
-    if manifest is None:
-        raise StageError(f"{job.instance}: no index of {instance!r} in {job.root.url}; run stage {instance} first")
-    return str(manifest.outputs["index"]["content"])
-
-
-@lru_cache(maxsize=1)
-def _finder(url: str, instance: str, fingerprint: str) -> Finder:
-    """The index in this process; read again where another fingerprint is asked for."""
-    finder = open_finder(Root(url), instance)
-    if finder.fingerprint != fingerprint:
-        raise StageError(
-            f"tokenize: index {instance!r} is not the one its manifest names, got {finder.fingerprint[:8]}, expected "
-            f"{fingerprint[:8]}; run stage {instance} again"
-        )
-    return finder
 
 
 @dataclass(frozen=True)
@@ -152,7 +120,7 @@ class TokenizeUnits:
     config: TokenizeConfig
     tokenizer: TokenizerInfo
     code: str
-    index: str = ""  # fingerprint of the index of `config.decontaminate`
+    look: LastLook | None = None
 
     def __call__(self, unit: Unit, note: Note) -> Report:
         shard: Shard = unit.payload
@@ -227,7 +195,7 @@ class TokenizeUnits:
         """(rows of DOCS, their tokens end to end, words, contaminated documents left out) batch by batch."""
         encoder = open_encoder(self.dataset.root.url, self.tokenizer)
         config = self.config
-        columns = [*ABOUT, *([_held_out(config.decontaminate)] if config.decontaminate else [])]
+        columns = [*ABOUT, *([self.look.targets] if self.look else [])]
         for rows, texts, about in released(
             self.dataset, shard, config.where, config.spans, columns, config.batch_bytes
         ):
@@ -242,12 +210,9 @@ class TokenizeUnits:
 
     def _clean(self, texts: list[str], about: pa.RecordBatch) -> np.ndarray:
         """Which texts hold nothing of the index: all, where none is named."""
-        instance = self.config.decontaminate
-        if not instance:
+        if self.look is None:
             return np.arange(len(texts))
-        targets = np.asarray(pc.fill_null(about.column(_held_out(instance)), False), dtype=bool)
-        hit = _finder(self.dataset.root.url, instance, self.index).hit(pa.array(texts, TEXT), targets)
-        return np.flatnonzero(~hit)
+        return np.flatnonzero(~self.look.hit(texts, about.column(self.look.targets)))
 
     def _write_indexes(self, name: str, lengths: np.ndarray) -> None:
         """What stands beside the tokens; without documents nothing does, and the empty token files go."""

@@ -166,6 +166,8 @@ class _Checker:
             if config is not None:
                 entries.append(StageEntry(instance, stage, config))
                 self._predicate(("stages", instance, "where"), config.where)
+                if config.where is not None and not stage.where:
+                    self._problem(("stages", instance, "where"), f"{name} chooses no rows; leave `where` out")
         if not entries and not self.problems:
             self.problems.append(
                 f"{self.lines.where(())}: `stages` is empty; name at least one, `pipelines stages` lists all"

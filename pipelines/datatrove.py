@@ -47,7 +47,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.typeshelper import StatHints
 from pydantic import ValidationError
 
-from core.annotate import AnnotateRun, _annotate_batch, _Seat, opened
+from core.annotate import AnnotateRun, Seat, annotate_batch, opened
 from core.engines.contract import Unit
 from core.errors import ConfigError
 from core.hashing import digest, document_id
@@ -162,8 +162,8 @@ class Step(PipelineStep):
         """Write the layer into each document's metadata; whether each is to be dropped."""
         wanted = dict.fromkeys([*run.columns, *(self.drop.columns if self.drop else ())])
         columns = {name: self._column(name, batch) for name in wanted if name.rpartition(".")[0] != self.layer}
-        seat = _Seat(0, 0, 1, Unit(self.layer), lambda **_: None)
-        table, rejects = _annotate_batch(run, columns, len(batch), seat)
+        seat = Seat(0, 0, 1, Unit(self.layer), lambda **_: None)
+        table, rejects = annotate_batch(run, columns, len(batch), seat)
         for document, row in zip(batch, table.to_pylist(), strict=True):
             document.metadata[self.layer] = row
         for reject in rejects:

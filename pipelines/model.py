@@ -147,6 +147,7 @@ TRAIN = Stage(
     kind=Kind.EXPORT,
     config=TrainStageConfig,
     fn=train,
+    where=False,
     reads=_train_reads,
     libraries=("torch",),
     resources=Resources(cpus=2, memory_gb=2),
@@ -158,6 +159,7 @@ EVALUATE = Stage(
     kind=Kind.EXPORT,
     config=EvaluateStageConfig,
     fn=evaluate,
+    where=False,
     reads=lambda config: (f"@{config.model}", "@mix", "@tokenize"),
     libraries=("torch",),
 )

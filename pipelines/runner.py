@@ -275,7 +275,8 @@ def remove_output(root: Root, step: Step) -> None:
     instance, kind = step.entry.instance, step.entry.stage.kind
     if kind is Kind.CAPTURE:
         raise ConfigError(
-            f"{step.name}: a capture is not made again; remove its folder below captures/ to start afresh"
+            f"{step.name}: a capture is not made again; to start afresh remove its folder below captures/ and "
+            f"{manifest_name(step.manifest, step.dataset)}"
         )
     root.remove(manifest_name(step.manifest, step.dataset))
     label = instance.partition("@")[2]

@@ -7,6 +7,7 @@ one that does not say stays: the hydration decides.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,6 +15,8 @@ from core.hashing import digest
 from crawl.sources.members import MemberStream, TornMemberError
 
 LINE_BYTES = 16 << 20
+# A name becomes part of a URL's path: nothing in it may begin a query, another folder or another host.
+REPOSITORY = re.compile(r"(?!\.\.?/)[A-Za-z0-9_.-]{1,100}/(?!\.\.?\Z)[A-Za-z0-9_.-]{1,100}")
 CLOSED = ("closed", "merged")  # the cut format writes `merged` as an action of its own
 
 
@@ -89,7 +92,9 @@ def _pull(event: dict[str, Any]) -> Seen | None:
 
 
 def _repo_name(event: dict[str, Any]) -> str:
-    """`repo.name` since 2015, `repository.owner` and `.name` before."""
-    if "repo" in event:
-        return str(event["repo"]["name"])
-    return f"{event['repository']['owner']}/{event['repository']['name']}"
+    """`repo.name` since 2015, `repository.owner` and `.name` before. ValueError where it is not owner/name."""
+    old = event.get("repository")
+    name = str(event["repo"]["name"]) if "repo" in event else f"{old['owner']}/{old['name']}" if old else ""
+    if not REPOSITORY.fullmatch(name):
+        raise ValueError(f"got {name[:100]!r}, expected owner/name")
+    return name

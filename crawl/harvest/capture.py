@@ -343,4 +343,4 @@ def _tree_digest(path: str) -> str:
     return running.hexdigest()
 
 
-STAGE = Stage(name="harvest", kind=Kind.CAPTURE, config=HarvestStageConfig, fn=harvest, per_dataset=True)
+STAGE = Stage(name="harvest", kind=Kind.CAPTURE, config=HarvestStageConfig, fn=harvest, where=False, per_dataset=True)

@@ -1,7 +1,8 @@
 """Pull requests of a forge as records: what was said by one GraphQL question, contents by SHA over REST.
 
 For each pull request: one question (title, body, comments, reviews, closed issues), one comparison (its files and merge base),
-one tree, and two blobs a file. What cannot change is asked for once ever (`crawl.harvest.github`).
+one tree, and two blobs a file. What cannot change is asked for once ever (`crawl.harvest.github`). An answer that is JSON of
+another shape costs its pull request, or its repository, as `unreadable`.
 """
 
 import base64
@@ -23,6 +24,8 @@ from crawl.harvest.swebench import excluded_repository
 
 PAGE = 100
 COMPARED_FILES = 300  # GitHub lists no more files of a comparison
+# What reading JSON of another shape raises, besides InputError: a key, a type, a number, an object that is none.
+UNREADABLE = (InputError, KeyError, TypeError, ValueError, AttributeError)
 
 QUESTION = """
 query($owner: String!, $name: String!, $number: Int!) {
@@ -72,8 +75,8 @@ def forge_records(
     except GoneError as e:
         yield whole.dropped("gone", str(e))
         return
-    except InputError as e:  # of one repository: the others are asked for all the same
-        yield whole.dropped("unreadable", str(e))
+    except UNREADABLE as e:  # of one repository: the others are asked for all the same
+        yield whole.dropped("unreadable", _said(e))
         return
     about = replace(whole, kind="pull_request", license=license, stars=known.stars)
     for number in wanted:
@@ -82,8 +85,12 @@ def forge_records(
             yield _pull(github, record, rules, tree_paths, benchmark)
         except GoneError as e:
             yield record.dropped("gone", str(e))
-        except InputError as e:
-            yield record.dropped("unreadable", str(e))
+        except UNREADABLE as e:
+            yield record.dropped("unreadable", _said(e))
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"answer of another shape: {error!r}"
 
 
 def _facts(value: dict[str, Any]) -> tuple[Known, str | None]:
@@ -123,20 +130,20 @@ def _described(record: Record, pull: dict[str, Any]) -> Record:
     """The record with what was said."""
     made = replace(
         record,
-        url=pull.get("url"),
-        title=pull.get("title") or "",
-        body=pull.get("body") or "",
+        url=_text(pull, "url"),
+        title=_text(pull, "title") or "",
+        body=_text(pull, "body") or "",
         author=_login(pull),
-        created_at=pull.get("createdAt"),
-        merged_at=pull.get("mergedAt"),
+        created_at=_text(pull, "createdAt"),
+        merged_at=_text(pull, "mergedAt"),
         merged=bool(pull.get("merged")),
         labels=tuple(sorted(str(n["name"]) for n in _nodes(pull, "labels"))),
-        base_commit=pull.get("baseRefOid"),
-        head_commit=pull.get("headRefOid"),
+        base_commit=_text(pull, "baseRefOid"),
+        head_commit=_text(pull, "headRefOid"),
         remarks=tuple(sorted(_remarks(pull), key=lambda r: r.at or "")),
     )
     linked = [
-        Issue(int(n["number"]), n.get("title") or "", n.get("body") or "", _login(n), n.get("createdAt"))
+        Issue(int(n["number"]), _text(n, "title") or "", _text(n, "body") or "", _login(n), _text(n, "createdAt"))
         for n in _nodes(pull, "closingIssuesReferences")
         if str((n.get("repository") or {}).get("nameWithOwner", record.repo)).lower() == record.repo.lower()
     ]
@@ -149,13 +156,15 @@ def _remarks(pull: dict[str, Any]) -> Iterator[Remark]:
     for node in _nodes(pull, "comments"):
         yield _remark(node, "comment")
     for node in _nodes(pull, "reviews"):
-        if (node.get("body") or "").strip():
+        if (_text(node, "body") or "").strip():
             yield _remark(node, "review")
-        yield from (_remark(n, "review") for n in _nodes(node, "comments") if (n.get("body") or "").strip())
+        yield from (_remark(n, "review") for n in _nodes(node, "comments") if (_text(n, "body") or "").strip())
 
 
 def _remark(node: dict[str, Any], where: str) -> Remark:
-    return Remark(_login(node), later([node.get("createdAt"), node.get("lastEditedAt")]), node.get("body") or "", where)
+    return Remark(
+        _login(node), later([_text(node, "createdAt"), _text(node, "lastEditedAt")]), _text(node, "body") or "", where
+    )
 
 
 def _nodes(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -163,7 +172,15 @@ def _nodes(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _login(value: dict[str, Any]) -> str | None:
-    return (value.get("author") or {}).get("login")
+    return _text(value.get("author") or {}, "login")
+
+
+def _text(value: dict[str, Any], name: str) -> str | None:
+    """A text or null. InputError for anything else: it would be found out only where records are written."""
+    found = value.get(name)
+    if not isinstance(found, str | None):
+        raise InputError(f"{name} is {type(found).__name__}, expected a text")
+    return found
 
 
 def _sides(github: GitHub, record: Record, base: str, files: Sequence[dict[str, Any]]) -> list[Side]:

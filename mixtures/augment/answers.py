@@ -5,8 +5,9 @@ In: `@passages`. Out, below `captures/<instance>/` of a local root: `answers.jso
 just these passages, sorted by key. Determinism starts from there: neither the order of the log nor what else it
 holds moves a byte of it.
 
-Nothing is sent unless `endpoint` is given, and nothing that the log holds is sent again. A run that was killed, capped or met a
-dead endpoint goes on where it was. Cost: the model's; the client itself does some 500 requests a second on one core.
+Nothing is sent unless `endpoint` is given, and nothing that the log holds is sent again, except refusals that were too many for
+the stage to end well. A run that was killed, capped or met a dead endpoint goes on where it was.
+Cost: the model's; the client itself does some 500 requests a second on one core.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from mixtures.augment.log import AnswerLog
 from mixtures.augment.pace import Pace
 from mixtures.augment.passages import PASSAGES, passages_name
 from mixtures.augment.prompts import TEMPLATES, Request, Sampling, make_request
-from mixtures.augment.sender import Sender, Sent
+from mixtures.augment.sender import Sender, Sent, refusals_error
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 CONNECT_S = 10.0
@@ -81,6 +82,12 @@ class AnswersConfig(StageConfig):
     )
     max_failed_fraction: float = Field(
         default=0.01, ge=0, le=1, description="requests that may fail every try before the stage does"
+    )
+    max_refused_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="of 20 or more requests that the endpoint may refuse before the stage fails",
     )
     endpoint: str | None = execution(None, "base URL such as `http://127.0.0.1:8080/v1`; without it nothing is sent")
     key_env: str | None = execution(
@@ -188,11 +195,14 @@ def answers(job: Job) -> Outcome:
     passages = job.root.read_table(passages_name(config.passages))
     requests = requests_of(config, passages)
     with AnswerLog(job.root.local_path(folder_name(job.instance))) as log:
-        todo = [r for r in requests if r.key not in log.entries]
+        again = _refusals(config, requests, log.entries) is not None  # the cause was to be mended: ask once more
+        todo = [r for r in requests if r.key not in log.entries or (again and "refused" in log.entries[r.key])]
         sent, tally = Sent(), Tally()
         if todo:
             sent = asyncio.run(_send(job, todo, log, tally))
         _check(job, sent, len(requests))
+        if error := _refusals(config, requests, log.entries):
+            raise error
         table = answer_table(requests, passages, log.entries)
         name = answers_name(job.instance)
         job.root.write_table(name, [table], ANSWERS, {"unit": job.identity})
@@ -227,7 +237,8 @@ async def _send(job: Job, todo: list[Request], log: AnswerLog, tally: Tally) -> 
         endpoint = Endpoint(client, url, key, pace, tally, config.tries, config.breaker, config.first_wait_s)
         budget = Budget(prices, config.max_cost, prices.total(log.entries.values()))
         with job.display.task(job.instance, len(todo), 0) as advance:
-            return await Sender(endpoint, log, budget, advance).run(todo, config.max_in_flight, config.max_s)
+            sender = Sender(endpoint, log, budget, config.max_refused_fraction, advance)
+            return await sender.run(todo, config.max_in_flight, config.max_s)
 
 
 def _key(config: AnswersConfig) -> str | None:
@@ -255,6 +266,16 @@ def _check(job: Job, sent: Sent, requests: int) -> None:
             f"{job.instance}: {len(sent.failed):,} of {requests:,} requests failed {job.config.tries} times ({causes}), expected "
             f"at most {job.config.max_failed_fraction:.1%}; run again to try them once more: answers so far are kept"
         )
+
+
+def _refusals(
+    config: AnswersConfig, requests: Sequence[Request], entries: Mapping[str, dict[str, Any]]
+) -> StageError | None:
+    """What is wrong where the log holds too many refusals of these requests."""
+    found = [entries[r.key] for r in requests if r.key in entries]
+    refused = [e for e in found if "refused" in e]
+    first = f"{refused[0]['refused']}: {refused[0].get('detail', '')}" if refused else ""
+    return refusals_error(len(refused), len(found), config.max_refused_fraction, first)
 
 
 def _accounts(requests: Sequence[Request], entries: Mapping[str, dict[str, Any]], sent: Sent) -> dict[str, int]:
@@ -312,5 +333,6 @@ STAGE = Stage(
     kind=Kind.CAPTURE,
     config=AnswersConfig,
     fn=answers,
+    where=False,
     reads=lambda c: (f"@{c.passages}",),
 )

@@ -131,6 +131,7 @@ STAGE = Stage(
     kind=Kind.MAKE,
     config=AugmentConfig,
     fn=augment,
+    where=False,
     reads=lambda c: (f"@{c.answers}",),
     artifacts=artifacts,
     libraries=("fasttext",),

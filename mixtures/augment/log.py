@@ -18,7 +18,7 @@ NAME = "answers.jsonl"
 
 
 class AnswerLog:
-    """An open log, as a context. `entries` maps a key to its entry; of several the smallest counts, whatever their order."""
+    """An open log, as a context. `entries` maps a key to its entry; of several the smallest answer counts, in any order."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
@@ -89,8 +89,13 @@ def known_keys(folder: Path) -> set[str]:
 
 def _put(entries: dict[str, dict[str, Any]], entry: dict[str, Any]) -> None:
     before = entries.get(entry["key"])
-    if before is None or json.dumps(entry, sort_keys=True) < json.dumps(before, sort_keys=True):
+    if before is None or _rank(entry) < _rank(before):
         entries[entry["key"]] = entry
+
+
+def _rank(entry: dict[str, Any]) -> tuple[bool, str]:
+    """An answer before a refusal, which may have been asked for once more."""
+    return "refused" in entry, json.dumps(entry, sort_keys=True)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

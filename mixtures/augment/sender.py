@@ -2,7 +2,8 @@
 
 As many workers as may be in flight take requests in order. When the cap is reached, the endpoint is down or a signal comes,
 nothing more is sent, and what is in flight is waited for and logged: it is paid. Answers that arrive while the disk flushes
-share the next flush. Which requests a cap leaves unsent depends on what the others cost; what is logged is valid in any case.
+share the next flush. Which requests a cap leaves unsent depends on what the others cost; what is logged is valid in any case. An
+endpoint that refuses nearly everything is told before it has refused the rest.
 """
 
 import asyncio
@@ -20,6 +21,8 @@ from mixtures.augment.endpoint import Endpoint, Refused
 from mixtures.augment.log import AnswerLog
 from mixtures.augment.prompts import Request
 
+REFUSALS_OF = 20  # fewer requests say nothing of an endpoint: chosen, untested
+
 
 @dataclass
 class Sent:
@@ -33,14 +36,31 @@ class Sent:
     error: StageError | None = None
 
 
+def refusals_error(refused: int, asked: int, most: float, first: str) -> StageError | None:
+    """What to say of an endpoint that refuses more than the share `most` of at least REFUSALS_OF requests."""
+    if asked < REFUSALS_OF or refused <= most * asked:
+        return None
+    return StageError(
+        f"answers: {refused:,} of {asked:,} requests were refused, the first with {first}; expected at most {most:.0%}; mend the "
+        "cause, or raise max_refused_fraction, and run again to ask them once more: answers so far are kept"
+    )
+
+
 class Sender:
     """One run over requests that the log does not hold."""
 
     def __init__(
-        self, endpoint: Endpoint, log: AnswerLog, budget: Budget, advance: Callable[[int, int, int], None]
+        self,
+        endpoint: Endpoint,
+        log: AnswerLog,
+        budget: Budget,
+        max_refused: float,
+        advance: Callable[[int, int, int], None],
     ) -> None:
         self.endpoint, self.log, self.budget, self.advance = endpoint, log, budget, advance
+        self.max_refused = max_refused  # share of the answered and refused
         self.sent = Sent()
+        self._first_refusal = ""
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
 
@@ -98,6 +118,10 @@ class Sender:
         if isinstance(answer, Refused):
             await self._write({**entry, "refused": answer.status, "detail": answer.detail})
             self.sent.refused += 1
+            self._first_refusal = self._first_refusal or f"{answer.status}: {answer.detail}"
+            asked = self.sent.answered + self.sent.refused
+            if error := refusals_error(self.sent.refused, asked, self.max_refused, self._first_refusal):
+                raise error
             return 0.0
         usage, estimated = usage_of(request, answer)
         more = {"usage": usage, "estimated": estimated, "served_model": answer["model"], "at_s": round(time.time(), 3)}

@@ -51,11 +51,14 @@ INTRODUCTION = re.compile(
     re.IGNORECASE,
 )
 QUOTES = (('"', '"'), ("\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"))
+# An answer may be 60 kB of newlines or blanks: no pattern looks over a line's beginning or into a run twice, and no run is given
+# back (`*+`) where nothing that follows could match inside it.
 PAIR = re.compile(
-    r"^\W*(?:Question|Q)\s*\d*\s*[:.)]\s*\S[^\n]*\n+\W*(?:Answer|A)\s*\d*\s*[:.)]\s*\S", re.IGNORECASE | re.MULTILINE
+    r"^[^\w\n]*+(?:Question|Q)\s*+\d*+\s*+[:.)]\s*+\S[^\n]*+\n\W*+(?:Answer|A)\s*+\d*+\s*+[:.)]\s*+\S",
+    re.IGNORECASE | re.MULTILINE,
 )
-ITEM = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
-SPACES = re.compile(r"[ \t]+$", re.MULTILINE)
+ITEM = re.compile(r"^[^\S\n]*+(?:[-*\u2022]|\d{1,3}[.)])\s++\S", re.MULTILINE)
+SPACES = re.compile(r"(?<![ \t])[ \t]++$", re.MULTILINE)
 
 Language = Callable[[str], tuple[str | None, float]]  # (language, score) of a text
 

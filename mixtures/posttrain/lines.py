@@ -3,14 +3,15 @@
 In: a dataset, a predicate, a function that makes a document one record or a reason against it. Out, below
 `<folder>/<dataset>/`, for each shard of documents `<shard>.jsonl` (UTF-8, one record a line, in row order) and
 `<shard>.docs.parquet`, which names the document behind each line. That file is written last; its metadata is the commit
-record, so a killed run goes on where it was.
+record, so a killed run goes on where it was. With an index, what a record holds is looked at once more as it leaves: hits are
+left out as `contaminated`.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from core.engines.contract import Note, Report, Unit
 from core.hashing import digest
 from core.predicate import Predicate
 from core.schema import TEXT
+from mixtures.released import LastLook
 
 DOCS = pa.schema(
     [
@@ -32,7 +34,16 @@ DOCS = pa.schema(
 )
 SUFFIXES = ("jsonl", "docs.parquet")  # of the files of a shard
 Made = dict[str, Any] | str  # a record, or why there is none
-Make = Callable[[dict[str, Any]], Made]
+
+
+class Make(Protocol):
+    """What an export makes of documents."""
+
+    def __call__(self, document: dict[str, Any]) -> Made: ...
+
+    def text(self, record: dict[str, Any]) -> str:
+        """All text of a record that a model may learn from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class LineUnits:
     make: Make
     code: str
     batch_bytes: int
+    look: LastLook | None = None
 
     def __call__(self, unit: Unit, note: Note) -> Report:
         shard: Shard = unit.payload
@@ -73,7 +85,7 @@ class LineUnits:
 
     def _needed(self) -> list[str]:
         predicate = Predicate(self.where).columns if self.where else ()
-        return list(dict.fromkeys(["doc_id", *self.columns, *predicate]))
+        return list(dict.fromkeys(["doc_id", *self.columns, *([self.look.targets] if self.look else []), *predicate]))
 
     def _write(self, shard: Shard, identity: str, note: Note) -> dict[str, Any]:
         root = self.dataset.root
@@ -84,9 +96,8 @@ class LineUnits:
         running = xxhash.xxh3_128()
         considered = 0
         with root.writing(self._name(shard, "jsonl")) as path, open(path, "wb") as out:
-            for number, document in self._documents(shard):
+            for number, document, made in self._made(shard):
                 considered += 1
-                made = self.make(document)
                 if isinstance(made, str):
                     reasons[made] += 1
                     continue
@@ -109,15 +120,26 @@ class LineUnits:
         root.write_table(self._name(shard, "docs.parquet"), [pa.Table.from_pylist(rows, schema=DOCS)], DOCS, stored)
         return stored
 
-    def _documents(self, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row, the named columns) of the documents for which `where` holds."""
+    def _made(self, shard: Shard) -> Iterator[tuple[int, dict[str, Any], Made]]:
+        """(row, the named columns, what is made of them) of the documents for which `where` holds."""
         predicate = Predicate(self.where) if self.where else None
         start = 0
         for batch in self.dataset.read(shard, self._needed(), self.batch_bytes):
             at = np.flatnonzero(predicate.holds(batch)) if predicate else np.arange(batch.num_rows)
-            for row, document in zip(at.tolist(), batch.take(pa.array(at)).to_pylist(), strict=True):
-                yield start + row, document
+            documents = batch.take(pa.array(at)).to_pylist()
+            made = self._clean(documents, [self.make(d) for d in documents])
+            yield from zip((start + at).tolist(), documents, made, strict=True)
             start += batch.num_rows
+
+    def _clean(self, documents: list[dict[str, Any]], made: list[Made]) -> list[Made]:
+        """`made` with the reason in place of records that hold something of the index."""
+        at = [i for i, m in enumerate(made) if not isinstance(m, str)]
+        if self.look is None or not at:
+            return made
+        texts = [self.make.text(m) for m in made if not isinstance(m, str)]
+        targets = pa.array([documents[i][self.look.targets] for i in at], pa.bool_())
+        hits = {i for i, hit in zip(at, self.look.hit(texts, targets), strict=True) if hit}
+        return ["contaminated" if i in hits else m for i, m in enumerate(made)]
 
 
 def summed(outputs: Sequence[dict[str, Any]], name: str) -> dict[str, int]:

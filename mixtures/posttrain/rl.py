@@ -10,7 +10,10 @@ In: documents of sources of kind `chat` for which `where` holds. Out: `rl/<datas
 
 and what `mixtures.posttrain.lines` writes beside it. A conversation that gives no record is counted under its first reason:
 image, link, proof, multiple_choice, true_false, multi_part, open_ended, unverifiable_answer (see `tasks`), multi_turn_tools;
-rendering_differs where spans are to be applied and would cut the wrong bytes (see `sft`).
+rendering_differs where spans are to be applied and would cut the wrong bytes (see `sft`); pii_in_answer where text that a span
+covers also stands in the answer or a test, which no longer fit the prompt if they were cut, and would tell what it hides if they
+were not; contaminated where what leaves (prompt, answer, tests) holds something of the index that `decontaminate` names. Answers
+and tests come from the record, where no span lies: private text that stands in them alone is not found.
 `pipelines verify` scores responses.
 """
 
@@ -20,13 +23,12 @@ from typing import Any
 from pydantic import Field
 
 from core.job import Job, Outcome
-from core.predicate import Predicate
 from core.stage import Kind, Resources, Stage
 from core.text import Span
 from crawl.sources.conversations import render, texts, with_spans
 from mixtures.posttrain.lines import Made
 from mixtures.posttrain.parts import conversation_of, parts_of
-from mixtures.posttrain.sft import SftConfig, export
+from mixtures.posttrain.sft import SftConfig, export, knob_reads
 from mixtures.posttrain.tasks import gold_of, tests_of, unfit, verifier_of
 
 FORMAT = 1
@@ -45,7 +47,7 @@ class RlConfig(SftConfig):
 
 
 def reads(config: RlConfig) -> tuple[str, ...]:
-    return (*ABOUT, *(Predicate(config.where).columns if config.where else ()), *config.spans)
+    return (*ABOUT, *knob_reads(config))
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ class Task:
         if not prompt:
             return "multi_turn_tools"
         timeout = record.get("timeout_s")
+        answer = gold_of(record, parts) if verifier == "maths" else None
+        tests = tests_of(record) if verifier == "code" else None
+        if _tells(document["text"], stages, (answer, tests)):
+            return "pii_in_answer"
         made = {
             "id": document["doc_id"],
             "prompt": prompt,
             "verifier": verifier,
-            "answer": gold_of(record, parts) if verifier == "maths" else None,
-            "tests": tests_of(record) if verifier == "code" else None,
+            "answer": answer,
+            "tests": tests,
             "timeout_s": timeout if isinstance(timeout, int | float) and timeout > 0 else self.timeout_s,
             "version": FORMAT,
         }
@@ -90,6 +96,25 @@ class Task:
                 }
             )
         return made
+
+    def text(self, record: dict[str, Any]) -> str:
+        said = [m["content"] for m in record["prompt"]]
+        return "\n\n".join([*said, *_strings([record["answer"], record["tests"]])])
+
+
+def _tells(text: str, stages: list[list[Span]], leaving: Any) -> bool:
+    """Whether text that a span covers stands in what leaves without spans."""
+    data = text.encode()
+    covered = {data[s.start : s.end].decode("utf-8", "replace").strip() for stage in stages for s in stage} - {""}
+    return any(c in value for value in _strings(leaving) for c in covered)
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in an answer or in tests."""
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for v in inside for text in _strings(v)]
 
 
 def _prompt(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -107,4 +132,12 @@ def rl(job: Job) -> Outcome:
     return export(job, Task(config.spans, config.provenance, config.timeout_s), (*ABOUT, *config.spans))
 
 
-STAGE = Stage(name="rl", kind=Kind.EXPORT, config=RlConfig, fn=rl, reads=reads, resources=Resources(memory_gb=1.0))
+STAGE = Stage(
+    name="rl",
+    kind=Kind.EXPORT,
+    config=RlConfig,
+    fn=rl,
+    version=2,  # 2: no covered text in answers and tests; the final text may be held against an index
+    reads=reads,
+    resources=Resources(memory_gb=1.0),
+)

@@ -5,7 +5,8 @@ one `{"conversations": [...], "images": [...]}` a line (see `crawl.sources.conve
 source, domain and licence), and what `mixtures.posttrain.lines` writes beside it. Contents, names, loss masks and tool
 schemas are the input's; only spans change a text. Spans refer to the rendering and are taken back to the messages; a span
 over what stands between messages changes nothing. A document whose text is not the rendering of its conversation is left out
-as `rendering_differs`: spans would cut the wrong bytes. Packing and templates are the trainer's.
+as `rendering_differs`: spans would cut the wrong bytes. With `decontaminate` one whose messages, as they leave, hold a
+benchmark item is left out as `contaminated`. Packing and templates are the trainer's.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from core.predicate import Predicate
 from core.stage import Kind, Resources, Stage, StageConfig, execution, identity_fields
 from core.text import Span
 from crawl.sources.conversations import MESSAGE_KEYS, render, with_spans
-from mixtures.posttrain.lines import SUFFIXES, LineUnits, Made, summed
+from mixtures.posttrain.lines import SUFFIXES, LineUnits, Made, Make, summed
 from mixtures.posttrain.parts import conversation_of
+from mixtures.released import last_look, targets_column
 
 ABOUT = ("doc_id", "text", "metadata", "source", "license")
 
@@ -35,6 +37,11 @@ class SftConfig(StageConfig):
     spans: tuple[str, ...] = Field(
         default=(), description="layer columns of spans to apply, earliest stage first: `pii.spans`"
     )
+    decontaminate: str | None = Field(
+        default=None,
+        description="instance of `decontaminate` whose index the final text is held against; hits are left out",
+        examples=["decontaminate"],
+    )
     provenance: bool = Field(default=True, description="add doc_id, source, domain and license to each line")
     batch_bytes: int = execution(16 << 20, "text read at once")
 
@@ -45,7 +52,17 @@ class SftConfig(StageConfig):
 
 
 def reads(config: SftConfig) -> tuple[str, ...]:
-    return (*ABOUT, "chat.domain", *(Predicate(config.where).columns if config.where else ()), *config.spans)
+    return (*ABOUT, "chat.domain", *knob_reads(config))
+
+
+def knob_reads(config: SftConfig) -> tuple[str, ...]:
+    """What an export reads because a knob names it."""
+    index = config.decontaminate
+    return (
+        *(Predicate(config.where).columns if config.where else ()),
+        *config.spans,
+        *((f"@{index}", targets_column(index)) if index else ()),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,9 @@ class Line:
             record["provenance"] = {name: document[column] for name, column in about.items()}
         return record
 
+    def text(self, record: dict[str, Any]) -> str:
+        return render(record["conversations"])[0]
+
 
 def sft(job: Job) -> Outcome:
     """Write the lines of all datasets."""
@@ -83,14 +103,15 @@ def sft(job: Job) -> Outcome:
     return export(job, Line(config.spans, config.provenance), (*ABOUT, "chat.domain", *config.spans))
 
 
-def export(job: Job, make: Any, columns: tuple[str, ...]) -> Outcome:
+def export(job: Job, make: Make, columns: tuple[str, ...]) -> Outcome:
     """Lines of all datasets that have conversations, as `make` makes them."""
     libraries = {name: version(name) for name in job.stage.libraries}
-    code = digest([job.stage.version, identity_fields(job.config), libraries])
+    look = last_look(job)
+    code = digest([job.stage.version, identity_fields(job.config), look.fingerprint if look else "", libraries])
     outputs: dict[str, dict[str, Any]] = {}
     reports = []
     for dataset in job.datasets:
-        work = LineUnits(dataset, job.instance, job.config.where, columns, make, code, job.config.batch_bytes)
+        work = LineUnits(dataset, job.instance, job.config.where, columns, make, code, job.config.batch_bytes, look)
         units = [Unit(s.name, s, s.text_bytes) for s in dataset.shards]
         made = job.engine.run_units(work, units, f"{job.instance}: {dataset.name}")
         outputs.update({f"{dataset.name}/{r.unit}": r.value for r in made})
@@ -113,4 +134,12 @@ def _stale(job: Job, outputs: Mapping[str, Any]) -> list[str]:
     return [f"{job.instance}/{name}" for name in found if name not in written]
 
 
-STAGE = Stage(name="sft", kind=Kind.EXPORT, config=SftConfig, fn=sft, reads=reads, resources=Resources(memory_gb=1.0))
+STAGE = Stage(
+    name="sft",
+    kind=Kind.EXPORT,
+    config=SftConfig,
+    fn=sft,
+    version=2,  # 2: the final text may be held against an index
+    reads=reads,
+    resources=Resources(memory_gb=1.0),
+)

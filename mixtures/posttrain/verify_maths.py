@@ -4,7 +4,8 @@ In: the gold answer and a response. The answer of a response is its last `\boxed
 the last `####` (GSM8K), else what follows the last "answer is" or "answer:". Gold and answer are read as exact values first
 (`maths_values`); where one cannot be, `math-verify` (Apache-2.0, sympy behind it) compares them, gold parsed first: its order
 matters. sympy can take for ever on a hostile power tower, so that comparison runs in a child process that is killed after 5
-seconds and may use 1 GB.
+seconds and may use 1 GB. Its clock begins when sympy is loaded, so that a busy machine costs no reward; what was killed is told
+as `timeout`.
 
 A response without a marked answer scores 0: taking any last number in it would reward a list of guesses.
 """
@@ -14,10 +15,12 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from mixtures.posttrain.maths_values import equal, read_value
 
+LOAD_S = 120.0  # for a Python to begin and to import sympy, some 2 s on an idle core; beyond it the machine is broken
 COMPARE_S = 5.0  # math-verify's own limit for parsing and comparing, here enforced from outside
 MEMORY_BYTES = 1 << 30
 MISSING = 3  # exit status of the child where the package is not installed
@@ -30,6 +33,7 @@ try:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 except ImportError:
     sys.exit({MISSING})
+print("ready", flush=True)
 pairs = json.load(sys.stdin)
 how = [LatexExtractionConfig(), ExprExtractionConfig()]
 for gold, answer in pairs:
@@ -84,11 +88,15 @@ def maths_reward(response: str, gold: str) -> tuple[float, str]:
     answer = answer_of(response)
     if answer is None:
         return 0.0, "no marked answer"
-    return (1.0, "equal") if same_answer(gold, answer) else (0.0, f"answered {answer[:80]!r}")
+    same = same_answer(gold, answer)
+    if same is None:
+        return 0.0, f"timeout: answered {answer[:80]!r}"
+    return (1.0, "equal") if same else (0.0, f"answered {answer[:80]!r}")
 
 
-def same_answer(gold: str, answer: str) -> bool:
-    """Whether two answers mean the same. A gold answer that boxes or marks its value is unwrapped first."""
+def same_answer(gold: str, answer: str) -> bool | None:
+    """Whether two answers mean the same; None: not known, the comparison was killed. A gold answer that boxes or marks its
+    value is unwrapped first."""
     gold = answer_of(gold) or gold
     if gold.strip() == answer.strip():
         return bool(gold.strip())
@@ -98,9 +106,9 @@ def same_answer(gold: str, answer: str) -> bool:
     return compare([(gold, answer)])[0]
 
 
-def compare(pairs: list[tuple[str, str]]) -> list[bool]:
-    """What math-verify says of (gold, answer) pairs; False from the pair on which the child had to be killed."""
-    child = subprocess.Popen(
+def compare(pairs: list[tuple[str, str]]) -> list[bool | None]:
+    """What math-verify says of (gold, answer) pairs; None from the pair on which the child died or had to be killed."""
+    with subprocess.Popen(
         [sys.executable, "-I", "-c", CHILD],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -109,18 +117,37 @@ def compare(pairs: list[tuple[str, str]]) -> list[bool]:
         preexec_fn=_limits,
         text=True,
         encoding="utf-8",
-    )
+    ) as child:
+        _wait_until_ready(child)
+        try:
+            said, _ = child.communicate(json.dumps(pairs), timeout=COMPARE_S * len(pairs))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            said, _ = child.communicate()
+    made = [line == "true" for line in said.splitlines()][: len(pairs)]
+    return [*made, *[None] * (len(pairs) - len(made))]
+
+
+def _wait_until_ready(child: "subprocess.Popen[str]") -> None:
+    """Return when the child has loaded what it compares with. ConfigError without the package, StageError where it cannot."""
+    assert child.stdout is not None
+    alarm = threading.Timer(LOAD_S, child.kill)
+    alarm.start()
     try:
-        said, _ = child.communicate(json.dumps(pairs), timeout=COMPARE_S * len(pairs) + COMPARE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        said, _ = child.communicate()
-    if child.returncode == MISSING:
+        said = child.stdout.readline()
+    finally:
+        alarm.cancel()
+    if said == "ready\n":
+        return
+    child.kill()
+    if child.wait() == MISSING:
         raise ConfigError(
             "verify: comparing LaTeX needs the package math-verify; install the extra `posttrain`, see README"
         )
-    made = [line == "true" for line in said.splitlines()][: len(pairs)]
-    return made + [False] * (len(pairs) - len(made))
+    raise StageError(
+        f"verify: math-verify was not loaded within {LOAD_S:.0f} s and {MEMORY_BYTES >> 20} MB, its process ended with "
+        f"{child.returncode}; import it by hand to see why"
+    )
 
 
 def _limits() -> None:

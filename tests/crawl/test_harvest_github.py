@@ -298,6 +298,43 @@ def test_content_that_does_not_come_costs_its_pull_request_only(forge, client, s
             assert [r.drop for r in harvested(github).values()] == ["unreadable"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"title": 5},
+        {"author": ["ada"]},
+        {"labels": {"nodes": [{"color": "red"}]}},
+        {"comments": [1]},
+        {"closingIssuesReferences": {"nodes": [{"title": "no number"}]}},
+        {"headRefOid": SHA["e"]},  # its comparison lacks everything
+        {"headRefOid": SHA["f"]},  # its comparison's files lack their names
+    ],
+)
+def test_json_of_another_shape_costs_its_pull_request_only(forge, client, small, odd):
+    small |= {4: node(**odd), 5: node()}
+    compare = f"/repos/ada/small/compare/{SHA['a']}..."
+    forge.answers[f"{compare}{SHA['e']}"] = (200, {}, {"files": []})
+    forge.answers[f"{compare}{SHA['f']}"] = (200, {}, {"files": [{}], "merge_base_commit": {"sha": SHA["c"]}})
+    with client() as github:
+        found = harvested(github, [4, 5])
+    assert {k: r.drop for k, r in found.items()} == {"pull/4": "unreadable", "pull/5": None}
+
+
+@pytest.mark.parametrize("odd", [[], "text", {"license": "MIT"}])
+def test_a_repository_of_another_shape_is_one_record(forge, client, small, odd):
+    forge.answers["/repos/ada/small"] = (200, {}, odd)
+    with client() as github:
+        assert [r.drop for r in harvested(github).values()] == ["unreadable"]
+    forge.answers["/repos/ada/small"] = (
+        200,
+        {"ETag": "other"},
+        {"stargazers_count": 50, "license": {"spdx_id": "MIT"}},
+    )
+    forge.answers["/repos/ada/small/pulls"] = (200, {}, [{"merged_at": "2024-01-03T00:00:00Z"}])
+    with client() as github:
+        assert [r.drop for r in harvested(github).values()] == ["unreadable"]
+
+
 def test_forks_fall_before_their_list_is_asked_for(forge, client, small):
     forge.answers["/repos/ada/small"] = (200, {}, {"fork": True, "stargazers_count": 99, "license": None})
     with client() as github:

@@ -279,6 +279,28 @@ def test_archives_of_all_years_are_an_index():
     ]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ada",
+        "/small",
+        "ada/",
+        "ada/small/pulls",
+        "../small",
+        "ada/..",
+        "ada/small?x=1",
+        "ada/a b",
+        "ada/%2e",
+        "a\nb/c",
+        5,
+    ],
+)
+def test_a_name_that_is_no_repository_is_a_bad_line(name):
+    lines = [{**BEFORE, "repo": {"name": name}}, BEFORE]
+    index = read_index(io.BytesIO(gzip.compress("\n".join(map(json.dumps, lines)).encode())))
+    assert ([s.repo for s in index.seen], index.lines, index.bad_lines) == (["ada/small"], 2, 1)
+
+
 def test_a_torn_archive_gives_what_came_before_the_tear():
     whole = gzip.compress(json.dumps(BEFORE).encode() + b"\n")
     index = read_index(io.BytesIO(whole + gzip.compress(json.dumps(AFTER).encode() * 100)[:-20]))

@@ -250,6 +250,29 @@ def test_another_archive_is_read_by_the_next_run(tmp_path):
     assert HarvestSource(archives=(str(tmp_path / "nowhere"),)).lists == {"archives": "absent"}
 
 
+def test_a_clone_that_changed_is_read_again_when_the_manifest_is_gone(tmp_path):
+    """As docs/operations.md says: the plan believes the manifest, the units look at their clones."""
+    clones = [SmallRepository(tmp_path / name) for name in ("small", "still")]
+    for clone in clones:
+        clone.pull(1, "Return two, not one", {"app/main.py": "def main():\r\n    return 2"})
+    named = ", ".join(f"{{name: ada/{c}, path: {tmp_path}/{c}, license: MIT}}" for c in ("small", "still"))
+    path = tmp_path / "p.yaml"
+    source = f"{{kind: harvest, repositories: [{named}]}}"
+    path.write_text(f"root: {tmp_path}/root\nsources:\n  pulls: {source}\nstages: {{harvest: {{}}, extract: {{}}}}\n")
+    run(path)
+    clones[0].pull(2, "Return three, not two", {"app/main.py": "def main():\r\n    return 3"})
+    assert run(path) == ["harvest [pulls]: up to date", "extract [pulls]: up to date"]
+    manifest = tmp_path / "root/datasets/pulls/manifests/harvest.json"
+    before = json.loads(manifest.read_text())
+    manifest.unlink()
+    said = run(path)
+    after = json.loads(manifest.read_text())
+    assert after["accounts"]["records"] > before["accounts"]["records"]
+    assert [after["outputs"][name] == value for name, value in sorted(before["outputs"].items())] == [False, True]
+    assert "1 units were committed before" in said[0]
+    assert "up to date" not in said[1]
+
+
 def test_names_and_identities_know_no_paths():
     a, b = (Repository(name="ada/small", path=p) for p in ("/one/x", "/two/y"))
     assert unit_name(a) == unit_name(b)

@@ -126,6 +126,36 @@ def test_refused_requests_are_logged_and_not_sent_again(tmp_path: Path) -> None:
     assert [e["refused"] for e in log_lines(root) if "refused" in e] == [400]
 
 
+@pytest.mark.parametrize("good_ones", [0, 8])
+def test_an_endpoint_that_refuses_most_is_told_and_asked_again(tmp_path: Path, good_ones: int) -> None:
+    root = make_root(tmp_path, 60)
+    asked: list[int] = []
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        asked.append(number)
+        return good(number, body) if len(asked) <= good_ones else Reply("no such parameter: seed", status=422)
+
+    with ChatServer(answer) as server:
+        with pytest.raises(
+            StageError, match=r"of 2\d requests were refused, the first with 422: .*no such parameter: seed"
+        ):
+            run_answers(root, endpoint=server.url)
+        assert len(server.requests) <= 20 + 4  # and what was in flight
+        with pytest.raises(StageError, match="requests were refused"):
+            run_answers(root, endpoint=server.url)
+    with ChatServer(good) as server:
+        outcome = run_answers(root, endpoint=server.url)
+        assert len(server.requests) == 60 - good_ones  # answers stay, refusals are asked for again
+    assert (outcome.accounts["answered"], outcome.accounts["refused"]) == (60, 0)
+
+
+def test_refusals_may_be_allowed_and_few_say_nothing(tmp_path: Path) -> None:
+    with ChatServer(lambda number, body: Reply("no", status=400)) as server:
+        assert run_answers(make_root(tmp_path / "few", 19), endpoint=server.url).accounts["refused"] == 19
+        root = make_root(tmp_path / "allowed", 25)
+        assert run_answers(root, endpoint=server.url, max_refused_fraction=1.0).accounts["refused"] == 25
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 302])
 def test_mistakes_of_the_config_stop_at_once_and_tell_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixtures.augment.facts import all_words, content, facts, names, readings, spelled_numbers, unfounded
 from mixtures.augment.prompts import TEMPLATES
-from mixtures.augment.validate import Limits, Wrong, cleaned, containment, novelty, overlap, repeated, validate
+from mixtures.augment.validate import Limits, Wrong, _formed, cleaned, containment, novelty, overlap, repeated, validate
 
 SOURCE = (
     "The Forth Bridge is a cantilever railway bridge across the Firth of Forth in the east of Scotland. It was designed by John "
@@ -77,6 +77,29 @@ def test_what_a_template_asks_for_is_there() -> None:
         judged("1. The Forth Bridge crosses the Firth of Forth.\n2. Some 4,600 workers built it.", "knowledge_list")
         == "ok"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "expected"),
+    [
+        ("Q" + "\n" * 60_000 + "x", "question_answer", False),
+        ("Q: x" + "\n" * 60_000 + "B", "question_answer", False),
+        ("Q: x" + "\n" * 60_000 + "A: y", "question_answer", True),
+        ("x" + "\n" * 60_000 + "* Question 1) x\n\n\u2013\n**Answer:** y", "question_answer", True),
+        ("Q 1:\nwhy\nA 1.\nso", "question_answer", True),
+        ("So Q: x\nA: y", "question_answer", False),
+        ("x" + "\n" * 60_000 + "- a", "knowledge_list", False),
+        ("x" + "\n" * 60_000 + "- a\n \n\t2) b", "knowledge_list", True),
+        ("-" + "\n" * 60_000, "knowledge_list", False),
+    ],
+)
+def test_forms_are_found_in_one_look_over_the_text(text: str, template: str, expected: bool) -> None:
+    """Before, a run of 60,000 newlines took a minute and a half."""
+    assert _formed(text, template) == expected
+
+
+def test_blanks_at_the_ends_of_lines_go_in_one_look() -> None:
+    assert cleaned("a \t \nb" + " " * 60_000 + "c  \nd") == "a\nb" + " " * 60_000 + "c\nd"
 
 
 def test_an_answer_that_did_not_end_falls_whatever_it_says() -> None:

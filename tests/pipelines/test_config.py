@@ -4,6 +4,7 @@ import pytest
 
 from core.errors import ConfigError
 from pipelines.config import load_pipeline
+from pipelines.stages import STAGES
 from pipelines.yaml_lines import load
 
 GOOD = """\
@@ -104,6 +105,20 @@ def test_a_good_config(tmp_path):
 def test_one_mistake_is_told_with_its_line(problems, old, new, line, said):
     found = problems(changed(old, new))
     assert any(p.startswith(f"F:{line}: ") and said in p for p in found), found
+
+
+REFUSE_WHERE = {"crawl", "harvest", "extract", "embedder", "select", "answers", "augment", "train", "evaluate"}
+
+
+@pytest.mark.parametrize("line", STAGES, ids=lambda line: line.name)
+def test_where_is_refused_by_stages_that_choose_no_rows(problems, line):
+    """A knob that is read and means nothing would look as if it had worked. `rot` makes a config without mistakes one more."""
+    instance = f"{line.name}@x" if line.name == "select" else line.name
+    text = f"rot: a\nroot: a\nsources: {{w: {{kind: files, path: x}}}}\nstages:\n  {instance}: "
+    text += "{where: split.split == 'train'" + (", model: m}\n" if line.name == "answers" else "}\n")
+    said = [p for p in problems(text) if "chooses no rows" in p]
+    expected = f"F:5: stages.{instance}.where: {line.name} chooses no rows; leave `where` out"
+    assert said == ([expected] if line.name in REFUSE_WHERE else [])
 
 
 def test_all_mistakes_are_told_at_once(problems):

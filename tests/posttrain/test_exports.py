@@ -9,7 +9,8 @@ from hypothesis import given
 
 from classifiers.pii import STAGE as PII
 from classifiers.pii import PiiConfig, pii
-from core.schema import FATE
+from core.schema import FATE, SPANS
+from dedup import decontaminate
 from mixtures.posttrain.chat import STAGE as CHAT
 from mixtures.posttrain.chat import ChatConfig, artifacts, chat, open_chat
 from mixtures.posttrain.parts import parts_of
@@ -215,3 +216,46 @@ def test_gold_answers() -> None:
     assert gold("x", ground_truth=3) == "3"
     assert gold("<think>\\boxed{1}</think>no box") is None
     assert gold("plain") is None
+
+
+ITEM = "The old lighthouse keeper counted ships before breakfast for 14 days and wrote each name into a blue book yesterday"
+
+
+def test_a_benchmark_item_that_spans_put_together_does_not_leave(house: House, tmp_path: Path) -> None:
+    """The e-mail address between the halves is cut; what stays of it (`rl`: in the prompt, or in a test) is the item."""
+    torn = ITEM.replace(" for 14", " bob@corp.example.com for 14")
+    judged(house, [turns(f"{torn}. How many?", "\\boxed{14}"), turns("How many more?", "\\boxed{3}"),
+                   turns("Write f.", "def f(): pass", tests=[f"assert f() == '{ITEM}'"])])  # fmt: skip
+
+    def cut(document: dict[str, Any]) -> dict[str, Any]:
+        at = document["text"].find("bob@")
+        span = {"start": at, "end": at + len("bob@corp.example.com "), "replacement": None, "label": "x"}
+        return {"spans": [span] if at >= 0 else None}
+
+    house.layer("chats", "cut", pa.schema([pa.field("spans", SPANS)]), cut)
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps({"question": ITEM}))
+    house.run(decontaminate.STAGE, benchmarks={"b": {"path": str(path), "answer": None}}, coverage=0.9)
+    shards = [house.root.read_table(f"datasets/chats/layers/decontaminate/s{i}.parquet") for i in range(2)]
+    assert [h for s in shards for h in s.column("hit").to_pylist()] == [False] * 3
+    left = {}
+    for stage in (SFT, RL):
+        assert house.run(stage, spans=("cut.spans",)).accounts["records"] == 3
+        accounts = house.run(stage, spans=("cut.spans",), decontaminate="decontaminate").accounts
+        left[stage.name] = accounts["records"], accounts["left_out.contaminated"]
+    assert left == {"sft": (2, 1), "rl": (1, 2)}
+
+
+def test_private_text_does_not_leave_through_answers_and_tests(house: House) -> None:
+    mail = "bob@corp.example.com"
+    records = [
+        turns(f"Write f, which returns {mail}.", "def f(): ...", tests=[f"assert f() == '{mail}'"]),
+        turns(f"Write f, which prints {mail}.", "def f(): ...", tests=[{"stdin": "1", "stdout": mail}]),
+        turns(f"Ask {mail}: how many?", "\\boxed{2}"),
+        turns("How many?", f"\\boxed{{2}} says {mail}"),  # what the answer does not hold does not leave
+    ]
+    judged(house, records)
+    outcome = house.run(RL, spans=("pii.spans",))
+    assert (outcome.accounts["records"], outcome.accounts["left_out.pii_in_answer"]) == (2, 2)
+    assert mail not in json.dumps(lines(house, "rl"))
+    assert house.run(RL).accounts["records"] == 4

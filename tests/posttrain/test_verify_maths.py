@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.errors import ConfigError, StageError
 from mixtures.posttrain import verify_maths
 from mixtures.posttrain.maths_values import Choice, Group, Number, equal, read_value
 from mixtures.posttrain.verify_maths import answer_of, compare, is_verifiable, last_boxed, maths_reward
@@ -175,9 +176,30 @@ def test_symbols_are_compared_by_math_verify() -> None:
 
 def test_a_comparison_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is a real one; only what it runs is replaced by a program that answers once and then hangs."""
-    monkeypatch.setattr(verify_maths, "CHILD", "import time\nprint('true', flush=True)\ntime.sleep(600)")
-    monkeypatch.setattr(verify_maths, "COMPARE_S", 2.0)  # three times as long for a Python to begin
-    assert compare([("1", "1"), ("2", "2")]) == [True, False]
+    child = "import time\nprint('ready', flush=True)\nprint('true', flush=True)\ntime.sleep(600)"
+    monkeypatch.setattr(verify_maths, "CHILD", child)
+    monkeypatch.setattr(verify_maths, "COMPARE_S", 0.5)
+    assert compare([("1", "1"), ("2", "2")]) == [True, None]
+    monkeypatch.setattr(verify_maths, "CHILD", child.replace("print('true', flush=True)", ""))
+    assert maths_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == (0.0, r"timeout: answered '\\sqrt{8}'")
+
+
+def test_the_clock_begins_when_the_child_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes four times as long as a comparison may."""
+    child = "import sys, time\ntime.sleep(2)\nprint('ready', flush=True)\nsys.stdin.read()\nprint('true', flush=True)"
+    monkeypatch.setattr(verify_maths, "CHILD", child)
+    monkeypatch.setattr(verify_maths, "COMPARE_S", 0.5)
+    assert compare([("1", "1")]) == [True]
+
+
+def test_a_child_that_cannot_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_maths, "CHILD", f"import sys; sys.exit({verify_maths.MISSING})")
+    with pytest.raises(ConfigError, match="needs the package math-verify"):
+        compare([("1", "1")])
+    monkeypatch.setattr(verify_maths, "CHILD", "import time; time.sleep(600)")
+    monkeypatch.setattr(verify_maths, "LOAD_S", 0.5)
+    with pytest.raises(StageError, match=r"was not loaded within .* ended with -9"):
+        compare([("1", "1")])
 
 
 def test_what_can_be_verified() -> None:
