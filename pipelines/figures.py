@@ -80,9 +80,10 @@ def _results(facts: Facts) -> Iterator[str]:
         by = ", ".join(f"{name} {n:,}" for name, n in made["tokens"].items())
         yield f"- {sum(made['tokens'].values()):,} tokens in shards ({by})."
     mix, train, evaluate = facts.of("mix"), facts.of("train"), facts.of("evaluate")
-    for phase in mix.config.phases if mix else ():
-        a = mix.manifest.accounts if mix else {}
-        yield f"- Phase `{phase}`: {a[f'{phase}_tokens']:,} tokens, {a[f'{phase}_docs']:,} documents, repeats counted."
+    if mix:
+        a = mix.manifest.accounts
+        by = ", ".join(f"`{p}` {a[f'{p}_tokens']:,} in {a[f'{p}_docs']:,} documents" for p in mix.config.phases)
+        yield f"- Tokens by phase, repeats counted: {by}."
     yield from _judged(facts)
     if train:
         o = train.manifest.observed
@@ -110,13 +111,16 @@ def _judged(facts: Facts) -> Iterator[str]:
             f"- {a['clustered']:,} documents in {o['clusters']:,} clusters, {a['within_quota']:,} within the quotas; "
             f"Gini {o['gini']:.2f} before, {o['kept_gini']:.2f} after."
         )
-    for name, source in facts.pipeline.sources.items():
-        if source.kind == "made" and (made := facts.documents(name)):
-            yield f"- `{source.stage}`: {made.accounts['documents']:,} documents made of {made.accounts['records']:,} records."
-    for stage in ("sft", "rl"):
-        if done := facts.of(stage):
-            a = done.manifest.accounts
-            yield f"- `{stage}`: {a['records']:,} records of {a['considered']:,} conversations."
+    made = {
+        s.stage: m for name, s in facts.pipeline.sources.items() if s.kind == "made" and (m := facts.documents(name))
+    }
+    if made:
+        by = ", ".join(f"`{s}` {m.accounts['documents']:,} of {m.accounts['records']:,}" for s, m in made.items())
+        yield f"- Documents of the next generation, of the records they were tried from: {by}."
+    exports = {stage: done.manifest.accounts for stage in ("sft", "rl") if (done := facts.of(stage))}
+    if exports:
+        by = ", ".join(f"`{s}` {a['records']:,} of {a['considered']:,}" for s, a in exports.items())
+        yield f"- Records for post-training, of the conversations considered: {by}."
 
 
 def _compared(facts: Facts) -> Iterator[str]:
@@ -135,13 +139,18 @@ def _compared(facts: Facts) -> Iterator[str]:
 
 
 def _speeds(facts: Facts) -> Iterator[str]:
-    """One row for each pass over the data: its datasets summed, and stages that shared the pass together."""
+    """One row for each pass over the data: its datasets summed, and stages that shared the pass together. Of passes that bring
+    no stage that is not in a row above, as a second `minhash`, none is shown."""
     passes: dict[str, list[dict[str, Any]]] = {}
+    seen: set[str] = set()
     for done in facts.done:
         observed = done.manifest.observed
         group = observed.get("fused", [done.instance])
-        if group[0] == done.instance:
-            passes.setdefault(" + ".join(group), []).append(observed)
+        stages = {instance.partition("@")[0] for instance in group}
+        name = " + ".join(group)
+        if group[0] == done.instance and (name in passes or stages - seen):
+            passes.setdefault(name, []).append(observed)
+            seen |= stages
     columns = ("stage", "documents", "MB", "seconds", "docs/s", "MB/s", "peak memory of a process, MB")
     yield from table(columns, (_speed(name, runs) for name, runs in passes.items()), numbers=6)
 
