@@ -45,9 +45,9 @@ def prepare(folder: Path, resolver: dict[str, str], template: str) -> Path:
             mine.append(f"http://{host}/contents.html")
     pipeline = folder / "pipeline.yaml"
     for source, urls in seeds.items():
-        _write(folder / f"seeds-{source}.txt", "\n".join(urls) + "\n")
-    _write(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
-    _write(pipeline, template)
+        releases.write_text(folder / f"seeds-{source}.txt", "\n".join(urls) + "\n")
+    releases.write_text(folder / "resolver.json", json.dumps(resolver, indent=1, sort_keys=True) + "\n")
+    releases.write_text(pipeline, template)
     return pipeline
 
 
@@ -56,14 +56,6 @@ def source_of(host: str) -> str:
     if host.startswith("source."):
         return "code"
     return "reference" if host.endswith((".encyclopedia.example", ".rights.example")) else "web"
-
-
-def _write(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
 
 
 def commands(folder: Path, pipeline: Path, train: bool) -> list[list[str]]:

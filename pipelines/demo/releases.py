@@ -65,13 +65,13 @@ def build(folder: Path, say: Callable[[str], None], pairs: Sequence[Pair] = PAIR
         for pair in here
     ]
     manifest = {"absent": absent, "licenses": licenses, "pairs": len(rows)}
-    _write(folder / "releases.json", rows)
-    _write(folder / "manifest.json", manifest)
+    for name, value in (("releases.json", rows), ("manifest.json", manifest)):
+        write_text(folder / name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return manifest
 
 
-def _write(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole; one whose content stands is not touched."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
