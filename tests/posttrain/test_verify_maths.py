@@ -175,10 +175,10 @@ def test_symbols_are_compared_by_math_verify() -> None:
 
 
 def test_a_comparison_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child is a real one; only what it runs is replaced by a program that answers once and then hangs."""
-    child = "import time\nprint('ready', flush=True)\nprint('true', flush=True)\ntime.sleep(600)"
+    """The child is a real one; what it runs is replaced by a program that is sent two pairs, answers one and hangs."""
+    child = "import sys, time\nprint('ready', flush=True)\nsys.stdin.read()\nprint('true', flush=True)\ntime.sleep(600)"
     monkeypatch.setattr(verify_maths, "CHILD", child)
-    monkeypatch.setattr(verify_maths, "COMPARE_S", 0.5)
+    monkeypatch.setattr(verify_maths, "COMPARE_S", 1.5)
     assert compare([("1", "1"), ("2", "2")]) == [True, None]
     monkeypatch.setattr(verify_maths, "CHILD", child.replace("print('true', flush=True)", ""))
     assert maths_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == (0.0, r"timeout: answered '\\sqrt{8}'")
