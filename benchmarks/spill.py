@@ -23,6 +23,7 @@ from benchmarks.result import Check, Result, Table, alone
 from core.engines.contract import Frame, Report, Unit, UnitFn
 from core.engines.local import LocalEngine
 from core.engines.measure import peak_memory, reset_peak_memory
+from core.stage import Resources
 
 PAYLOAD = 84
 ROW_BYTES = 8 + 8 + PAYLOAD + 4  # with the offset of the payload
@@ -35,8 +36,10 @@ class Watched(LocalEngine):
 
     peaks: dict[str, int]
 
-    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
-        reports = super().run_units(fn, units, label, stall_s)
+    def run_units(
+        self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0, resources: Resources | None = None
+    ) -> list[Report]:
+        reports = super().run_units(fn, units, label, stall_s, resources)
         self.peaks = {**getattr(self, "peaks", {}), label: max((r.peak_memory_bytes for r in reports), default=0)}
         return reports
 

@@ -7,7 +7,7 @@ of (row, stage) pairs, so that a killer costs the stage it killed and no other o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from core.layer import committed, empty_rows, layer_output, layer_schema, write_
 from core.predicate import Predicate
 from core.records import well_formed
 from core.schema import REJECTS
-from core.stage import Artifacts, Reject, Stage
+from core.stage import Artifacts, Reject, Resources, Stage
 
 DETAIL_CHARS = 300  # of an exception's message in a reject
 
@@ -146,7 +146,9 @@ def annotate(engine: Engine, dataset: Dataset, runs: Sequence[AnnotateRun], stal
     """Compute the layers of `runs` for every shard; reports in shard order, `value` = {layer: manifest output}."""
     units = [Unit(s.name, s, s.text_bytes) for s in dataset.shards]
     label = f"{dataset.name}: {', '.join(r.layer for r in runs)}"
-    return engine.run_units(AnnotateUnits(dataset, tuple(runs)), units, label, stall_s)
+    needs = reduce(Resources.joined, (r.stage.resources for r in runs))
+    needs = needs.joined(Resources(load_once=any(r.stage.open is not None for r in runs)))
+    return engine.run_units(AnnotateUnits(dataset, tuple(runs), engine.batch_bytes), units, label, stall_s, needs)
 
 
 def forget_rejecting(dataset: Dataset, layer: str, reports: Sequence[Report]) -> None:

@@ -80,11 +80,21 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker of this stage needs."""
+    """What one worker of this stage needs. `ray` and `spark` reserve it on a cluster; `local` has what `engine.workers` says."""
 
     cpus: float = 1.0
     gpus: float = 0.0
     memory_gb: float = 1.0
+    load_once: bool = False  # a model is loaded when a worker begins, so workers should live on from unit to unit
+
+    def joined(self, other: "Resources") -> "Resources":
+        """What one worker needs that does the work of both."""
+        return Resources(
+            max(self.cpus, other.cpus),
+            max(self.gpus, other.gpus),
+            max(self.memory_gb, other.memory_gb),
+            self.load_once or other.load_once,
+        )
 
 
 Artifacts = Mapping[

@@ -15,6 +15,10 @@ class EngineConfig(BaseModel):
     name: str = Field(default="local", pattern="^(local|ray|spark)$", description="local, ray or spark")
     workers: int = Field(default=0, ge=0, description="worker processes; 0: one per core")
     memory_gb: float = Field(default=4.0, gt=0, description="memory shared by all workers")
+    partition_mb: float = Field(
+        default=128.0, gt=0, description="MiB of rows in one partition of a shuffle; smaller ones take less memory each"
+    )
+    batch_mb: float = Field(default=64.0, gt=0, description="MiB of text that a kernel is given at once, at most")
     stall_s: float = Field(default=600.0, gt=0, description="a worker that gives no sign for so long is replaced")
     scratch: ConfigPath | None = Field(
         default=None, description="local folder for spills; default: exchange/ below a local root"

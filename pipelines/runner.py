@@ -56,17 +56,18 @@ def new_run_id() -> str:
 def make_engine(config: EngineConfig, scratch: Path, display: Display) -> Engine:
     """The engine a config names."""
     workers = config.workers or len(os.sched_getaffinity(0))
+    sizes = {"partition_bytes": int(config.partition_mb * 2**20), "batch_bytes": int(config.batch_mb * 2**20)}
     if config.name == "local":
         from core.engines.local import LocalEngine
 
-        return LocalEngine(scratch, workers, config.memory_gb, display)
+        return LocalEngine(scratch, workers, config.memory_gb, display, **sizes)
     if config.name == "ray":
         from core.engines.ray import RayEngine
 
-        return RayEngine(scratch, workers, config.memory_gb, display, config.address)
+        return RayEngine(scratch, workers, config.memory_gb, display, config.address, **sizes)
     from core.engines.spark import SparkEngine
 
-    return SparkEngine(scratch, workers, config.memory_gb, display, config.address)
+    return SparkEngine(scratch, workers, config.memory_gb, display, config.address, **sizes)
 
 
 class Runner:
@@ -126,7 +127,9 @@ class Runner:
         outcome = step.entry.stage.fn(job)
         if step.entry.stage.kind is Kind.MAKE:
             outcome.accounts["generation"] = 1 + max((d.generation for d in job.datasets), default=0)
-        observed = self._observed(began, clock, outcome.observed)
+        dropped = {label: rows for label, rows in self.engine.dropped_rows().items() if rows}
+        figures = {**outcome.observed, **({"dropped_rows": dropped} if dropped else {})}
+        observed = self._observed(began, clock, figures)
         for (dataset, layer), outputs in sorted(outcome.layers.items()):
             write_manifest(self.root, Manifest(layer, dataset, identity, outputs, _layer_accounts(outputs), observed))
         manifest = Manifest(

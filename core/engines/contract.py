@@ -24,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 
 from core.rows import shard_of
+from core.stage import Resources
 
 PARTITION_BYTES = 128 << 20  # an engine's default for the size of a partition
 NO_ROW = -1  # note(row=NO_ROW): the row named last is done, what follows concerns none
-BATCH_BYTES = 64 << 20  # documents handed to a kernel at once, in bytes of text
+BATCH_BYTES = 64 << 20  # an engine's default for the documents handed to a kernel at once, in bytes of text
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Engine(Protocol):
     """The verbs."""
 
     name: str
+    batch_bytes: int  # of documents handed to a kernel at once; decides memory, never what comes out
 
     def begin(self, scratch: str | Path) -> None:
         """Start a stage. `scratch` is a local folder whose files belong to one stage identity and survive a kill."""
@@ -101,11 +103,19 @@ class Engine(Protocol):
     def clear(self) -> None:
         """The stage is committed: drop its scratch files and frames."""
 
-    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+    def run_units(
+        self,
+        fn: UnitFn,
+        units: Sequence[Unit],
+        label: str,
+        stall_s: float = 600.0,
+        resources: Resources | None = None,
+    ) -> list[Report]:
         """Run `fn` on each unit; reports in the order of `units`. `fn` commits its own output and recognises it when it
-        finds it. A worker that dies is replaced and its unit tried again; `local` tries it alone, passes a row that keeps
-        killing in `Unit.poison`, and counts `stall_s` without a sign of life as a death. A RetryableError is tried again a
-        few times; any other exception from `fn` stops the run after the other running units have finished."""
+        finds it. A worker that dies, or gives no sign of life for `stall_s`, is replaced, and its unit tried again where its
+        death can be watched; a row that keeps killing is passed in `Unit.poison` (see `core.engines.guard`). A RetryableError
+        is tried again a few times; any other exception from `fn` stops the run after the other running units have finished.
+        `resources` is what a worker needs; more than any node has is a ConfigError."""
 
     def scan(
         self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str

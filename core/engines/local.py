@@ -14,7 +14,18 @@ from typing import Any
 import pyarrow as pa
 
 from core.engines.columns import join_tables, joined_schema, sortable, sorted_table
-from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Frame, Note, Report, Unit, UnitFn, write_shards
+from core.engines.contract import (
+    BATCH_BYTES,
+    PARTITION_BYTES,
+    Align,
+    ChunkFn,
+    Frame,
+    Note,
+    Report,
+    Unit,
+    UnitFn,
+    write_shards,
+)
 from core.engines.pool import Pool, run_here
 from core.engines.spill import (
     Cut,
@@ -32,6 +43,7 @@ from core.engines.spill import (
     write_part,
 )
 from core.progress import Display, quiet
+from core.stage import Resources
 
 MEMORY_SHARE = (
     6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
@@ -62,12 +74,13 @@ class LocalEngine:
         memory_gb: float = 4.0,
         display: Display | None = None,
         partition_bytes: int = PARTITION_BYTES,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
         self.scratch = Path(scratch)
         self.workers = workers
         self.block_bytes = max(1 << 20, int(memory_gb * 1e9) // max(1, workers) // MEMORY_SHARE)
         self.display = display or quiet()
-        self.partition_bytes = partition_bytes
+        self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._pool = Pool(workers) if workers else None
         self._step = 0
         self._dropped: dict[str, int] = {}
@@ -77,7 +90,14 @@ class LocalEngine:
         """Start a stage: verbs count from zero below this folder."""
         self.scratch, self._step, self._dropped, self.peak_memory_bytes = Path(scratch), 0, {}, 0
 
-    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+    def run_units(
+        self,
+        fn: UnitFn,
+        units: Sequence[Unit],
+        label: str,
+        stall_s: float = 600.0,
+        resources: Resources | None = None,
+    ) -> list[Report]:
         units = list(units)
         if not units:
             return []

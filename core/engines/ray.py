@@ -21,13 +21,24 @@ from typing import Any
 import pyarrow as pa
 
 from core.engines.columns import join_tables, joined_schema, sortable, sorted_table
-from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn, write_shards
+from core.engines.contract import (
+    BATCH_BYTES,
+    PARTITION_BYTES,
+    Align,
+    ChunkFn,
+    Frame,
+    Report,
+    Unit,
+    UnitFn,
+    write_shards,
+)
 from core.engines.environment import environment
 from core.engines.measure import measured
 from core.engines.pool import attempted, quiet_note
 from core.engines.spill import Cut, align_partitions, chunks, partitions_for, prepared, shards_of, split
 from core.errors import ConfigError, StageError, StepwellError
 from core.progress import Display, quiet
+from core.stage import Resources
 
 try:
     import ray
@@ -66,9 +77,10 @@ class RayEngine:
         display: Display | None = None,
         address: str | None = None,
         partition_bytes: int = PARTITION_BYTES,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
         self.display = display or quiet()
-        self.partition_bytes = partition_bytes
+        self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._dropped: dict[str, int] = {}
         self.peak_memory_bytes = 0
         self._ours = not ray.is_initialized()
@@ -83,7 +95,14 @@ class RayEngine:
     def clear(self) -> None:
         """Frames go when the stage drops its references."""
 
-    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+    def run_units(
+        self,
+        fn: UnitFn,
+        units: Sequence[Unit],
+        label: str,
+        stall_s: float = 600.0,
+        resources: Resources | None = None,
+    ) -> list[Report]:
         names = [u.name for u in units]
         with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
             done = self._run(

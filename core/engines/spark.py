@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from core.engines import spark_session, spark_tasks
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
-from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn
+from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn
 from core.engines.spill import Cut, align_partitions, partitions_for, shards_of
 from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
+from core.stage import Resources
 
 # pyspark itself is imported above all by spark_session, which says what to do where it is missing
 from pyspark.sql import DataFrame, SparkSession  # isort: skip
@@ -51,9 +52,10 @@ class SparkEngine:
         display: Display | None = None,
         address: str | None = None,
         partition_bytes: int = PARTITION_BYTES,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
         self.display = display or quiet()
-        self.partition_bytes = partition_bytes
+        self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._ours = SparkSession.getActiveSession() is None
         self._session = spark_session.start_session(Path(scratch), max(1, workers), memory_gb, address)
         self._cached: list[DataFrame] = []
@@ -68,7 +70,14 @@ class SparkEngine:
             rows.unpersist()
         self._cached = []
 
-    def run_units(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float = 600.0) -> list[Report]:
+    def run_units(
+        self,
+        fn: UnitFn,
+        units: Sequence[Unit],
+        label: str,
+        stall_s: float = 600.0,
+        resources: Resources | None = None,
+    ) -> list[Report]:
         if not units:
             return []
         with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
