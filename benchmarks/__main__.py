@@ -50,6 +50,12 @@ BENCHMARKS = (
         "a moved threshold over the layers of a million documents",
         toy=("--docs", "3000", "--sample-mb", "0.1", "--rounds", "1"),
     ),
+    Benchmark(
+        "engines",
+        "the same jobs on local, ray, spark, and on datatrove's executors",
+        full=("--sizes", "200", "2000"),
+        toy=("--sizes", "1", "--rounds", "1", "--only", "local"),
+    ),
     Benchmark("spill", "a shuffle larger than memory", full=("--gb", "10"), toy=("--gb", "0.002")),
     Benchmark(
         "minhash",

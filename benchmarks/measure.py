@@ -25,6 +25,8 @@ LIBRARIES = (
     "fasttext",
     "zstandard",
     "datatrove",
+    "pyspark",
+    "ray",
     "trafilatura",
     "resiliparse",
     "rensa",
