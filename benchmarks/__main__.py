@@ -56,6 +56,11 @@ BENCHMARKS = (
         full=("--sizes", "200", "2000"),
         toy=("--sizes", "1", "--rounds", "1", "--only", "local"),
     ),
+    Benchmark(
+        "capacity",
+        "each stage by itself on one core, and what more text would take",
+        toy=("--mb", "2", "--shard-mb", "1"),
+    ),
     Benchmark("spill", "a shuffle larger than memory", full=("--gb", "10"), toy=("--gb", "0.002")),
     Benchmark(
         "minhash",
