@@ -7,7 +7,8 @@ matters. sympy can take for ever on a hostile power tower, so that comparison ru
 seconds and may use 1 GB. Its clock begins when sympy is loaded, so that a busy machine costs no reward; what was killed is told
 as `timeout`.
 
-A response without a marked answer scores 0: taking any last number in it would reward a list of guesses.
+A response without a marked answer scores 0: taking any last number in it would reward a list of guesses. A gold answer that
+math-verify cannot read is an InputError: no response could be told right from wrong by it.
 """
 
 import json
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import threading
 
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError, InputError, StageError
 from mixtures.posttrain.maths_values import equal, read_value
 
 LOAD_S = 120.0  # for a Python to begin and to import sympy, some 2 s on an idle core; beyond it the machine is broken
 COMPARE_S = 5.0  # math-verify's own limit for parsing and comparing, here enforced from outside
 MEMORY_BYTES = 1 << 30
+UNREADABLE = "unreadable"  # what the child says of a gold answer
 MISSING = 3  # exit status of the child where the package is not installed
 PHRASE = re.compile(r"(?i)\banswer\s*(?:is|:|=)\s*:?\s*\**\s*")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|\s\S)")
@@ -39,11 +41,15 @@ how = [LatexExtractionConfig(), ExprExtractionConfig()]
 for gold, answer in pairs:
     try:
         wanted = parse(f"${{gold}}$", extraction_config=how, parsing_timeout=None, raise_on_error=True)
+    except Exception:
+        wanted = []
+    try:
         given = parse(f"${{answer}}$", extraction_config=how, parsing_timeout=None, raise_on_error=True)
         same = bool(wanted) and bool(given) and verify(wanted, given, timeout_seconds=None)
-    except Exception:
+    except Exception:  # an answer that cannot be read is a wrong one
         same = False
-    print(json.dumps(bool(same)), flush=True)
+    read = any(not isinstance(part, str) for part in wanted)  # the text itself stands beside what was read of it
+    print(json.dumps(bool(same)) if read else "{UNREADABLE}", flush=True)
 """
 
 
@@ -107,7 +113,8 @@ def same_answer(gold: str, answer: str) -> bool | None:
 
 
 def compare(pairs: list[tuple[str, str]]) -> list[bool | None]:
-    """What math-verify says of (gold, answer) pairs; None from the pair on which the child died or had to be killed."""
+    """What math-verify says of (gold, answer) pairs; None from the pair on which the child died or had to be killed. InputError
+    for a gold answer that it cannot read."""
     with subprocess.Popen(
         [sys.executable, "-I", "-c", CHILD],
         stdin=subprocess.PIPE,
@@ -124,7 +131,13 @@ def compare(pairs: list[tuple[str, str]]) -> list[bool | None]:
         except subprocess.TimeoutExpired:
             child.kill()
             said, _ = child.communicate()
-    made = [line == "true" for line in said.splitlines()][: len(pairs)]
+    lines = said.splitlines()[: len(pairs)]
+    if UNREADABLE in lines:
+        gold = pairs[lines.index(UNREADABLE)][0]
+        raise InputError(
+            f"verify: the gold answer {gold[:80]!r} cannot be read, expected a value or LaTeX; leave it out"
+        )
+    made: list[bool | None] = [line == "true" for line in lines]
     return [*made, *[None] * (len(pairs) - len(made))]
 
 
@@ -158,9 +171,13 @@ def _limits() -> None:
 
 def is_verifiable(gold: str) -> bool:
     """Whether a gold answer can be told right from wrong: an exact value that is no choice, or LaTeX with a digit or an
-    operator."""
+    operator whose braces close."""
     value = read_value(answer_of(gold) or gold)
     if value is not None:
         return not hasattr(value, "word")
     text = (answer_of(gold) or gold).strip()
-    return len(text) <= TAIL and bool(re.search(r"\\(?:frac|sqrt|pi|cup|infty)|[\d)]\s*[\^*/+-]|[a-z]\^", text))
+    plain = re.sub(r"\\[{}]", "", text)  # an escaped brace opens nothing
+    closes = plain.count("{") == plain.count("}")
+    return (
+        len(text) <= TAIL and closes and bool(re.search(r"\\(?:frac|sqrt|pi|cup|infty)|[\d)]\s*[\^*/+-]|[a-z]\^", text))
+    )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError, InputError, StageError
 from mixtures.posttrain import verify_maths
 from mixtures.posttrain.maths_values import Choice, Group, Number, equal, read_value
 from mixtures.posttrain.verify_maths import answer_of, compare, is_verifiable, last_boxed, maths_reward
@@ -172,6 +172,15 @@ def test_symbols_are_compared_by_math_verify() -> None:
     ]
     assert compare(pairs) == [True, True, True, False, False]
     assert maths_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == (1.0, "equal")
+    assert compare([(r"2\sqrt{2}", r"\frac{1}{")]) == [False]
+
+
+def test_a_gold_answer_that_cannot_be_read_is_an_error_and_no_wrong_answer() -> None:
+    pytest.importorskip("math_verify")
+    with pytest.raises(InputError, match=r"the gold answer '.*frac\{1\}\{' cannot be read"):
+        maths_reward(r"\boxed{\sqrt{8}}", r"\frac{1}{")
+    assert not is_verifiable(r"\frac{1}{")
+    assert is_verifiable(r"\left\{ \frac{1}{2} \right\}")
 
 
 def test_a_comparison_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
