@@ -6,6 +6,7 @@ asks for names it knows from manifests and never lists folders of shards. What a
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -23,6 +24,8 @@ from core.stores import Store, disk_faults, open_store, temporary
 
 ZSTD_LEVEL = 3  # 116 MB/s write, 690 MB/s read, ratio 3.4 on 50 MB of documents (one core)
 ROW_GROUP_BYTES = 16 << 20  # the unit of reading: small enough for a 1 GB worker, large enough to compress
+
+log = logging.getLogger("stepwell")
 
 
 class Root:
@@ -130,10 +133,14 @@ class Root:
         """Remove `name` only if it still is this version."""
         return self._store.remove_version(self.path(name), version)
 
-    def probe(self) -> list[str]:
-        """Write and remove a file of another name than any of ours. Returns, a sentence each, what this place does not give
-        that locks rely on; one that cannot be written to is an error."""
-        return self._store.probe(self.path(f".writable-{uuid.uuid4().hex[:8]}"))
+    def probe(self) -> None:
+        """Write and remove a file of another name than any of ours. A place that cannot be written to is an error, one that
+        does not give what locks rely on is warned of."""
+        lacking = self._store.probe(self.path(f".writable-{uuid.uuid4().hex[:8]}"))
+        if lacking:
+            log.warning(
+                "root: %s: %s, so two runs may hold one lock; run one at a time", self.url, " and ".join(lacking)
+            )
 
     def rename(self, source: str, target: str) -> None:
         """Give a file another name: a step on a disk, a copy on the server and a delete on an object store."""

@@ -4,7 +4,6 @@ Consecutive annotate stages of a dataset share one pass over its documents. Ever
 """
 
 import contextlib
-import logging
 import os
 import platform
 import shutil
@@ -37,8 +36,6 @@ from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_w
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
 
 FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
-
-log = logging.getLogger("stepwell")
 
 Say = Callable[[str], None]
 
@@ -300,13 +297,11 @@ def remove_output(root: Root, step: Step) -> None:
 def preflight(root: Root) -> None:
     """Everything that can be known before the first byte: the root can be written and has room."""
     try:
-        lacking = root.probe()
+        root.probe()
     except (OSError, StageError) as e:
         raise ConfigError(
             f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
         ) from e
-    if lacking:
-        log.warning("root: %s: %s, so locks may fail; run one command at a time", root.url, " and ".join(lacking))
     free = root.free_bytes()
     if free is not None and free < FREE_BYTES:
         raise ConfigError(
@@ -327,13 +322,12 @@ def find_artifacts(todo: Sequence[Step]) -> None:
 
 
 def scratch_folder(pipeline: Pipeline, root: Root) -> Path:
-    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts. Elsewhere a
-    folder for each root: the parts of one are nothing to another, even where their identities are equal."""
-    if pipeline.engine.scratch:
-        return Path(pipeline.engine.scratch)
-    if root.is_local:
+    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts. Elsewhere in a
+    folder for each root, as two roots may run stages of equal identity at once."""
+    if root.is_local and not pipeline.engine.scratch:
         return Path(root.path("exchange"))
-    return Path(tempfile.gettempdir(), "stepwell-exchange", digest(root.url)[:12])
+    below = pipeline.engine.scratch or Path(tempfile.gettempdir(), "stepwell-exchange")
+    return Path(below, digest(root.url)[:12])
 
 
 def summary(outcome: Outcome, observed: dict[str, Any]) -> str:
