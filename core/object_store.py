@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 from core.errors import ConfigError, StageError
-from core.object_store_calls import PATIENCE_S, TornError, code_of, is_unmatched, persistently
+from core.object_store_calls import TornError, code_of, is_unmatched, persistently
 
 PART_BYTES = 16 << 20  # S3 allows 5 MB to 5 GB; memory is TRANSFERS parts
 MOST_PARTS = 10_000  # S3's limit
@@ -170,15 +170,15 @@ class S3Store:
                 self._call(path, lambda c: c.abort_multipart_upload(**upload), PROBE_PATIENCE_S)
             raise
 
-    def create(self, path: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
+    def create(self, path: str, data: bytes, patience_s: float | None = None) -> bool:
         """Put `data`, which no other caller writes, only if nothing is there."""
         return self._put_if(path, data, {"IfNoneMatch": "*"}, patience_s) is not None
 
-    def replace(self, path: str, data: bytes, version: str, patience_s: float = PATIENCE_S) -> str | None:
+    def replace(self, path: str, data: bytes, version: str, patience_s: float | None = None) -> str | None:
         """Put `data`, which no other caller writes, over just this version; the new version, or None."""
         return self._put_if(path, data, {"IfMatch": version}, patience_s)
 
-    def _put_if(self, path: str, data: bytes, condition: dict[str, str], patience_s: float) -> str | None:
+    def _put_if(self, path: str, data: bytes, condition: dict[str, str], patience_s: float | None) -> str | None:
         bucket, key = _split(path)
         try:
             put = self._call(path, lambda c: c.put_object(Bucket=bucket, Key=key, Body=data, **condition), patience_s)
@@ -280,7 +280,7 @@ class S3Store:
         page: dict[str, Any] = self._call(path, lambda c: c.list_objects_v2(**wanted))
         return page
 
-    def _call(self, path: str, call: Callable[[Any], T], patience_s: float = PATIENCE_S) -> T:
+    def _call(self, path: str, call: Callable[[Any], T], patience_s: float | None = None) -> T:
         return persistently(call, f"s3://{path}", patience_s)
 
 

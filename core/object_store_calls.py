@@ -146,10 +146,11 @@ def _client(settings: dict[str, Any]) -> Any:
         ) from None  # its message may quote a setting
 
 
-def persistently(call: Callable[[Any], T], where: str, patience_s: float = PATIENCE_S) -> T:
-    """`call(client)`, repeated while its faults are passing ones, for at most about `patience_s`. A key that is not there is
-    FileNotFoundError, an unmet condition botocore's ClientError; the rest ConfigError or StageError, naming `where`."""
+def persistently(call: Callable[[Any], T], where: str, patience_s: float | None = None) -> T:
+    """`call(client)`, repeated while its faults are passing ones, for at most about `patience_s` (PATIENCE_S). A key that is
+    not there is FileNotFoundError, an unmet condition botocore's ClientError, the rest ConfigError or StageError."""
     tries, began = 0, time.monotonic()
+    patience_s = PATIENCE_S if patience_s is None else patience_s
     draw = random.SystemRandom()  # for waiting only: workers that were throttled together must not come back together
     while True:
         client = connect()
