@@ -10,19 +10,19 @@ ago first, while the disk would be left with less than a tenth of it free.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from core.errors import ConfigError, StageError
-from core.hashing import CHUNK_BYTES
+from core.hashing import file_digest
 from core.storage import Root
+from core.stores import disk_faults
 
 CACHE_ENV = "STEPWELL_CACHE"
 PART = ".part-"  # how the names of half-fetched files begin
@@ -56,24 +56,24 @@ def fetched(root: Root, names: Sequence[str], content: str) -> list[Path]:
 
 def fetch(root: Root, name: str, path: Path, stored: Stored | None) -> None:
     """Bring one file of a store here, whole or not at all. One that is not as `stored` says is a StageError."""
-    running, size = xxhash.xxh3_128(), 0
     temporary = path.with_name(f"{PART}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
-        with disk_faults(path):
+        with disk_faults(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with root.open(name) as source, open(temporary, "wb") as out:
-                while chunk := source.read(CHUNK_BYTES):
-                    out.write(chunk)
-                    running.update(chunk)
-                    size += len(chunk)
-        if stored is not None and Stored(size, running.hexdigest()) != stored:
+        root.download(name, temporary)
+        if stored is not None and (got := look(temporary)) != stored:
             raise StageError(
-                f"{name}: not the file that the index of its folder names, got {size} bytes, expected {stored.bytes} of hash "
-                f"{stored.content[:8]}; it was written by something else: restore it, or remove its folder to begin anew"
+                f"{name}: not the file that the index of its folder names, got {got.bytes} bytes of hash {got.content[:8]}, "
+                f"expected {stored.bytes} of {stored.content[:8]}; restore it, or remove its folder to begin anew"
             )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def look(path: Path) -> Stored:
+    """Size and content of a local file."""
+    return Stored(path.stat().st_size, file_digest(path))
 
 
 def cache_folder() -> Path:
@@ -117,14 +117,3 @@ def _used_at(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-@contextlib.contextmanager
-def disk_faults(target: Path) -> Iterator[None]:
-    """A full, read-only or broken disk ends the stage in one line; what was committed stays."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
-            raise
-        raise StageError(f"cache: cannot write {target}: {e}; make room, or name another disk in {CACHE_ENV}") from e

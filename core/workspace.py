@@ -30,10 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.cache import PART, Stored, disk_faults, fetch, make_room, place_of
+from core.cache import PART, Stored, fetch, look, make_room, place_of
 from core.errors import StageError
 from core.hashing import file_digest
 from core.storage import Root
+from core.stores import disk_faults
 
 OWN = ".workspace."  # how the names of index, state and lock begin
 INDEX, STATE, LOCK = (OWN + end for end in ("json", "state", "lock"))
@@ -55,7 +56,7 @@ class Plain:
     def committed(self, wanted: Callable[[str], bool]) -> dict[str, Stored]:
         """Files of wanted names, sorted."""
         found = {name: path for name, path in sorted(_scan(self.path).items()) if wanted(name)}
-        return {name: Stored(path.stat().st_size, file_digest(path)) for name, path in found.items()}
+        return {name: look(path) for name, path in found.items()}
 
 
 @dataclass
@@ -217,7 +218,7 @@ class Mirror:
     def _save_state(self, bases: Sequence[str]) -> None:
         value = {"bases": list(bases), "released": sorted(self._released), "seen": self._seen}
         temporary = self.path / (STATE + ".part")
-        with disk_faults(temporary), open(temporary, "w", encoding="utf-8") as f:
+        with disk_faults(str(temporary)), open(temporary, "w", encoding="utf-8") as f:
             json.dump(value, f)
             f.flush()
             os.fsync(f.fileno())
@@ -260,7 +261,7 @@ def mirrored(root: Root, folder: str) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path, wait_s: float) -> Iterator[None]:
     """One process of this machine in `folder`; the kernel lets go when it ends, however that happens."""
-    with disk_faults(folder):
+    with disk_faults(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "wb")  # noqa: SIM115 - held for the block
     until = time.monotonic() + wait_s

@@ -104,7 +104,9 @@ class Machines(RuleBasedStateMachine):
         self.folder = self.entered.__enter__()
         found = files(self.folder.path)
         base, own = self.left_on.get(machine, (-1, {}))
-        assert found == (own if base == self.commits else self.stored)  # its own work counts while nobody committed since
+        assert found == (
+            own if base == self.commits else self.stored
+        )  # its own work counts while nobody committed since
         self.machine, self.work = machine, found
 
     @precondition(lambda self: self.entered)
