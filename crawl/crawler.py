@@ -27,6 +27,7 @@ from .fetch import BudgetSpent, Capture, Fetcher, UnfetchedError
 from .frontier import Frontier, Lease, Outcome, RobotsRow
 from .links import PageLinks, directives, read_links
 from .robots import MAX_AGE_S, MAX_BYTES, MAX_REDIRECTS, Robots, product_token, verdict
+from .saving import Saver
 from .urls import clean, origin_of
 from .warc import Entry, Location, WarcWriter
 
@@ -54,9 +55,16 @@ class Crawler:
     """Runs one crawl to its end or to a limit."""
 
     def __init__(
-        self, config: CrawlConfig, frontier: Frontier, warc: WarcWriter, fetcher: Fetcher, progress: Progress | None
+        self,
+        config: CrawlConfig,
+        frontier: Frontier,
+        warc: WarcWriter,
+        fetcher: Fetcher,
+        progress: Progress | None,
+        saver: Saver | None = None,
     ) -> None:
         self.config, self.frontier, self.warc, self.fetcher, self.progress = config, frontier, warc, fetcher, progress
+        self.saver = saver
         self.kinds = frozenset[str](config.kinds)
         self.token = product_token(config.user_agent)
         self._began = time.monotonic()
@@ -292,6 +300,8 @@ class Crawler:
         self._good = good  # not before: without the rows, these bytes are to be cut
         if self.progress:
             self.progress(self.frontier.captured, int(self.facts["received_bytes"]))
+        if self.saver and self.saver.due(good.file):
+            await asyncio.to_thread(self.saver.save, good.file)  # no record is written meanwhile: this task writes them
 
 
 def redirect_of(capture: Capture) -> str | None:

@@ -21,7 +21,7 @@ def reader(source: Any, name: str, root: Root) -> Reader:
     if source.kind == "harvest":
         return harvested(name, root, source.rules.max_lines)
     if source.kind == "crawl":
-        source = source.captures(root.path(f"captures/{name}"))
+        source = source.captures(f"{root.url}/captures/{name}")
     return Reader(
         name,
         partial(sources.units, source),

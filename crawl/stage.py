@@ -16,21 +16,23 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, StageError
-from core.hashing import file_digest
 from core.job import Job, Outcome
 from core.stage import Kind, Stage, StageConfig
+from core.workspace import workspace
 
 from .addresses import Addresses, parse_entry
 from .config import CrawlConfig
 from .crawler import Crawler, Progress
 from .fetch import Budget, Fetcher, Limits
 from .frontier import Frontier, Scope
+from .saving import Saver, needed, saved
 from .urls import clean, host_of
-from .warc import WarcWriter, warc_files
+from .warc import WarcWriter, file_number, warc_files
 
 __all__ = ["STAGE", "CrawlConfig", "CrawlSummary", "crawl", "run_crawl"]
 
@@ -56,7 +58,9 @@ class CrawlSummary:
         return asdict(self)
 
 
-async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
+async def crawl(
+    config: CrawlConfig, folder: Path, progress: Progress | None = None, saver: Saver | None = None
+) -> CrawlSummary:
     """Crawl into `folder` until nothing is left or a limit is reached.
 
     ConfigError before the first request; StageError where the disk fails, after which the same call goes on.
@@ -68,24 +72,28 @@ async def crawl(config: CrawlConfig, folder: Path, progress: Progress | None = N
         raise ConfigError(f"crawl: {folder} holds WARC files but no frontier.sqlite; restore it, or use a new folder")
     try:
         with closing(_frontier(config, path, seeds)) as frontier:
-            return await _crawl(config, folder, frontier, progress)
+            return await _crawl(config, folder, frontier, progress, saver)
     except (OSError, sqlite3.Error) as e:
         raise StageError(
             f"crawl: cannot write to {folder}, got {e!r}, expected a sound disk with room; mend and start again"
         ) from e
 
 
-async def _crawl(config: CrawlConfig, folder: Path, frontier: Frontier, progress: Progress | None) -> CrawlSummary:
+async def _crawl(
+    config: CrawlConfig, folder: Path, frontier: Frontier, progress: Progress | None, saver: Saver | None
+) -> CrawlSummary:
     good = frontier.good_position()
     with closing(WarcWriter(folder, folder.name, good, _warcinfo(config), config.warc_bytes)) as warc:
         before, before_s = frontier.captured, frontier.fact("run_s")
-        stopped = await Crawler(config, frontier, warc, _fetcher(config, frontier), progress).run()
+        stopped = await Crawler(config, frontier, warc, _fetcher(config, frontier), progress, saver).run()
         return _summary(frontier, warc, stopped, before, before_s)
 
 
-def run_crawl(config: CrawlConfig, folder: Path, progress: Progress | None = None) -> CrawlSummary:
+def run_crawl(
+    config: CrawlConfig, folder: Path, progress: Progress | None = None, saver: Saver | None = None
+) -> CrawlSummary:
     """`crawl` in an event loop of its own."""
-    return asyncio.run(crawl(config, folder, progress))
+    return asyncio.run(crawl(config, folder, progress, saver))
 
 
 def _seeds(config: CrawlConfig) -> list[str]:
@@ -174,20 +182,25 @@ class CrawlStageConfig(StageConfig):
 
 
 def capture(job: Job) -> Outcome:
-    """The stage: one source's captures, in `captures/<source>` of a local root. Its WARC files are the log that counts."""
-    folder = job.root.local_path(f"captures/{job.source_name}")
-    with job.display.task(f"{job.instance}: {job.source_name}", job.source.max_pages, 0) as advance:
+    """The stage: one source's captures, in `captures/<source>` of the root. Its WARC files are the log that counts."""
+    name = job.source_name
+    with (
+        workspace(job.root, f"captures/{name}", partial(needed, name)) as folder,
+        job.display.task(f"{job.instance}: {name}", job.source.max_pages, 0) as advance,
+    ):
         seen = [0, 0]
 
         def progress(docs: int, bytes: int) -> None:
             advance(docs - seen[0], bytes - seen[1], docs - seen[0])
             seen[:] = [docs, bytes]
 
-        summary = run_crawl(job.source, folder, progress)
-    files = [path for path, _ in warc_files(folder, folder.name)]
-    outputs = {path.name: {"content": file_digest(path), "bytes": path.stat().st_size} for path in files}
+        with saved(folder) as saver:
+            summary = run_crawl(job.source, folder.path, progress, saver)
+        files = folder.committed(lambda file: file_number(file, name) is not None)
+    outputs = {file: {"content": stored.content, "bytes": stored.bytes} for file, stored in files.items()}
     accounts = {"fetched": summary.fetched, "not_fetched": sum(summary.not_fetched.values()), "queued": summary.queued}
     observed = {**summary.to_json(), "docs": summary.run_fetched, "bytes": summary.received_bytes}
+    observed["warc_bytes"] = sum(stored.bytes for stored in files.values())  # also of files that lie in the store only
     return Outcome(outputs=outputs, accounts=accounts, observed=observed)
 
 

@@ -163,9 +163,14 @@ class WarcWriter:
 
 def warc_files(folder: Path, name: str) -> list[tuple[Path, int]]:
     """(path, number) of the files of crawl `name`, in order."""
-    pattern = re.compile(re.escape(name) + r"-(\d{5,})\.warc\.gz")
-    matches = ((path, pattern.fullmatch(path.name)) for path in folder.iterdir())
-    return sorted(((path, int(match[1])) for path, match in matches if match), key=lambda file: file[1])
+    numbered = ((path, file_number(path.name, name)) for path in folder.iterdir())
+    return sorted(((path, number) for path, number in numbered if number is not None), key=lambda file: file[1])
+
+
+def file_number(file: str, name: str) -> int | None:
+    """The number of a file of crawl `name`; None where it is no WARC file of it."""
+    match = re.fullmatch(re.escape(name) + r"-(\d{5,})\.warc\.gz", file)
+    return int(match[1]) if match else None
 
 
 def _digest(data: bytes | bytearray | memoryview) -> str:

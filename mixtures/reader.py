@@ -1,24 +1,27 @@
 """A mixture as documents of token ids, for training: the index in memory, token shards mapped when first used.
 
 In: a root and the name of a phase. Out: for entry i of the index its tokens (EOS included), domain and size. It is the
-`TokenSource` that `moe.data` reads; numpy, pyarrow and fsspec only. Memory: 28 bytes an entry.
+`TokenSource` that `moe.data` reads; numpy, pyarrow and fsspec only. Memory: 28 bytes an entry. From an object store a shard is
+fetched whole into this machine's cache when its first document is read (`core.cache`).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from core.cache import fetched
 from core.errors import StageError
 from core.storage import Root
 from mixtures.index_file import Entries, read_index
-from mixtures.token_files import AGAIN, TokenShard, docs_name, open_shard, shard_name
+from mixtures.token_files import AGAIN, TokenShard, docs_name, open_shard, shard_name, token_dtype
 
 MAPPED_SHARDS = 4096  # at a time; Linux allows 65,530 maps a process (vm.max_map_count)
 
 
 class MixtureSource:
-    """One phase of a local root. Picklable: a loader process maps the shards again."""
+    """One phase of a root. Picklable: a loader process maps the shards again."""
 
     def __init__(self, root: Root | str | Path, phase: str) -> None:
         self._root = root if isinstance(root, Root) else Root(str(root))
@@ -65,7 +68,7 @@ class MixtureSource:
     def check(self) -> None:
         """Open every shard once: StageError at the first that is missing, cut short or not the one that was mixed."""
         for ordinal in range(len(self._entries.shards)):
-            self._open(ordinal)
+            self._open(ordinal) if self._root.is_local else self._checked(ordinal)
 
     def _shard(self, ordinal: int) -> TokenShard:
         found = self._mapped.get(ordinal)
@@ -76,6 +79,16 @@ class MixtureSource:
         return found
 
     def _open(self, ordinal: int) -> TokenShard:
+        name, note = self._checked(ordinal)
+        try:
+            index, _ = fetched(self._root, [f"{name}.idx", f"{name}.bin"], note["content"])
+        except FileNotFoundError as e:
+            raise _missing(f"{self._root.url}/{name}.bin or .idx") from e
+        return open_shard(index.with_suffix(""))
+
+    def _checked(self, ordinal: int) -> tuple[str, dict[str, Any]]:
+        """A shard's name and what is stored beside it. In an object store its size is compared as well: opening it would fetch
+        it whole."""
         dataset, name = self._entries.shards[ordinal]
         docs = docs_name(self._tokenizer_name, dataset, name)
         note = self._root.note(docs)
@@ -88,4 +101,19 @@ class MixtureSource:
             )
         if note["content"] != self._contents[f"{dataset}/{name}"]:
             raise StageError(f"mixture {self.phase}: {docs} was written anew since the mixture was made; run mix again")
-        return open_shard(self._root.local_path(shard_name(self._tokenizer_name, dataset, name)))
+        shard = shard_name(self._tokenizer_name, dataset, name)
+        if not self._root.is_local:
+            self._check_size(f"{shard}.bin", note["tokens"] * token_dtype(self.vocab_size).itemsize)
+        return shard, note
+
+    def _check_size(self, name: str, expected: int) -> None:
+        try:
+            got = self._root.size(name)
+        except FileNotFoundError as e:
+            raise _missing(f"{self._root.url}/{name}") from e
+        if got != expected:
+            raise StageError(f"tokens: {name} was cut short, got {got} bytes, expected {expected}; {AGAIN}")
+
+
+def _missing(what: str) -> StageError:
+    return StageError(f"tokens: {what} is missing; {AGAIN}")

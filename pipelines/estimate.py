@@ -29,7 +29,7 @@ def lines(config: Path) -> list[str]:
         name = passages_name(entry.config.passages)  # type: ignore[attr-defined]
         if not root.exists(name):
             raise ConfigError(f"{entry.instance}: no {name} below {root.url}; run stage `passages` first")
-        known = known_keys(root.local_path(folder_name(entry.instance)))
+        known = known_keys(root, folder_name(entry.instance))
         e = estimate(entry.config, root.read_table(name), known)  # type: ignore[arg-type]
         out.append(
             f"{entry.instance}: {e.requests:,} requests, {e.logged:,} in the log, {e.requests - e.logged:,} to send: about "

@@ -1,7 +1,8 @@
 """The stages `train` and `evaluate`, and `generate`: where the pipeline's mixtures meet `moe`.
 
 A model's folder bears its identity, so a changed knob never meets a checkpoint of another shape, and the same run goes on from
-the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json, evaluation.json).
+the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json, evaluation.json). On an
+object store each checkpoint is there before the next update begins, and what a machine takes with it is the work since then.
 
 A pipeline may train through phases: `train@anneal: {phase: anneal, after: train}` starts from the weights that `train` left, and
 `evaluate@anneal: {model: train@anneal}` measures what came of it.
@@ -11,14 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from pydantic import Field
 
+from core.cache import fetched
 from core.errors import ConfigError
-from core.hashing import file_digest
 from core.job import Job, Outcome
 from core.manifest import read_manifest
 from core.stage import Kind, Resources, Stage, StageConfig, execution
 from core.storage import Root
+from core.workspace import mirrored, workspace
 
 EVALUATION = "evaluation.json"
 
@@ -84,24 +87,35 @@ def train(job: Job) -> Outcome:
         init=weights_digest(start) if start else None,
         shuffle=config.shuffle,
         repeat=steps > available,
-        tokenizer=str(job.root.local_path("models/tokenizer/tokenizer.json")),
+        tokenizer=str(fetched(job.root, ["models/tokenizer/tokenizer.json"], source.tokenizer)[0]),
         threads=config.threads,
         checkpoint_steps=config.checkpoint_steps,
     )
-    with job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance:
-        summary = train_model(plan, source, job.root.local_path(folder), lambda row: advance(0, 0, 1), start)
+    with (
+        workspace(job.root, folder) as place,
+        job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance,
+    ):
+
+        def on_step(row: dict[str, Any]) -> None:
+            advance(0, 0, 1)
+            if row["step"] % config.checkpoint_steps == 0:
+                place.commit()
+
+        summary = train_model(plan, source, place.path, on_step, start)
+        place.commit()
+        content = weights_digest(place.path)
     figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
-    outputs = {"weights": {"content": weights_digest(job.root.local_path(folder)), "folder": folder}}
+    outputs = {"weights": {"content": content, "folder": folder}}
     accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)
 
 
 def model_folder(root: Root, instance: str) -> Path:
-    """Where an instance of train left its model."""
+    """Where an instance of train left its model, on this machine."""
     trained = read_manifest(root, instance, None)
     if trained is None:
         raise ConfigError(f"train: no model of {instance!r} in {root.url}; list that stage before, or correct the name")
-    return root.local_path(trained.outputs["weights"]["folder"])
+    return mirrored(root, trained.outputs["weights"]["folder"])
 
 
 def evaluate(job: Job) -> Outcome:
@@ -123,7 +137,8 @@ def evaluate(job: Job) -> Outcome:
     ]
     name = f"models/{folder.name}/{EVALUATION}"
     job.root.write_json(name, {"held_out": held_out, "samples": samples})
-    outputs = {"evaluation": {"content": file_digest(job.root.local_path(name)), "file": name}}
+    content = xxhash.xxh3_128_hexdigest(job.root.read_bytes(name))
+    outputs = {"evaluation": {"content": content, "file": name}}
     accounts = {"held_out_docs": int(sum(d["docs"] for d in held_out.values()))}
     return Outcome(
         outputs=outputs, accounts=accounts, observed={"bits_per_byte": {k: d["bpb"] for k, d in held_out.items()}}

@@ -111,7 +111,7 @@ def _wanted(part: Part, config: DialoguesConfig) -> list[dict[str, Any]]:
 
 
 def _lines(dataset: Dataset, path: str) -> Iterator[Raw | Dropped | Failed]:
-    stored = captures(dataset.root.path(f"captures/{dataset.name}"))
+    stored = captures(f"{dataset.root.url}/captures/{dataset.name}")
     return sources.records(stored, Unit(path, Piece((path,))))
 
 

@@ -26,7 +26,7 @@ RECORDS = ("*.jsonl.zst",)  # of the captures' own folder: what lies deeper is i
 
 def reader(name: str, root: Root, rules_lines: int) -> Reader:
     """The captures of one harvest as ingest reads them."""
-    stored = captures(root.path(f"captures/{name}"))
+    stored = captures(f"{root.url}/captures/{name}")
     return Reader(
         name,
         partial(sources.units, stored),

@@ -1,6 +1,6 @@
 """The stage `answers`: passages sent to a language model behind an OpenAI-compatible endpoint, and what it answered.
 
-In: `@passages`. Out, below `captures/<instance>/` of a local root: `answers.jsonl`, the log of everything ever paid
+In: `@passages`. Out, below `captures/<instance>/`: `answers.jsonl`, the log of everything ever paid
 (`mixtures.augment.log`), and `answers.parquet` (ANSWERS): the answers to just the requests that this config makes of
 just these passages, sorted by key. Determinism starts from there: neither the order of the log nor what else it
 holds moves a byte of it.
@@ -194,7 +194,7 @@ def answers(job: Job) -> Outcome:
     config: AnswersConfig = job.config
     passages = job.root.read_table(passages_name(config.passages))
     requests = requests_of(config, passages)
-    with AnswerLog(job.root.local_path(folder_name(job.instance))) as log:
+    with AnswerLog(job.root, folder_name(job.instance)) as log:
         again = _refusals(config, requests, log.entries) is not None  # the cause was to be mended: ask once more
         todo = [r for r in requests if r.key not in log.entries or (again and "refused" in log.entries[r.key])]
         sent, tally = Sent(), Tally()

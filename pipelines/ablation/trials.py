@@ -15,6 +15,7 @@ as the full phase would, set `tokens` of the phase in the arms.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from core.predicate import Predicate
 from core.schema import TEXT
 from core.stage import Kind, Resources, Stage, StageConfig
 from core.storage import Root
+from core.workspace import workspace
 from mixtures.compare import LEAST_DOCS
 from mixtures.mix import phase_path
 from mixtures.phases import HELD_OUT
@@ -150,9 +152,16 @@ class TrialUnits:
         from moe.trainer import train
 
         plan, source = from_json(trial.plan), MixtureSource(self.root, trial.mixture)
-        folder = self.root.local_path(trial.folder)
-        summary = train(plan, source, folder, lambda row: note())
-        table = losses_table(self.root, trial.folder, self.held_out)
+        with workspace(self.root, trial.folder, keep=False) as folder:
+
+            def on_step(row: dict[str, Any]) -> None:
+                note()
+                if row["step"] % plan.checkpoint_steps == 0:
+                    folder.commit()
+
+            summary = train(plan, source, folder.path, on_step)
+            folder.commit()
+            table = losses_table(self.root, folder.path, self.held_out)
         about = {
             "held_out": self.held_out_content,
             "content": digest([trial.folder, table.column("bits").to_pylist()]),
@@ -164,12 +173,12 @@ class TrialUnits:
         return Report(unit.name, value=about)
 
 
-def losses_table(root: Root, folder: str, held_out: str) -> pa.Table:
-    """Rows of LOSSES of the model in `folder`."""
+def losses_table(root: Root, model: Path, held_out: str) -> pa.Table:
+    """Rows of LOSSES of the model in the folder `model`."""
     from moe.evaluate import document_losses
 
     source = MixtureSource(root, held_out)
-    losses = document_losses(root.local_path(folder), source)
+    losses = document_losses(model, source)
     domains = pa.array(source.domains, TEXT).take(pa.array(losses.domain))
     return pa.Table.from_arrays([domains, *map(pa.array, (losses.bytes, losses.tokens, losses.bits))], schema=LOSSES)
 

@@ -16,6 +16,7 @@ import pytest
 
 from core.errors import ConfigError, StageError
 from core.hashing import seeded
+from core.storage import Root
 from mixtures.augment.answers import AnswersConfig, answers_name, estimate
 from mixtures.augment.endpoint import backoff, parsed, retry_after
 from mixtures.augment.log import AnswerLog, known_keys
@@ -308,7 +309,7 @@ def test_kill_9_loses_nothing_and_pays_nothing_twice(tmp_path: Path, seed: int) 
                 break
             assert child.returncode == -signal.SIGKILL
             kills += 1
-            known = known_keys(Path(root.path("captures/answers")))
+            known = known_keys(root, "captures/answers")
             assert sum(server.paid().values()) - len(known) <= kills  # lost at most what was in flight
         assert kills >= 2
         twice = {prompt: n for prompt, n in server.paid().items() if n > 1}
@@ -336,21 +337,22 @@ def test_a_signal_lets_paid_answers_come_home(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_is_cut_and_a_damaged_one_is_told(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path) as log:
+    root = Root(str(tmp_path))
+    with AnswerLog(root, "log") as log:
         log.append([{"key": "a", "text": "1"}, {"key": "b", "text": "\u2028 \ud800"}])
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "log/answers.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"key": "c", "te')
-    assert known_keys(tmp_path) == {"a", "b"}
-    with AnswerLog(tmp_path) as log:
+    assert known_keys(root, "log") == {"a", "b"}
+    with AnswerLog(root, "log") as log:
         assert (set(log.entries), log.torn_bytes) == ({"a", "b"}, 16)
-        with pytest.raises(StageError, match="in use"), AnswerLog(tmp_path):
+        with pytest.raises(StageError, match="in use"), AnswerLog(root, "log"):
             pass
         log.append([{"key": "c"}])
     assert path.read_bytes() == whole + b'{"key": "c"}\n'
     path.write_bytes(whole.replace(b'"key": "a"', b'"key": 7'))
     with pytest.raises(StageError, match="line 1"):
-        AnswerLog(tmp_path)
+        AnswerLog(root, "log")
     assert path.read_bytes().count(b"\n") == 2
 
 
@@ -416,7 +418,7 @@ def test_the_estimate_counts_what_a_run_sends(tmp_path: Path) -> None:
     assert (before.requests, before.logged) == (8, 0)
     with ChatServer(good) as server:
         run_answers(root, endpoint=server.url, templates=("rephrase",))
-        after = estimate(config, table, known_keys(Path(root.path("captures/answers"))))
+        after = estimate(config, table, known_keys(root, "captures/answers"))
         assert (after.requests, after.logged) == (8, 4)
         run_answers(root, endpoint=server.url, templates=("rephrase", "distil"))
         assert len(server.requests) == 8
