@@ -2,10 +2,10 @@
 
     python -m benchmarks.components [--edges 2.5 5 10 20] [--here 0.5 1 2 4] [--memory-gb 1] [--workers 2]
 
-The graph is made on the workers, one unit a million edges, and no two units make the same: half the edges in families of 2 to 12
-documents, a fifth around one hub, the others at random among as many documents as there are such edges, which grow together into
-one giant. Stars: `dedup.stars.settled` over links on LocalEngine; peaks are VmHWM of the largest worker, reset before each unit. In
-memory: `dedup.minhash.collect_edges` and `components_of` in a process of its own; its peak above what it held before, for each edge.
+The graph is made on the workers, one unit a million edges, no two of them the same: half the edges in families of 2 to 12
+documents, a fifth around one hub, the others at random among as many documents as there are such edges: they grow into a giant.
+Stars: `dedup.stars.settled` over links on LocalEngine; peaks are VmHWM of the largest worker, reset before each unit. In memory:
+`dedup.minhash.collect_edges` and `components_of` in a process of its own; its peak above what it held before, for each edge.
 """
 
 import argparse
