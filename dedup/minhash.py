@@ -35,6 +35,7 @@ from dedup.candidates import BANDS, MEMBER, WANTS, band_rows, group_up, pair_up
 from dedup.components import GIANT_FRACTION, MAX_EDGES, Components, census_of_graph, components, id_bytes
 from dedup.labels import LABELLED, Census, distinct_edges, label_edges, label_nodes
 from dedup.relation import RELATION, EdgeFiles, outputs, write_here, write_there
+from dedup.row_filter import passed, row_filter
 from dedup.scopes import Scopes, align_all, read_rows, scope_numbers, source_units
 from dedup.shingles import shingle
 from dedup.signatures import band_keys, signatures
@@ -45,6 +46,7 @@ BATCH_BYTES = 4 << 20  # of text: its shingles and sort keys stay near the cache
 
 LAYER = pa.schema([("component", TEXT), ("component_docs", pa.int64())])
 NODES = pa.schema([("row", pa.int64()), *NODE, ("bands", pa.large_binary())])
+SETS = pa.schema([("row", pa.int64()), *NODE])
 MEMBERS = pa.schema([("row", pa.int64()), ("hub", pa.int64()), ("block", pa.int32())])
 COPIES = pa.schema([("row", pa.int64()), ("node", TEXT), ("copies", pa.int64())])
 LABELS = pa.schema([("node", TEXT), ("component", TEXT), ("component_docs", pa.int64())])
@@ -118,7 +120,10 @@ def find_edges(engine: Engine, found: Frame, config: MinHashConfig, label: str) 
     )
     wants = engine.shuffle(wants, ["hub", "block"], group_up, WANTS, order=["a", "b"], label=f"{label}: group")
     wants = engine.persist(wants)
-    members = engine.map(wants, _members, MEMBERS, f"{label}: members")
+    members = engine.persist(engine.map(wants, _members, MEMBERS, f"{label}: members"))
+    wanted = row_filter(engine, members, f"{label}: rows to bring")
+    if wanted is not None:
+        found = engine.map(found, partial(_wanted, wanted=wanted), SETS, f"{label}: shingles to bring")
     members = engine.join(members, found, ["row"], label=f"{label}: bring shingles")
     members = engine.map(members, _member_lines, VERIFY, f"{label}: members with shingles")
     pairs = engine.map(wants, _pair_lines, VERIFY, f"{label}: pairs")
@@ -129,6 +134,10 @@ def find_edges(engine: Engine, found: Frame, config: MinHashConfig, label: str) 
 def _members(wants: pa.Table) -> pa.Table:
     lines = wants.filter(pc.equal(wants.column("b"), MEMBER))
     return lines.select(["a", "hub", "block"]).rename_columns(MEMBERS.names)
+
+
+def _wanted(nodes: pa.Table, wanted: np.ndarray) -> pa.Table:
+    return nodes.select(SETS.names).filter(pa.array(passed(nodes.column("row").to_numpy(), wanted)))
 
 
 def _member_lines(joined: pa.Table) -> pa.Table:
