@@ -68,6 +68,16 @@ BENCHMARKS = (
         toy=("--docs", "40", "--repeat", "1", "--only", "stepwell_numpy"),
     ),
     Benchmark(
+        "shuffles",
+        "what exact and minhash move, and their peak memory at four sizes",
+        toy=("--mb", "0.1", "0.2", "--workers", "1"),
+    ),
+    Benchmark(
+        "components",
+        "components of near-duplicates in memory and as stars",
+        toy=("--edges", "0.002", "--here", "0.002", "--workers", "1"),
+    ),
+    Benchmark(
         "clusters",
         "100,000 clusters over a million vectors, and quotas over them",
         toy=("--docs", "3000", "--dims", "16", "--clusters", "40"),

@@ -116,7 +116,7 @@ def stepwell(data: str, scratch: str) -> dict[str, Any]:
         Job(STAGE, "minhash", STAGE.config.model_validate({"exact": None}), root, engine, (dataset,), "benchmark")
     )
     spilled = sum(p.stat().st_size for p in Path(scratch, "exchange").rglob("*.arrow"))
-    edges = root.read_table("relations/minhash/edges.parquet", ["a", "b", "jaccard"])
+    edges = pa.concat_tables([root.read_table(name, ["a", "b", "jaccard"]) for name in outcome.outputs])
     ids, ends = np.unique(
         np.concatenate([edges.column(c).to_numpy(zero_copy_only=False).astype("S32") for c in "ab"]),
         return_inverse=True,

@@ -14,8 +14,7 @@ Components only name who might replace whom: nothing is dropped because of a com
 from typing import NamedTuple
 
 import numpy as np
-
-from core.errors import StageError
+import pyarrow as pa
 
 MAX_EDGES = 20_000_000
 GIANT_FRACTION = (
@@ -32,13 +31,17 @@ class Components(NamedTuple):
     nodes: np.ndarray  # int64 [n], nodes in the component
 
 
-def check_ceiling(stage: str, edges: int, most: int = MAX_EDGES) -> None:
-    """StageError if `edges` are more than one machine is trusted with."""
-    if edges > most:
-        raise StageError(
-            f"{stage}: too many edges for components in memory, got {edges:,}, expected at most {most:,}; "
-            "raise `max_edges` on a machine with 400 bytes of memory for each, or raise `jaccard`"
-        )
+class Census(NamedTuple):
+    """Counts over components."""
+
+    nodes: int = 0
+    components: int = 0
+    largest_docs: int = 0
+    largest: str = ""  # its label; of several that large the smallest one
+
+    def joined(self, other: "Census") -> "Census":
+        largest_docs, largest = min((-c.largest_docs, c.largest) for c in (self, other))
+        return Census(self.nodes + other.nodes, self.components + other.components, -largest_docs, largest)
 
 
 def components(a: np.ndarray, b: np.ndarray, keys: np.ndarray, doc_id: np.ndarray, copies: np.ndarray) -> Components:
@@ -56,3 +59,25 @@ def components(a: np.ndarray, b: np.ndarray, keys: np.ndarray, doc_id: np.ndarra
     first = order[np.searchsorted(label[order], np.arange(count))]
     docs = np.bincount(label, weights=weight, minlength=count).astype(np.int64)  # exact below 2^53
     return Components(key, ids[first][label], docs[label], np.bincount(label, minlength=count)[label])
+
+
+def census_of_graph(found: Components) -> Census:
+    if not len(found.key):
+        return Census()
+    most = int(found.docs.max())
+    largest = np.sort(found.component[found.docs == most])[0].decode()
+    return Census(len(found.key), len(np.unique(found.component)), most, largest)
+
+
+def id_bytes(doc_id: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """doc_ids as 32 bytes each, [n]; they have just so many (`core.hashing.document_id`)."""
+    chunks = doc_id.chunks if isinstance(doc_id, pa.ChunkedArray) else [doc_id]
+    return np.concatenate([np.empty(0, "S32"), *(_bytes_of(c) for c in chunks)])
+
+
+def _bytes_of(doc_id: pa.Array) -> np.ndarray:
+    _, offsets, data = doc_id.buffers()
+    if not len(doc_id):
+        return np.empty(0, "S32")
+    at = np.frombuffer(offsets, np.int64)[doc_id.offset : doc_id.offset + len(doc_id) + 1]
+    return np.frombuffer(data, np.uint8)[at[0] : at[-1]].view("S32")

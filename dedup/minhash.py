@@ -18,6 +18,7 @@ exchange of `local`, which writes what it shuffles twice.
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,27 +27,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from core.engines.contract import Engine, Frame, Unit
-from core.hashing import table_digest
+from core.engines.contract import Engine, Frame, Report, Unit
 from core.job import Job, Outcome
 from core.schema import TEXT
 from core.stage import Kind, Stage, StageConfig, execution
 from dedup.candidates import BANDS, MEMBER, WANTS, band_rows, group_up, pair_up
-from dedup.components import GIANT_FRACTION, MAX_EDGES, Components, check_ceiling, components
+from dedup.components import GIANT_FRACTION, MAX_EDGES, Components, census_of_graph, components, id_bytes
+from dedup.labels import LABELLED, Census, distinct_edges, label_edges, label_nodes
+from dedup.relation import RELATION, EdgeFiles, outputs, write_here, write_there
+from dedup.row_filter import passed, row_filter
 from dedup.scopes import Scopes, align_all, read_rows, scope_numbers, source_units
 from dedup.shingles import shingle
 from dedup.signatures import band_keys, signatures
+from dedup.stars import CROWD
 from dedup.verify import EDGES, NODE, VERIFY, unique_sets, verify
 
-GROUP_ROWS = 1 << 20  # edges in a row group of the relation: readers take one group as a unit
 BATCH_BYTES = 4 << 20  # of text: its shingles and sort keys stay near the cache
 
 LAYER = pa.schema([("component", TEXT), ("component_docs", pa.int64())])
 NODES = pa.schema([("row", pa.int64()), *NODE, ("bands", pa.large_binary())])
+SETS = pa.schema([("row", pa.int64()), *NODE])
 MEMBERS = pa.schema([("row", pa.int64()), ("hub", pa.int64()), ("block", pa.int32())])
 COPIES = pa.schema([("row", pa.int64()), ("node", TEXT), ("copies", pa.int64())])
 LABELS = pa.schema([("node", TEXT), ("component", TEXT), ("component_docs", pa.int64())])
-RELATION = pa.schema([*(f for f in EDGES if not f.name.endswith("_row")), ("component", TEXT)])
 FOUND = pa.schema([("row", pa.int64()), *LAYER])
 
 
@@ -67,7 +70,7 @@ class MinHashConfig(StageConfig):
     max_bucket_rows: int = Field(
         default=1 << 20, ge=2, description="rows of a bucket beyond this are not paired in it, and counted"
     )
-    max_edges: int = execution(MAX_EDGES, "edges that may be collected in memory for components")
+    max_edges: int = execution(MAX_EDGES, "edges that the driver may hold for components; more go to the workers")
 
 
 def read_nodes(config: MinHashConfig, unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -117,7 +120,10 @@ def find_edges(engine: Engine, found: Frame, config: MinHashConfig, label: str) 
     )
     wants = engine.shuffle(wants, ["hub", "block"], group_up, WANTS, order=["a", "b"], label=f"{label}: group")
     wants = engine.persist(wants)
-    members = engine.map(wants, _members, MEMBERS, f"{label}: members")
+    members = engine.persist(engine.map(wants, _members, MEMBERS, f"{label}: members"))
+    wanted = row_filter(engine, members, f"{label}: rows to bring")
+    if wanted is not None:
+        found = engine.map(found, partial(_wanted, wanted=wanted), SETS, f"{label}: shingles to bring")
     members = engine.join(members, found, ["row"], label=f"{label}: bring shingles")
     members = engine.map(members, _member_lines, VERIFY, f"{label}: members with shingles")
     pairs = engine.map(wants, _pair_lines, VERIFY, f"{label}: pairs")
@@ -128,6 +134,10 @@ def find_edges(engine: Engine, found: Frame, config: MinHashConfig, label: str) 
 def _members(wants: pa.Table) -> pa.Table:
     lines = wants.filter(pc.equal(wants.column("b"), MEMBER))
     return lines.select(["a", "hub", "block"]).rename_columns(MEMBERS.names)
+
+
+def _wanted(nodes: pa.Table, wanted: np.ndarray) -> pa.Table:
+    return nodes.select(SETS.names).filter(pa.array(passed(nodes.column("row").to_numpy(), wanted)))
 
 
 def _member_lines(joined: pa.Table) -> pa.Table:
@@ -143,15 +153,12 @@ def _pair_lines(wants: pa.Table) -> pa.Table:
     return lines
 
 
-def collect_edges(engine: Engine, edges: Frame, stage: str, most: int) -> pa.Table:
-    """The distinct edges sorted by (a, b), on the driver. StageError above `most`."""
-    edges = engine.persist(edges)
-    check_ceiling(stage, engine.fold(edges, _rows_of, operator.add) or 0, most)
+def collect_edges(engine: Engine, edges: Frame) -> pa.Table:
+    """The distinct edges on the driver."""
     table = engine.collect(edges).combine_chunks()
-    if table.num_rows < 2:
-        return table
     a, b = table.column("a_row").to_numpy(), table.column("b_row").to_numpy()
-    fresh = np.append(True, (a[1:] != a[:-1]) | (b[1:] != b[:-1]))
+    fresh = np.ones(len(a), dtype=bool)
+    fresh[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])  # sorted by a, b
     return table.filter(pa.array(fresh)).combine_chunks()
 
 
@@ -162,11 +169,41 @@ def _rows_of(piece: pa.Table) -> int:
 def components_of(edges: pa.Table) -> tuple[Components, np.ndarray]:
     """Components over the rows of `edges`, and the doc_id of each row in them."""
     keys = np.concatenate([edges.column(c).to_numpy() for c in ("a_row", "b_row")])
-    ids = np.concatenate([edges.column(c).to_numpy(zero_copy_only=False).astype("S32") for c in ("a", "b")])
+    ids = np.concatenate([id_bytes(edges.column(c)) for c in ("a", "b")])
     copies = np.concatenate([edges.column(c).to_numpy() for c in ("a_copies", "b_copies")])
     half = len(keys) // 2
     found = components(keys[:half], keys[half:], keys, ids, copies)
     return found, ids[np.unique(keys, return_index=True)[1]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of the edges: the files of the relation, every node's label (LABELLED), and the census."""
+
+    files: list[Report]
+    labelled: Frame
+    census: Census
+
+
+def found_here(job: Job, edges: Frame, write: EdgeFiles) -> Found:
+    """Components in the memory of the driver."""
+    table = collect_edges(job.engine, edges)
+    graph, ids = components_of(table)
+    component = pa.array(graph.component.astype(str), TEXT)
+    of_edge = component.take(pa.array(np.searchsorted(graph.key, table.column("a_row").to_numpy())))
+    files = write_here(write, table.append_column("component", of_edge).select(RELATION.names))
+    columns = [pa.array(graph.key), pa.array(ids.astype(str), TEXT), component, pa.array(graph.docs)]
+    return Found(files, job.engine.table(pa.table(columns, schema=LABELLED)), census_of_graph(graph))
+
+
+def found_there(job: Job, edges: Frame, write: EdgeFiles) -> Found:
+    """Components by the workers."""
+    edges = distinct_edges(job.engine, edges, f"{job.instance}: distinct pairs")
+    labelled, census = label_nodes(job.engine, edges, job.instance, CROWD)
+    labelled = job.engine.persist(labelled)
+    count = job.engine.fold(edges, _rows_of, operator.add, f"{job.instance}: count pairs") or 0
+    pairs = label_edges(job.engine, edges, labelled, RELATION, job.instance)
+    return Found(write_there(job.engine, write, pairs, count, job.instance), labelled, census)
 
 
 def read_copies(config: MinHashConfig, unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -184,14 +221,13 @@ def _labelled_copies(joined: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([joined.column("row"), component, docs], schema=FOUND)
 
 
-def label_rows(job: Job, found: Components, ids: np.ndarray, units: list[Unit]) -> Frame:
+def label_rows(job: Job, labelled: Frame, units: list[Unit]) -> Frame:
     """FOUND for every row that is not alone: nodes by their row, copies through the node that stands for them."""
     engine, config = job.engine, job.config
-    component = pa.array(found.component.astype(str), TEXT)
-    by_row = engine.table(pa.table([pa.array(found.key), component, pa.array(found.docs)], schema=FOUND))
+    by_row = engine.map(labelled, partial(_columns, names=FOUND.names), FOUND, f"{job.instance}: labels of nodes")
     if not config.exact:
         return by_row
-    labels = engine.table(pa.table([pa.array(ids.astype(str), TEXT), component, pa.array(found.docs)], schema=LABELS))
+    labels = engine.map(labelled, partial(_columns, names=LABELS.names), LABELS, f"{job.instance}: labels of texts")
     copies = engine.scan(partial(read_copies, config), units, COPIES, f"{job.instance}: copies")
     joined = engine.join(copies, labels, ["node"], "left outer", f"{job.instance}: label copies")
     by_node = engine.map(joined, _labelled_copies, FOUND, f"{job.instance}: labels")
@@ -201,18 +237,13 @@ def label_rows(job: Job, found: Components, ids: np.ndarray, units: list[Unit]) 
     )
 
 
+def _columns(table: pa.Table, names: list[str]) -> pa.Table:
+    return table.select(names)
+
+
 def _first_of_row(chunk: pa.Table) -> pa.Table:
     row = chunk.column("row").to_numpy()
     return chunk.filter(pa.array(np.diff(row, prepend=row[:1] - 1 if len(row) else 0) != 0))
-
-
-def edges_name(instance: str) -> str:
-    """Where the relation lies in the root."""
-    return f"relations/{instance}/edges.parquet"
-
-
-def _component_of_edges(found: Components, edges: pa.Table) -> pa.Array:
-    return pa.array(found.component[np.searchsorted(found.key, edges.column("a_row").to_numpy())].astype(str), TEXT)
 
 
 def minhash(job: Job) -> Outcome:
@@ -220,38 +251,31 @@ def minhash(job: Job) -> Outcome:
     config: MinHashConfig = job.config
     scopes = scope_numbers(job.instance, config.scopes, [d.name for d in job.datasets])
     units = source_units(job.datasets, scopes)
-    found = job.engine.persist(job.engine.scan(partial(read_nodes, config), units, NODES, f"{job.instance}: sign"))
-    edges = collect_edges(
-        job.engine, find_edges(job.engine, found, config, job.instance), job.instance, config.max_edges
-    )
-    graph, ids = components_of(edges)
-    name = edges_name(job.instance)
-    relation = edges.append_column("component", _component_of_edges(graph, edges)).select(RELATION.names)
-    job.root.write_table(
-        name, relation.combine_chunks().to_batches(max_chunksize=GROUP_ROWS), RELATION, {"unit": job.identity}
-    )
-    labels = job.engine.persist(label_rows(job, graph, ids, units))
+    nodes = job.engine.persist(job.engine.scan(partial(read_nodes, config), units, NODES, f"{job.instance}: sign"))
+    edges = job.engine.persist(find_edges(job.engine, nodes, config, job.instance))
+    many = job.engine.fold(edges, _rows_of, operator.add, f"{job.instance}: count edges") or 0
+    write = EdgeFiles(job.root, job.instance, job.identity)
+    found = (found_here if many <= config.max_edges else found_there)(job, edges, write)
+    labels = job.engine.persist(label_rows(job, found.labelled, units))
     layers = align_all(job, labels, LAYER)
-    outputs = {name: {"rows": edges.num_rows, "content": table_digest(relation)}}
-    return Outcome(outputs=outputs, layers=layers, observed=_observed(job, graph, edges))
+    return Outcome(outputs=outputs(found.files), layers=layers, observed=_observed(job, found))
 
 
-def _observed(job: Job, graph: Components, edges: pa.Table) -> dict[str, Any]:
+def _observed(job: Job, found: Found) -> dict[str, Any]:
     """Counts, and the largest component: one above GIANT_FRACTION of all documents is listed under `warnings`."""
     docs = sum(d.rows for d in job.datasets)
-    largest = int(graph.docs.max(initial=0))
+    nodes, count, largest_docs, largest = found.census
     observed: dict[str, Any] = {
         "docs": docs,
-        "edges": edges.num_rows,
-        "connected_docs": len(graph.key),
-        "components": len(np.unique(graph.component)),
-        "largest_component_docs": largest,
+        "edges": sum(r.docs for r in found.files),
+        "connected_docs": nodes,
+        "components": count,
+        "largest_component_docs": largest_docs,
         "unpaired_bucket_rows": sum(job.engine.dropped_rows().values()),
     }
-    if largest > max(1000, GIANT_FRACTION * docs):
-        label = graph.component[int(np.argmax(graph.docs))].decode()
+    if largest_docs > max(1000, GIANT_FRACTION * docs):
         observed["warnings"] = [
-            f"component {label} holds {largest:,} of {docs:,} documents; look at it before `select` runs"
+            f"component {largest} holds {largest_docs:,} of {docs:,} documents; look at it before `select` runs"
         ]
     return observed
 
@@ -261,6 +285,7 @@ STAGE = Stage(
     kind=Kind.RELATE,
     config=MinHashConfig,
     fn=minhash,
+    version=2,
     reads=lambda c: ("doc_id", "text", *((f"{c.exact}.clique", f"{c.exact}.copies") if c.exact else ())),
     layer=LAYER,
     libraries=("pyarrow", "scipy"),

@@ -161,6 +161,10 @@ class Engine(Protocol):
     def persist(self, frame: Frame) -> Frame:
         """A frame that is computed once even if read twice."""
 
+    def release(self, frame: Frame) -> None:
+        """The frame is not read again: what holds its rows may go now, not only at `clear`. A loop calls it for the frames
+        of earlier rounds; a stage that is killed and run again computes them anew."""
+
     def collect(self, frame: Frame) -> pa.Table:
         """All rows on the driver, sorted by all columns that can be sorted: small frames only."""
 

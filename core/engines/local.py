@@ -56,6 +56,7 @@ class LocalFrame:
 
     schema: pa.Schema
     parts: tuple[Part, ...]
+    exchanged: tuple[Part, ...] = ()  # what a shuffle or join read to make them
 
     @property
     def bytes(self) -> int:
@@ -138,7 +139,8 @@ class LocalEngine:
         cut = Cut(tuple(by), tuple(order), partitions_for(size, self.partition_bytes), None, combine, max_rows_per_key)
         exchanged = self._exchange(sources, cut, label)
         work = partial(_reduce, fn, exchanged.schema, schema, cut, self.block_bytes)
-        return self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
+        made = self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
+        return replace(made, exchanged=exchanged.parts)
 
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> LocalFrame:
         assert isinstance(left, LocalFrame)
@@ -147,9 +149,8 @@ class LocalEngine:
         cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes), self.partition_bytes))
         a, b = self._exchange([left], cut, f"{label}: left"), self._exchange([right], cut, f"{label}: right")
         units = [Unit(str(p), (slices(a.parts, p), slices(b.parts, p), p)) for p in range(cut.partitions)]
-        return self._make(
-            partial(_join, a.schema, b.schema, schema, cut, tuple(on), how, self.block_bytes), units, schema, label
-        )
+        work = partial(_join, a.schema, b.schema, schema, cut, tuple(on), how, self.block_bytes)
+        return replace(self._make(work, units, schema, label), exchanged=(*a.parts, *b.parts))
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
         size = sum(p.bytes for p in _parts(frame))
@@ -175,6 +176,12 @@ class LocalEngine:
 
     def persist(self, frame: Frame) -> Frame:
         return frame  # parts are files already
+
+    def release(self, frame: Frame) -> None:
+        assert isinstance(frame, LocalFrame)
+        for part in (*frame.parts, *frame.exchanged):
+            for path in (f"{part.path}.json", part.path):  # first what says that the part is whole
+                Path(path).unlink(missing_ok=True)
 
     def collect(self, frame: Frame) -> pa.Table:
         table = pa.Table.from_batches([b for part in _parts(frame) for b in part.batches()], frame.schema)

@@ -179,6 +179,9 @@ class RayEngine:
     def persist(self, frame: Frame) -> Frame:
         return frame  # tables stay in the object store as long as the frame lives
 
+    def release(self, frame: Frame) -> None:
+        """Tables go when the stage drops its references."""
+
     def collect(self, frame: Frame) -> pa.Table:
         source = _of(frame)
         tables = [_get(part, "collect", str(i)) for i, part in enumerate(source.parts)]

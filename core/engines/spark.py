@@ -37,6 +37,7 @@ class SparkFrame:
     schema: pa.Schema
     rows: DataFrame
     bytes: int
+    cached: DataFrame | None = None  # what Spark keeps of it
 
 
 class SparkEngine:
@@ -183,6 +184,12 @@ class SparkEngine:
     def persist(self, frame: Frame) -> Frame:
         return frame  # every frame is cached when it is made
 
+    def release(self, frame: Frame) -> None:
+        gone = _of(frame).cached
+        if gone is not None:
+            gone.unpersist()
+            self._cached = [rows for rows in self._cached if rows is not gone]
+
     def collect(self, frame: Frame) -> pa.Table:
         source = _of(frame)
         table = spark_tasks.known(_driver(source.rows.toArrow, "collect"), source.schema)
@@ -208,7 +215,7 @@ class SparkEngine:
             self._dropped[label] = self._dropped.get(label, 0) + lost
         if capped:
             made = made.filter(_column(whole, spark_tasks.LOST).isNull()).drop(_name(whole, spark_tasks.LOST))
-        return SparkFrame(schema, made, sum(int(fact[0]) for fact in facts))
+        return SparkFrame(schema, made, sum(int(fact[0]) for fact in facts), self._cached[-1])
 
 
 def _mapped(rows: DataFrame, work: Any, schema: pa.Schema, label: str) -> DataFrame:

@@ -14,7 +14,7 @@ from core.engines.columns import join_tables, sortable, sorted_table
 from core.engines.contract import Align, Report, Unit, write_shards
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory:
     table: pa.Table
 
@@ -89,6 +89,9 @@ class OracleEngine:
 
     def persist(self, frame: Memory) -> Memory:
         return frame
+
+    def release(self, frame: Memory) -> None:
+        frame.table = None  # whoever reads it after this fails
 
     def collect(self, frame: Memory) -> pa.Table:
         return sorted_table(frame.table, sortable(frame.schema))

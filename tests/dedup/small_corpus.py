@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from core.dataset import Dataset, Shard
-from core.hashing import document_id
+from core.hashing import digest, document_id
 from core.job import Job, Outcome
 from core.schema import DOCUMENTS
-from core.stage import Stage
+from core.stage import Stage, identity_fields
 from core.storage import Root
 
 
@@ -48,8 +48,9 @@ def write_dataset(
 
 def run(stage: Stage, engine: Any, datasets: tuple[Dataset, ...], **config: Any) -> Outcome:
     """The outcome of one stage; its layers and relations lie in the root of the datasets."""
-    job = Job(stage, stage.name, stage.config(**config), datasets[0].root, engine, datasets, identity="test")
-    return stage.fn(job)
+    chosen = stage.config(**config)
+    identity = digest(identity_fields(chosen))
+    return stage.fn(Job(stage, stage.name, chosen, datasets[0].root, engine, datasets, identity))
 
 
 def layer(datasets: tuple[Dataset, ...], name: str) -> dict[str, dict]:
@@ -62,8 +63,14 @@ def layer(datasets: tuple[Dataset, ...], name: str) -> dict[str, dict]:
     return found
 
 
+def relation(datasets: tuple[Dataset, ...]) -> pa.Table:
+    """All files of the relation that `minhash` wrote."""
+    root, folder = datasets[0].root, "relations/minhash/edges"
+    return pa.concat_tables([root.read_table(f"{folder}/{name}") for name in root.names(folder)])
+
+
 def edges(datasets: tuple[Dataset, ...]) -> dict[tuple[str, str], float]:
     """(a, b) -> jaccard of the relation `minhash` wrote."""
-    table = datasets[0].root.read_table("relations/minhash/edges.parquet")
+    table = relation(datasets)
     pairs = zip(table.column("a").to_pylist(), table.column("b").to_pylist(), strict=True)
     return dict(zip(pairs, table.column("jaccard").to_pylist(), strict=True))

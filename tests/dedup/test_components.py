@@ -1,12 +1,10 @@
 """Components against a walk over the graph, their ceiling, and the election of survivors."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import StageError
-from dedup.components import check_ceiling, components
+from dedup.components import components
 from dedup.survivors import elect
 
 GRAPHS = st.integers(2, 25).flatmap(
@@ -35,12 +33,6 @@ def test_components_equal_a_walk(graph, random):
     for key, label, docs, nodes in zip(*found, strict=True):
         members = sorted(reach[keys.tolist().index(key)])
         assert (label, docs, nodes) == (min(ids[members]), copies[members].sum(), len(members))
-
-
-def test_ceiling_is_named():
-    check_ceiling("minhash", 10, 10)
-    with pytest.raises(StageError, match="got 11, expected at most 10"):
-        check_ceiling("minhash", 11, 10)
 
 
 def test_chain_keeps_both_ends():
