@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_dags.settings import Settings, TaskSettings, read_settings
-from airflow_dags.tasks import PlanError, plain, read_plan, safe_id, shell_line, tasks
+from airflow_dags.tasks import PlanError, plain, read_plan, safe_id, step_line, tasks
 from core.storage import Root
 from pipelines.config import load_pipeline
 from pipelines.plan import plan, plan_json
@@ -28,6 +28,8 @@ def step(stage, dataset=None, after=(), run=True, **more):
     command += ["--dataset", dataset] if dataset else []
     why = ["never run here", "inputs.web: a -> b"] if run else []
     return {
+        "makes": [],
+        "parts": None,
         "name": name,
         "stage": stage,
         "kind": "any",
@@ -176,10 +178,10 @@ ODD = ["it's", "a b", "$HOME", "`id`", "{{ 1 }}", "{% raw %}", "{# x #}", 'q"q',
 def test_the_shell_gets_each_word_whole():
     """Through Jinja, which Airflow renders the line with, and through Bash."""
     jinja2 = pytest.importorskip("jinja2")
-    line = jinja2.Template(shell_line([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"], ODD)).render()
+    line = jinja2.Template(step_line([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"], ODD)).render()
     given = {"STEPWELL_RUN_ID": "$(id) 'x'", "STEPWELL_ENGINE": "", "STEPWELL_WORKERS": "3"}
     ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == ascii([*ODD, "--run-id", "$(id) 'x'", "--workers", "3"])
+    assert ran.stdout.strip() == ascii([*ODD, "--up-to-date-code", "99", "--run-id", "$(id) 'x'", "--workers", "3"])
     assert shlex.split(plain("a b"))[1] == "b"
 
 
