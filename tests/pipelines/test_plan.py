@@ -10,7 +10,7 @@ from core.lock import held
 from core.manifest import read_manifest
 from core.storage import Root
 from pipelines.config import load_pipeline
-from pipelines.plan import plan, plan_json, plan_step
+from pipelines.plan import Planned, plan, plan_json, plan_step
 from pipelines.runner import Runner, RunOptions, grouped
 from pipelines.scope import between, steps
 from tests.builders import tree_digest
@@ -231,6 +231,48 @@ def test_json_names_what_waits_for_what(made):
     assert [s["run"] for s in out["steps"]] == [False] * 7
     command = next(s["command"] for s in out["steps"] if s["name"] == "signals [web]")
     assert command == ["pipelines", "run", "stage", "signals", "-c", str(made[0]), "--dataset", "web"]
+    parts = next(s["parts"] for s in out["steps"] if s["name"] == "signals [web]")
+    assert parts == ["pipelines", "shards", "signals", "-c", str(made[0]), "--dataset", "web"]
+    assert out["report"] == ["pipelines", "report", "-c", str(made[0])]
+
+
+MADE = """\
+root: {folder}/root
+sources:
+  web: {{kind: jsonl, path: {folder}}}
+  changes: {{kind: harvest, release_list: {folder}/list.json}}
+  dialogues: {{kind: made, stage: dialogues}}
+stages:
+  harvest: {{}}
+  extract: {{}}
+  dialogues: {{datasets: [changes]}}
+  signals: {{}}
+  tokenizer: {{}}
+  tokenize: {{}}
+  mix:
+    phases:
+      pretrain: {{components: [{{dataset: web, weight: 1}}]}}
+      anneal: {{components: [{{dataset: web, weight: 1}}]}}
+  sft: {{}}
+  train: {{}}
+"""
+
+
+def test_json_names_what_others_may_wait_for(tmp_path):
+    """Documents and exports by their place in the root; neither captures nor layers nor relations."""
+    (tmp_path / "p.yaml").write_text(MADE.format(folder=tmp_path))
+    pipeline = load_pipeline(tmp_path / "p.yaml")
+    named = plan_json(pipeline, [Planned(step, True) for step in steps(pipeline)])["steps"]
+    assert {s["name"]: s["makes"] for s in named if s["makes"]} == {
+        "extract [web]": ["datasets/web/documents"],
+        "extract [changes]": ["datasets/changes/documents"],
+        "dialogues [dialogues]": ["datasets/dialogues/documents"],
+        "tokenizer": ["models/tokenizer"],
+        "tokenize": ["tokens/tokenizer"],
+        "mix": ["mixtures/pretrain", "mixtures/anneal", "mixtures/held_out"],
+        "sft": ["sft"],
+        "train": ["models/train"],
+    }
 
 
 def test_a_manifest_of_another_format_is_refused(copy):
