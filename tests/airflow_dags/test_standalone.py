@@ -53,9 +53,9 @@ def test_a_run_with_a_killed_part_ends_as_if_undisturbed(airflow, tmp_path):
     one = {**json.loads(plan), "steps": [{**json.loads(plan)["steps"][0], "makes": []}]}
     after = f'command = ["true"]\nreport = false\nschedule_on = ["{made}"]\n'
     airflow.add("after", json.dumps(one), after)
-    absent = json.dumps(one).replace(str(config), str(tmp_path / "absent.yaml"))
-    notice = f'report = false\non_failure = ["tee", "{tmp_path / "notice"}"]\n'
-    airflow.add("wrong", absent, COMMAND.replace("environment", notice + "environment") + OFTEN)
+    refuse = ["sh", "-c", "test $1 = report || exit 2", "sh"]  # the exit code of a wrong config, for all but the report
+    notice = f'command = {json.dumps(refuse)}\non_failure = ["tee", "{tmp_path / "notice"}"]\n'
+    airflow.add("wrong", json.dumps(one), notice + OFTEN)
 
     killer = Killer(tmp_path / "root")
     with airflow.standalone() as api:
@@ -83,7 +83,8 @@ def test_a_run_with_a_killed_part_ends_as_if_undisturbed(airflow, tmp_path):
     assert (tmp_path / "root" / "report.html").exists()
     assert {m["observed"]["run_id"] for m in manifests(tmp_path / "root").values()} == {f"small/{run}"}
 
-    assert [t["try_number"] for t in refused.values()] == [1]
+    ended = {name: (t["state"], t["try_number"]) for (name, _), t in refused.items()}
+    assert ended == {"notes.extract": ("failed", 1), "report": ("success", 1)}
     told = json.loads((tmp_path / "notice").read_text())
     assert (told["dag"], told["run"], told["state"]) == ("wrong", wrong, "failed")
     assert [r["run_type"] for r in caused] == ["asset_triggered"]
