@@ -9,6 +9,9 @@
     [stages.train]
     pool = "gpu"
 
+    [stages.signals]
+    shard_groups = 50
+
 What stands at the top holds for all stages, `[stages.NAME]` for one: `train`, `select` for every select, or `"select@final"`.
 """
 
@@ -21,6 +24,8 @@ from typing import Any
 
 from airflow_dags.tasks import PlanError
 
+MOST_GROUPS = 200  # `pipelines shards` gives no more
+
 
 @dataclass(frozen=True)
 class TaskSettings:
@@ -30,7 +35,12 @@ class TaskSettings:
     retry_delay_s: int = 60
     timeout_s: int | None = None  # none is needed for hanging workers: the runner replaces those by itself
     pool: str | None = None
+    pool_slots: int | None = None
+    priority: int | None = None  # of two tasks that wait for a place the higher comes first
     queue: str | None = None
+    shard_groups: int = (
+        0  # a task for each of at most so many parts of a step, where its stage allows that; 0: one for all
+    )
 
     def arguments(self) -> dict[str, Any]:
         """As arguments of an operator."""
@@ -39,6 +49,8 @@ class TaskSettings:
             "retry_delay": timedelta(seconds=self.retry_delay_s),
             "execution_timeout": None if self.timeout_s is None else timedelta(seconds=self.timeout_s),
             "pool": self.pool,
+            "pool_slots": self.pool_slots,
+            "priority_weight": self.priority,
             "queue": self.queue,
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -50,8 +62,13 @@ class Settings(TaskSettings):
 
     command: tuple[str, ...] = ("pipelines",)  # this project's command as the workers see it
     schedule: str | None = None  # cron expression or preset such as @daily; None: by hand or through REST
+    schedule_on: tuple[str, ...] = ()  # URIs: a run when each was made anew since the last one
     max_active_tasks: int = 1  # a task uses every core of its machine; more where a cluster does the work
     leave_out_up_to_date: bool = False  # no task for what was up to date when the plan was written
+    report: bool = True  # a last task that writes the report, also of a run that failed
+    report_url: str | None = None  # where a browser finds it; None: where it lies
+    on_failure: tuple[str, ...] = ()  # a command that is told of a failed run as JSON on its standard input
+    on_success: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)  # of the commands; `${X}` in a config is read there
     stages: Mapping[str, TaskSettings] = field(default_factory=dict)
 
@@ -60,12 +77,14 @@ class Settings(TaskSettings):
         return self.stages.get(stage) or self.stages.get(stage.partition("@")[0]) or self
 
 
+LISTS = ("command", "schedule_on", "on_failure", "on_success")  # of words
+COUNTS = ("retries", "retry_delay_s", "timeout_s", "max_active_tasks", "pool_slots", "priority", "shard_groups")
 TYPES = {
-    **dict.fromkeys(("retries", "retry_delay_s", "timeout_s", "max_active_tasks"), int),
-    **dict.fromkeys(("pool", "queue", "schedule"), str),
+    **dict.fromkeys(COUNTS, int),
+    **dict.fromkeys(("pool", "queue", "schedule", "report_url"), str),
     **dict.fromkeys(("environment", "stages"), dict),
-    "command": list,
-    "leave_out_up_to_date": bool,
+    **dict.fromkeys(LISTS, list),
+    **dict.fromkeys(("leave_out_up_to_date", "report"), bool),
 }
 
 
@@ -93,11 +112,18 @@ def _filled(path: Path, where: str, settings: Any, given: dict[str, Any]) -> Any
         if name not in known:
             raise PlanError(f"{path}: unknown key {where + name!r}; expected one of {', '.join(known)}")
         _check(path, where + name, value, TYPES[name])
-    for i, word in enumerate(given.get("command", ())):
-        _check(path, f"command[{i}]", word, str)
+    for name in LISTS:
+        for i, word in enumerate(given.get(name, ())):
+            _check(path, f"{name}[{i}]", word, str)
     for name, value in given.get("environment", {}).items():
         _check(path, f"environment.{name}", value, str)
-    return replace(settings, **{name: tuple(v) if name == "command" else v for name, v in given.items()})
+    if not 0 <= (groups := given.get("shard_groups", 0)) <= MOST_GROUPS:
+        raise PlanError(f"{path}: {where}shard_groups: got {groups}, expected 0 to {MOST_GROUPS}")
+    if given.get("schedule") and given.get("schedule_on"):
+        raise PlanError(
+            f"{path}: schedule and schedule_on: a DAG runs by the clock or on what others made; leave one out"
+        )
+    return replace(settings, **{name: tuple(v) if name in LISTS else v for name, v in given.items()})
 
 
 def _check(path: Path, name: str, value: Any, kind: type) -> None:

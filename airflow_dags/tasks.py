@@ -1,6 +1,7 @@
 """A plan as plain data: what `pipelines plan --json` writes becomes tasks with ids that Airflow takes, and edges between them.
 
 In: the plan's JSON. Out: `Task`s in the plan's order, one a step; the steps of a dataset share a group. Standard library only.
+A step that can be cut into parts names the command that says which; what it makes for others to wait for has a URI.
 An edge that follows from others is left out, for nearly every step reads the documents: the demo's 27 steps keep 35 edges of 89.
 Cost: 0.13 s for 1,000 steps that wait for 200 others each.
 """
@@ -14,10 +15,12 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 ID_CHARS = 100  # of a group's id, and of a task's in it: Airflow allows 250 to both together
 OPTIONS = {"--engine": "STEPWELL_ENGINE", "--workers": "STEPWELL_WORKERS"}  # left out where the variable is empty
-FIELDS = ("name", "stage", "dataset", "run", "why", "after", "command")
+FIELDS = ("name", "stage", "dataset", "run", "why", "after", "makes", "command", "parts")
+UP_TO_DATE = 99  # exit code of a step that had nothing to do: Bash's operator then calls its task skipped
 
 
 class PlanError(ValueError):
@@ -33,7 +36,9 @@ class Task:
     group: str | None  # None: a stage over all datasets
     id: str  # within the group
     arguments: tuple[str, ...]  # of the command `pipelines`
+    parts: tuple[str, ...]  # arguments of the command that prints the step's parts; empty: it has none
     after: tuple[str, ...]  # full ids
+    makes: tuple[str, ...]  # URIs
     note: str  # what the plan said of it when it was written
 
     @property
@@ -66,7 +71,9 @@ def tasks(plan: Mapping[str, Any], leave_out_up_to_date: bool = False) -> tuple[
             group=groups.get(s["dataset"]),
             id=ids[s["name"]],
             arguments=tuple(s["command"][1:]),
+            parts=tuple(s["parts"][1:] if s["parts"] else ()),
             after=tuple(full[name] for name in waits[s["name"]]),
+            makes=tuple(uri(plan["root"], name) for name in s["makes"]),
             note="; ".join(s["why"]) if s["run"] else "up to date",
         )
         for s in steps
@@ -74,11 +81,24 @@ def tasks(plan: Mapping[str, Any], leave_out_up_to_date: bool = False) -> tuple[
     )
 
 
-def shell_line(command: Iterable[str], arguments: Iterable[str]) -> str:
-    """The line that Bash runs. What a person may type into a run's form comes in variables, never as part of the line."""
-    words = plain(shlex.join([*command, *arguments]))
+def uri(root: str, name: str = "") -> str:
+    """Where a file or folder of a root is, without a user's name and password: the same for every plan of that root."""
+    parts = urlsplit(root if "://" in root else f"file://{quote(root)}")
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl().rstrip("/")
+    return f"{place}/{quote(name)}" if name else place
+
+
+def step_line(command: Iterable[str], arguments: Iterable[str], part: bool = False) -> str:
+    """The line that Bash runs for a step, or for the part of it that STEPWELL_SHARDS names. What a person may type into a run's
+    form comes in variables, never as part of the line."""
     options = [f'${{{variable}:+{option} "${variable}"}}' for option, variable in OPTIONS.items()]
-    return f'exec {words} --run-id "$STEPWELL_RUN_ID" {" ".join(options)}'
+    own = ['--shards "$STEPWELL_SHARDS"'] if part else [f"--up-to-date-code {UP_TO_DATE}"]
+    return " ".join([plain_line(command, arguments), *own, '--run-id "$STEPWELL_RUN_ID"', *options])
+
+
+def plain_line(command: Iterable[str], arguments: Iterable[str]) -> str:
+    """The line that Bash runs for a command of words only. `exec`: a signal then finds the command itself."""
+    return f"exec {plain(shlex.join([*command, *arguments]))}"
 
 
 def plain(text: str) -> str:

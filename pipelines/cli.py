@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.options import MOST_GROUPS, known_dataset, load, new_run_id, root_of, shard_range, with_engine
+
 app = typer.Typer(
     name="pipelines",
     help="From seed URLs, WARCs, PDFs and repositories to token shards, mixtures and a small model.",
@@ -47,10 +49,10 @@ def run_all(
     from pipelines.plan import plan
     from pipelines.scope import between
 
-    pipeline = _load(config, engine, workers)
+    pipeline = load(config, engine, workers)
     chosen = between(pipeline, from_, until)
     if dry_run:
-        _print_plan(plan(pipeline, _root(pipeline), chosen))
+        _print_plan(plan(pipeline, root_of(pipeline), chosen))
         return
     _run(pipeline, chosen, run_id, None, None)
 
@@ -63,9 +65,15 @@ def run_stage(
     workers: Annotated[int | None, typer.Option(min=0, help="worker processes; 0: one per core")] = None,
     dataset: Annotated[str | None, typer.Option(help="only this dataset")] = None,
     shards: Annotated[str | None, typer.Option(help="A:B, only these shards (annotate stages)")] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="collect what `--shards` committed, compute the rest (annotate stages)")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="remove what it wrote and run it anew, up to date or not")
     ] = False,
+    up_to_date_code: Annotated[
+        int, typer.Option(min=0, max=255, help="exit code where nothing had to run, such as a scheduler's for a skip")
+    ] = 0,
     run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
 ) -> None:
     """Run one stage if it is not up to date.
@@ -73,11 +81,16 @@ def run_stage(
     Example: `pipelines run stage signals -c configs/demo.yaml --dataset web`
     """
     from pipelines.scope import steps
+    from pipelines.shard_groups import check_options, ran
 
-    pipeline = _load(config, engine, workers)
+    pipeline = load(config, engine, workers)
     entry = pipeline.entry(name)
+    check_options(entry, shard_range(shards), finish, force)
     chosen = [s for s in steps(pipeline) if s.entry is entry]
-    _run(pipeline, chosen, run_id, dataset, _shard_range(shards), force)
+    run_id = run_id or new_run_id()
+    planned = _run(pipeline, chosen, run_id, dataset, shard_range(shards), force)
+    if not ran(root_of(pipeline), planned, run_id):
+        raise typer.Exit(up_to_date_code)
 
 
 @run_app.command("ablation")
@@ -104,8 +117,8 @@ def run_ablation(
     from pipelines.scope import steps
 
     ablation = load_ablation(config)
-    ablation = replace(ablation, base=_with_engine(ablation.base, engine, workers))
-    pipeline, root = derived(ablation), _root(ablation.base)
+    ablation = replace(ablation, base=with_engine(ablation.base, engine, workers))
+    pipeline, root = derived(ablation), root_of(ablation.base)
     if dry_run:
         for line in rehearse(ablation, root):
             typer.echo(line)
@@ -132,8 +145,8 @@ def plan(
     """Say what would run, what is skipped, and why. Runs nothing."""
     from pipelines.plan import plan as make_plan
 
-    pipeline = _load(config, None, None)
-    planned = make_plan(pipeline, _root(pipeline))
+    pipeline = load(config, None, None)
+    planned = make_plan(pipeline, root_of(pipeline))
     if json:
         import json as json_module
 
@@ -144,13 +157,33 @@ def plan(
         _print_plan(planned)
 
 
+@app.command("shards")
+def show_shards(
+    name: Annotated[str, typer.Argument(help="an annotate stage of the config, such as `language`")],
+    config: Config,
+    dataset: Annotated[str, typer.Option(help="the dataset whose shards it works on", show_default=False)],
+    groups: Annotated[int, typer.Option(min=1, max=MOST_GROUPS, help="at most so many parts")] = MOST_GROUPS,
+) -> None:
+    """Print the parts into which a step may be cut, as a JSON list for `--shards`; an empty one if it is up to date.
+
+    Example: `pipelines shards language -c configs/demo.yaml --dataset web --groups 8`
+    """
+    import json
+
+    from pipelines.shard_groups import parts_to_run
+
+    pipeline = load(config, None, None)
+    known_dataset(pipeline, dataset)
+    typer.echo(json.dumps(parts_to_run(pipeline, root_of(pipeline), name, dataset, groups)))
+
+
 @app.command()
 def status(config: Config) -> None:
     """Show what is committed: documents, accounts, speed and memory by stage."""
     from pipelines.inspect import status_lines
 
-    pipeline = _load(config, None, None)
-    for line in status_lines(pipeline, _root(pipeline)):
+    pipeline = load(config, None, None)
+    for line in status_lines(pipeline, root_of(pipeline)):
         typer.echo(line)
 
 
@@ -163,8 +196,8 @@ def check(
     from core.errors import StageError
     from pipelines.inspect import check_root
 
-    pipeline = _load(config, None, None)
-    problems, checked = check_root(pipeline, _root(pipeline), content)
+    pipeline = load(config, None, None)
+    problems, checked = check_root(pipeline, root_of(pipeline), content)
     if problems:
         raise StageError("\n".join(problems))
     typer.echo(f"all good: {checked}")
@@ -177,8 +210,8 @@ def explain(
     """Show one document's every score, rule, duplicate and the reason for its fate."""
     from pipelines.inspect import explain_lines
 
-    pipeline = _load(config, None, None)
-    for line in explain_lines(pipeline, _root(pipeline), doc_id):
+    pipeline = load(config, None, None)
+    for line in explain_lines(pipeline, root_of(pipeline), doc_id):
         typer.echo(line)
 
 
@@ -190,8 +223,8 @@ def report(
     """Write one self-contained HTML page about everything in the root."""
     from pipelines.report import write_report
 
-    pipeline = _load(config, None, None)
-    typer.echo(f"report: {write_report(pipeline, _root(pipeline), out)}")
+    pipeline = load(config, None, None)
+    typer.echo(f"report: {write_report(pipeline, root_of(pipeline), out)}")
 
 
 @app.command()
@@ -249,40 +282,9 @@ def forget(
     wanted = [*(doc_id or ()), *(url or ()), *(host or ())]
     if not wanted:
         raise ConfigError("forget: nothing named; give --doc-id, --url or --host")
-    pipeline = _load(config, None, None)
-    for line in forget_lines(pipeline, _root(pipeline), wanted, dry_run):
+    pipeline = load(config, None, None)
+    for line in forget_lines(pipeline, root_of(pipeline), wanted, dry_run):
         typer.echo(line)
-
-
-def _load(config: Path, engine: str | None, workers: int | None) -> Any:
-    from pipelines.config import load_pipeline
-
-    return _with_engine(load_pipeline(config), engine, workers)
-
-
-def _with_engine(pipeline: Any, engine: str | None, workers: int | None) -> Any:
-    """The pipeline with what the command line says of its engine."""
-    from dataclasses import replace
-
-    from core.errors import ConfigError
-    from pipelines.knobs import EngineConfig
-
-    changes: dict[str, Any] = {}
-    if engine is not None:
-        if engine not in ("local", "ray", "spark"):
-            raise ConfigError(f"--engine: got {engine!r}, expected local, ray or spark")
-        changes["name"] = engine
-    if workers is not None:
-        changes["workers"] = workers
-    return (
-        replace(pipeline, engine=EngineConfig(**{**pipeline.engine.model_dump(), **changes})) if changes else pipeline
-    )
-
-
-def _root(pipeline: Any) -> Any:
-    from core.storage import Root
-
-    return Root(pipeline.root)
 
 
 def _run(
@@ -292,30 +294,19 @@ def _run(
     dataset: str | None,
     shards: tuple[int, int] | None,
     force: bool = False,
-) -> None:
-    from core.errors import ConfigError
+) -> Any:
+    """What was planned for each step, once all have run."""
     from core.progress import terminal
-    from pipelines.runner import Runner, RunOptions, new_run_id
+    from pipelines.runner import Runner, RunOptions
 
-    if dataset is not None and dataset not in pipeline.sources:
-        raise ConfigError(f"--dataset: no source {dataset!r}; the config has {', '.join(pipeline.sources)}")
+    if dataset is not None:
+        known_dataset(pipeline, dataset)
     options = RunOptions(run_id or new_run_id(), dataset, shards, force)
     try:
-        Runner(pipeline, options, terminal(), typer.echo).run(chosen)
+        return Runner(pipeline, options, terminal(), typer.echo).run(chosen)
     except KeyboardInterrupt:  # said here: typer turns it into a silent exit before `main` would see it
         typer.echo("stopped; the same command goes on where this one was", err=True)
         raise typer.Exit(130) from None
-
-
-def _shard_range(text: str | None) -> tuple[int, int] | None:
-    from core.errors import ConfigError
-
-    if text is None:
-        return None
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise ConfigError(f"--shards: got {text!r}, expected A:B with A < B, such as 0:4")
-    return int(first), int(last)
 
 
 def _print_plan(planned: Any) -> None:

@@ -18,7 +18,7 @@ from core.schema import DOCUMENTS
 from core.stage import ROOT, Artifacts, Kind, identity_fields
 from core.storage import Root
 from pipelines.config import Pipeline, StageEntry
-from pipelines.scope import Step, absent_layers, present, steps
+from pipelines.scope import DOCUMENT_KINDS, Step, absent_layers, present, steps
 
 STAND_INS = {"fasttext": ("fasttext-wheel",)}  # the same library as a binary, for machines without a compiler
 
@@ -145,14 +145,15 @@ def source_inputs(pipeline: Pipeline, root: Root, name: str) -> dict[str, str]:
 
 
 def plan_json(pipeline: Pipeline, planned: Iterable[Planned]) -> dict[str, Any]:
-    """The plan for schedulers: each step with the command that runs it and the steps it must wait for."""
-    planned = list(planned)
+    """The plan for schedulers: each step with the command that runs it, the steps it must wait for, what it makes that others
+    may wait for, and for a step that can be cut into parts the command that says which."""
+    planned, config = list(planned), ["-c", str(pipeline.path.resolve())]
     out = []
     for i, p in enumerate(planned):
         reads = set(_inputs(pipeline, p.step))
         before = [q.step for q in planned[:i] if _makes(pipeline, q.step) & reads]
-        command = ["pipelines", "run", "stage", p.step.entry.instance, "-c", str(pipeline.path.resolve())]
-        command += ["--dataset", p.step.dataset] if p.step.dataset else []
+        annotates = p.step.entry.stage.kind is Kind.ANNOTATE
+        words = [p.step.entry.instance, *config, *(["--dataset", p.step.dataset] if p.step.dataset else [])]
         out.append(
             {
                 "name": p.step.name,
@@ -162,10 +163,34 @@ def plan_json(pipeline: Pipeline, planned: Iterable[Planned]) -> dict[str, Any]:
                 "run": p.run,
                 "why": p.why,
                 "after": [s.name for s in before],
-                "command": command,
+                "makes": _made_names(p.step),
+                "command": ["pipelines", "run", "stage", *words],
+                "parts": ["pipelines", "shards", *words] if annotates else None,
             }
         )
-    return {"root": pipeline.root, "engine": pipeline.engine.name, "steps": out}
+    report = ["pipelines", "report", *config]
+    return {"root": pipeline.root, "engine": pipeline.engine.name, "report": report, "steps": out}
+
+
+def _made_names(step: Step) -> list[str]:
+    """Below the root: the documents, token shards, mixtures, models and records that a step makes. Layers and relations are
+    between stages of one pipeline and not named."""
+    entry = step.entry
+    config: Any = entry.config
+    if entry.stage.kind in DOCUMENT_KINDS:
+        return [f"datasets/{step.dataset}/documents"]
+    if entry.stage.kind is not Kind.EXPORT:
+        return []
+    name = entry.stage.name
+    if name == "mix":
+        from mixtures.mix import phase_path
+        from mixtures.phases import HELD_OUT
+
+        phases = [*config.phases, *([HELD_OUT] if config.held_out else [])]
+        return [f"mixtures/{phase_path(entry.instance, phase)}" for phase in phases]
+    if name == "tokenize":
+        return [f"tokens/{config.tokenizer}"]
+    return [entry.instance if name in ("sft", "rl") else f"models/{entry.instance}"]
 
 
 def _makes(pipeline: Pipeline, step: Step) -> set[tuple[str | None, str]]:

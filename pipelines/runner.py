@@ -34,6 +34,7 @@ from core.storage import Root
 from pipelines.config import EngineConfig, Pipeline
 from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_with, plan_step
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
+from pipelines.shard_groups import part_summary, step_lock
 
 FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
 
@@ -202,7 +203,7 @@ class Runner:
             raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
         with contextlib.ExitStack() as locks:
             for p in todo:
-                locks.enter_context(held(self.root, _lock_name(p.step), self.options.run_id))
+                locks.enter_context(step_lock(self.root, _lock_name(p.step), self.options.shards, self.options.run_id))
             self._annotate_dataset(dataset, todo)
         return planned
 
@@ -218,20 +219,18 @@ class Runner:
             first, last = self.options.shards
             part = replace(dataset, shards=dataset.shards[first:last])
         reports = annotate(self.engine, part, runs, self.pipeline.engine.stall_s)
-        if len(part.shards) < len(dataset.shards):
-            self.say(
-                f"{dataset.name}: {len(part.shards)} of {len(dataset.shards)} shards done; run without --shards to finish"
-            )
-            return
         figures = total(reports)
         for run, p in zip(runs, todo, strict=True):
             outputs = {r.unit: r.value[run.layer] for r in reports}
             accounts = _layer_accounts(outputs)
-            try:
-                check_budget(run.layer, dataset.name, accounts["rejected"], accounts["rows"])
+            try:  # a part has the budget of the whole: what is too much for all is too much already
+                check_budget(run.layer, dataset.name, accounts["rejected"], dataset.rows)
             except StageError:
                 forget_rejecting(part, run.layer, reports)
                 raise
+            if self.options.shards:
+                self.say(f"{p.step.name}: {part_summary(part, dataset, figures)}")
+                continue
             identity = identity_of(self.pipeline, self.root, p.step)
             observed = self._observed(began, clock, {**figures, "fused": [r.layer for r in runs]})
             write_manifest(self.root, Manifest(run.layer, dataset.name, identity, outputs, accounts, observed))

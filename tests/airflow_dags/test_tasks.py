@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dags import settings as settings_module
+from airflow_dags.notices import RunEnded, TaskFailed
 from airflow_dags.settings import Settings, TaskSettings, read_settings
-from airflow_dags.tasks import PlanError, plain, read_plan, safe_id, shell_line, tasks
+from airflow_dags.tasks import PlanError, plain, read_plan, safe_id, step_line, tasks, uri
 from core.storage import Root
 from pipelines.config import load_pipeline
+from pipelines.options import MOST_GROUPS
 from pipelines.plan import plan, plan_json
 from tests.pipelines.small_pipeline import JUDGED, write_config, write_jsonl
 
@@ -28,6 +31,8 @@ def step(stage, dataset=None, after=(), run=True, **more):
     command += ["--dataset", dataset] if dataset else []
     why = ["never run here", "inputs.web: a -> b"] if run else []
     return {
+        "makes": [],
+        "parts": None,
         "name": name,
         "stage": stage,
         "kind": "any",
@@ -41,7 +46,7 @@ def step(stage, dataset=None, after=(), run=True, **more):
 
 
 def edges(steps, **options):
-    return {t.full_id: t.after for t in tasks({"steps": steps}, **options)}
+    return {t.full_id: t.after for t in tasks({"root": "/r", "steps": steps}, **options)}
 
 
 DIAMOND = [
@@ -54,7 +59,7 @@ DIAMOND = [
 
 
 def test_a_step_becomes_a_task_of_its_datasets_group():
-    first, *_, last = tasks({"steps": DIAMOND})
+    first, *_, last = tasks({"root": "/r", "steps": DIAMOND})
     assert (first.name, first.stage, first.group, first.id, first.full_id) == (
         "extract [web]",
         "extract",
@@ -86,7 +91,7 @@ def test_what_is_up_to_date_can_be_left_out_and_hands_on_its_waits():
     }
     chain = [step("a"), step("b", after=["a"], run=False), step("c", after=["b"], run=False), step("d", after=["c"])]
     assert edges(chain, leave_out_up_to_date=True) == {"a": (), "d": ("a",)}
-    assert tasks({"steps": [step("a", run=False)]}, leave_out_up_to_date=True) == ()
+    assert tasks({"root": "/r", "steps": [step("a", run=False)]}, leave_out_up_to_date=True) == ()
 
 
 @given(st.integers(1, 14).flatmap(lambda n: st.lists(st.sets(st.integers(0, n - 1)), min_size=n, max_size=n)))
@@ -108,14 +113,14 @@ def test_fewer_edges_lead_to_the_same_order(waits):
 @given(st.lists(st.tuples(st.text("ab-@é.", min_size=1, max_size=4), st.sampled_from([None, "a-b", "a.b", "a"]))))
 def test_ids_are_safe_and_no_two_are_alike(names):
     steps = [step(stage, dataset) for stage, dataset in dict.fromkeys(names)]
-    made = tasks({"steps": steps})
+    made = tasks({"root": "/r", "steps": steps})
     full, groups = [t.full_id for t in made], {t.group for t in made if t.group}
     assert len({*full, *groups}) == len(full) + len(groups)
     assert all(re.fullmatch(r"([A-Za-z0-9_-]+\.)?[A-Za-z0-9_-]+", i) for i in full)
 
 
 def test_a_dataset_that_bears_a_stages_name_keeps_apart_from_it():
-    made = tasks({"steps": [step("extract", "mix"), step("mix", after=["extract [mix]"])]})
+    made = tasks({"root": "/r", "steps": [step("extract", "mix"), step("mix", after=["extract [mix]"])]})
     assert made[0].group.startswith("mix-")
     assert made[1].full_id.startswith("mix-")
     assert made[1].full_id != made[0].group
@@ -142,7 +147,7 @@ def test_long_names_are_cut_and_marked():
 )
 def test_what_is_no_plan_is_refused(steps, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        tasks({"steps": steps})
+        tasks({"root": "/r", "steps": steps})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"steps": 3}', "\x00", None])
@@ -168,6 +173,11 @@ def test_a_real_plan_becomes_tasks(tmp_path):
         "minhash": ("exact",),
         "select-final": ("notes.signals", "minhash"),
     }
+    made = {t.full_id: t for t in tasks(read_plan(tmp_path / "small.json"))}
+    assert made["notes.signals"].parts == ("shards", "signals", "-c", str(config), "--dataset", "notes")
+    assert {name for name, t in made.items() if t.parts} == {"notes.signals", "notes.pii"}
+    documents = (tmp_path / "root" / "datasets" / "notes" / "documents").as_uri()
+    assert {name: t.makes for name, t in made.items() if t.makes} == {"notes.extract": (documents,)}
 
 
 ODD = ["it's", "a b", "$HOME", "`id`", "{{ 1 }}", "{% raw %}", "{# x #}", 'q"q', "*", "ü"]
@@ -176,11 +186,35 @@ ODD = ["it's", "a b", "$HOME", "`id`", "{{ 1 }}", "{% raw %}", "{# x #}", 'q"q',
 def test_the_shell_gets_each_word_whole():
     """Through Jinja, which Airflow renders the line with, and through Bash."""
     jinja2 = pytest.importorskip("jinja2")
-    line = jinja2.Template(shell_line([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"], ODD)).render()
+    line = jinja2.Template(step_line([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"], ODD)).render()
     given = {"STEPWELL_RUN_ID": "$(id) 'x'", "STEPWELL_ENGINE": "", "STEPWELL_WORKERS": "3"}
     ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == ascii([*ODD, "--run-id", "$(id) 'x'", "--workers", "3"])
+    assert ran.stdout.strip() == ascii([*ODD, "--up-to-date-code", "99", "--run-id", "$(id) 'x'", "--workers", "3"])
     assert shlex.split(plain("a b"))[1] == "b"
+
+
+def test_a_part_of_a_step_is_named_in_a_variable():
+    line = step_line(["printf", "%s|"], ["run", "stage", "signals"], part=True)
+    given = {"STEPWELL_RUN_ID": "r", "STEPWELL_SHARDS": "0:4 $(id)"}
+    ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True)
+    assert ran.stdout == "run|stage|signals|--shards|0:4 $(id)|--run-id|r|"
+
+
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        ("/data/root", "file:///data/root/mixtures/anneal"),
+        ("/data/a b/ü?#%/", "file:///data/a%20b/%C3%BC%3F%23%25/mixtures/anneal"),
+        ("s3://bucket/root", "s3://bucket/root/mixtures/anneal"),
+        ("s3://key:secret@bucket/root", "s3://bucket/root/mixtures/anneal"),
+        ("hdfs://me@host:9000/root/", "hdfs://host:9000/root/mixtures/anneal"),
+        ("https://host/root?token=secret", "https://host/root/mixtures/anneal"),
+    ],
+)
+def test_what_is_made_has_a_uri_without_credentials(root, expected):
+    assert uri(root, "mixtures/anneal") == expected
+    made = tasks({"root": root, "steps": [step("mix", makes=["mixtures/anneal"])]})
+    assert made[0].makes == (expected,)
 
 
 def test_settings_without_a_file_are_the_defaults(tmp_path):
@@ -215,6 +249,10 @@ def test_a_stage_has_its_own_settings_over_the_files(tmp_path):
         ("command = 'pipelines'", "command: got 'pipelines', expected list"),
         ("command = [1]", "command[0]: got 1, expected str"),
         ("environment = {A = 1}", "environment.A: got 1, expected str"),
+        ("shard_groups = 201", "shard_groups: got 201, expected 0 to 200"),
+        ("[stages.pii]\nshard_groups = -1", "stages.pii.shard_groups: got -1, expected 0 to 200"),
+        ("on_failure = [1]", "on_failure[0]: got 1, expected str"),
+        ("schedule = '@daily'\nschedule_on = ['file:///a']", "schedule and schedule_on: a DAG runs by the clock or"),
         ("stages = 1", "stages: got 1, expected dict"),
         ("[stages]\ntrain = 1", "stages.train: got 1, expected dict"),
         ("[stages.train]\nschedule = '@daily'", "unknown key 'stages.train.schedule'"),
@@ -228,9 +266,33 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, text, message):
 
 def test_the_folder_stands_on_the_standard_library():
     """Without installed packages: the scheduler's environment needs Airflow and this folder only, and that when a DAG is made."""
-    code = "import airflow_dags.factory, airflow_dags.tasks, airflow_dags.settings"
+    code = "import airflow_dags.factory, airflow_dags.notices, airflow_dags.tasks, airflow_dags.settings"
     ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=REPO, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_most_groups_are_what_the_command_gives():
+    assert settings_module.MOST_GROUPS == MOST_GROUPS
+
+
+class Dag:
+    dag_id = "small"
+
+
+def test_a_command_is_told_of_the_end_of_a_run(tmp_path, caplog):
+    """One line of JSON; what goes wrong with the command is said, and raises nothing."""
+    context = {"dag": Dag, "run_id": "r1", "reason": "task_failure"}
+    report = "file:///r/report.html"
+    RunEnded("failed", report, ("tee", str(tmp_path / "told")))(context)
+    told = {"dag": "small", "run": "r1", "state": "failed", "reason": "task_failure", "report": report}
+    assert json.loads((tmp_path / "told").read_text()) == told
+    for command, complaint in ((("false",), "returned non-zero exit status 1"), (("/absent",), "No such file")):
+        caplog.clear()
+        RunEnded("failed", report, command)(context)
+        assert complaint in caplog.text
+    caplog.clear()
+    TaskFailed(report)(context)
+    assert report in caplog.text
 
 
 def test_the_settings_of_the_docs_can_be_read(tmp_path):
@@ -240,5 +302,6 @@ def test_the_settings_of_the_docs_can_be_read(tmp_path):
     (tmp_path / "p.toml").write_text(found.group(1))
     settings = read_settings(tmp_path / "p.toml")
     assert settings.schedule == "@daily"
-    assert settings.of("train") == TaskSettings(retries=3, pool="gpu", timeout_s=86400)
-    assert settings.of("signals").arguments() == TaskSettings().arguments()
+    assert settings.of("train") == TaskSettings(retries=3, pool="gpu", pool_slots=2, priority=10, timeout_s=86400)
+    assert settings.of("signals").shard_groups == 50
+    assert settings.of("pii").arguments() == TaskSettings().arguments()

@@ -10,7 +10,7 @@ from core.lock import held
 from core.manifest import read_manifest
 from core.storage import Root
 from pipelines.config import load_pipeline
-from pipelines.plan import plan, plan_json, plan_step
+from pipelines.plan import Planned, plan, plan_json, plan_step
 from pipelines.runner import Runner, RunOptions, grouped
 from pipelines.scope import between, steps
 from tests.builders import tree_digest
@@ -193,9 +193,8 @@ def test_shards_by_range_leave_the_manifest_for_the_last(copy):
     root = Root(load_pipeline(copy).root)
     count = len(read_manifest(root, "documents", "web").outputs)
     said = go(copy, RunOptions("test", dataset="web", shards=(0, 1)), "signals", "signals")
-    if count > 1:
-        assert said == [f"web: 1 of {count} shards done; run without --shards to finish"]
-        assert read_manifest(root, "signals", "web") is None
+    assert said == [f"signals [web]: 1 of {count} shards are committed; `--finish` writes the manifest"]
+    assert read_manifest(root, "signals", "web") is None
     assert any(
         "units were committed before" in line or "up to date" in line for line in go(copy, None, "signals", "signals")
     )
@@ -232,6 +231,48 @@ def test_json_names_what_waits_for_what(made):
     assert [s["run"] for s in out["steps"]] == [False] * 7
     command = next(s["command"] for s in out["steps"] if s["name"] == "signals [web]")
     assert command == ["pipelines", "run", "stage", "signals", "-c", str(made[0]), "--dataset", "web"]
+    parts = next(s["parts"] for s in out["steps"] if s["name"] == "signals [web]")
+    assert parts == ["pipelines", "shards", "signals", "-c", str(made[0]), "--dataset", "web"]
+    assert out["report"] == ["pipelines", "report", "-c", str(made[0])]
+
+
+MADE = """\
+root: {folder}/root
+sources:
+  web: {{kind: jsonl, path: {folder}}}
+  changes: {{kind: harvest, release_list: {folder}/list.json}}
+  dialogues: {{kind: made, stage: dialogues}}
+stages:
+  harvest: {{}}
+  extract: {{}}
+  dialogues: {{datasets: [changes]}}
+  signals: {{}}
+  tokenizer: {{}}
+  tokenize: {{}}
+  mix:
+    phases:
+      pretrain: {{components: [{{dataset: web, weight: 1}}]}}
+      anneal: {{components: [{{dataset: web, weight: 1}}]}}
+  sft: {{}}
+  train: {{}}
+"""
+
+
+def test_json_names_what_others_may_wait_for(tmp_path):
+    """Documents and exports by their place in the root; neither captures nor layers nor relations."""
+    (tmp_path / "p.yaml").write_text(MADE.format(folder=tmp_path))
+    pipeline = load_pipeline(tmp_path / "p.yaml")
+    named = plan_json(pipeline, [Planned(step, True) for step in steps(pipeline)])["steps"]
+    assert {s["name"]: s["makes"] for s in named if s["makes"]} == {
+        "extract [web]": ["datasets/web/documents"],
+        "extract [changes]": ["datasets/changes/documents"],
+        "dialogues [dialogues]": ["datasets/dialogues/documents"],
+        "tokenizer": ["models/tokenizer"],
+        "tokenize": ["tokens/tokenizer"],
+        "mix": ["mixtures/pretrain", "mixtures/anneal", "mixtures/held_out"],
+        "sft": ["sft"],
+        "train": ["models/train"],
+    }
 
 
 def test_a_manifest_of_another_format_is_refused(copy):
