@@ -7,9 +7,7 @@ says of a worker, a node or an object that it lost, arrives in the contract's fo
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ray
-
-from core.engines.ray_cluster import Room
+from core.engines.ray_cluster import Room, ray
 from core.engines.ray_tasks import Fact, streamed
 from core.engines.ray_units import WAKE_S, failure_of, reason_of
 from core.errors import StageError, StepwellError

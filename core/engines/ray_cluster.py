@@ -23,9 +23,10 @@ from core.engines.environment import environment
 from core.errors import ConfigError, StageError
 from core.stage import Resources
 
-OOM_RETRIES = "RAY_task_oom_retries"
-os.environ.setdefault(OOM_RETRIES, "3")  # read once, at import: left alone, Ray tries a task that is too big for ever
+# Ray reads these once, when it is imported.
+os.environ.setdefault("RAY_task_oom_retries", "3")  # of a task that is too big; left alone Ray tries it for ever
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the new behaviour, without its warning
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what raylets say of dead workers would go to our stdout
 
 try:
     import ray
@@ -97,10 +98,9 @@ def check(place: Place, label: str) -> None:
 
 
 def _spoken(amounts: Mapping[str, float], place: Place) -> str:
-    gb = math.floor(amounts.get("memory", 0.0) / 1e8) / 10
-    said = [f"{amounts.get('CPU', 0.0):g} CPUs", f"{gb:g} GB"]
-    if place.gpus:
-        said.insert(1, f"{amounts.get('GPU', 0.0):g} GPUs")
+    said = [f"{amounts.get(name, 0.0):g} {name}s" for name in place.wanted() if name != "memory"]
+    if place.memory_bytes:
+        said.append(f"{math.floor(amounts.get('memory', 0.0) / 1e8) / 10:g} GB")
     return ", ".join(said)
 
 

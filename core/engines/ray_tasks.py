@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from core.engines.columns import join_tables, partition_hash
 from core.engines.contract import Align, ChunkFn, Report, Unit, UnitFn, write_shards
 from core.engines.guard import alone, watched
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.engines.pool import attempted, quiet_note
+from core.engines.ray_cluster import ray
 from core.engines.spill import Cut, chunks, prepared, shards_of, split
 
 STALL_S = 600.0  # for one block of a frame, the contract's default for a unit

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from core.engines.contract import Report, Unit, UnitFn
-from core.engines.ray_cluster import Place, Room
+from core.engines.ray_cluster import Place, Room, ray
 from core.engines.ray_tasks import Actor, run_unit
 from core.errors import StageError, StepwellError
 
