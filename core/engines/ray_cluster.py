@@ -183,5 +183,7 @@ def _knock(address: str) -> None:
             "HOST:6379 of its head, or through `ray job submit`"
         )
     host, _, port = address.rpartition(":")
+    if host in ("localhost", "127.0.0.1"):  # which Ray reads as this machine's own address
+        host = ray.util.get_node_ip_address()
     if host and port.isdigit():
         socket.create_connection((host, int(port)), KNOCK_S).close()

@@ -91,6 +91,7 @@ class UnitRun:
             if self.failure is not None:
                 self.waiting.clear()
             self._assign()
+            self._make_way()
             expected = [*self.running, *(self.crew.starting if self.crew else ())]
             for ref in ray.wait(expected, timeout=WAKE_S)[0] if expected else ():
                 if ref in self.running:
@@ -130,6 +131,13 @@ class UnitRun:
             self.crew.dismiss()
             return True
         return False
+
+    def _make_way(self) -> None:
+        """With no unit left for them idle actors end, where a task was asked for: nodes that are gone but not yet known to be
+        gone made the places look more than they are, and it would wait for ever."""
+        if self.crew is not None and not self.waiting and any(actor is None for _, actor in self.running.values()):
+            while self.crew.idle:
+                self.crew.dismiss()
 
     def _sent(self, ref: Any, actor: Any) -> None:
         self.running[ref] = (self.waiting.popleft(), actor)
