@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from core import stopping
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.captures import staging
 from core.dataset import Dataset
@@ -81,6 +82,8 @@ class Runner:
         self.display = display or quiet()
         self.say: Say = say or (lambda line: None)
         self._engine: Engine | None = None
+        self._at = ""  # the steps that run now
+        self._done = self._todo = 0
         self._scratch = scratch_folder(pipeline, self.root)
 
     def run(self, chosen: Sequence[Step] | None = None) -> list[Planned]:
@@ -91,8 +94,11 @@ class Runner:
         preflight(self.root)
         find_artifacts(todo)
         done: list[Planned] = []
+        self._todo = len(todo)
         try:
             for group in grouped(todo):
+                stopping.check()
+                self._at, self._done = ", ".join(step.name for step in group), len(done)
                 done += self._annotate(group) if group[0].entry.stage.kind is Kind.ANNOTATE else [self._step(group[0])]
         finally:
             if self._engine is not None:
@@ -103,7 +109,12 @@ class Runner:
     def engine(self) -> Engine:
         if self._engine is None:
             self._engine = make_engine(self.pipeline.engine, self._scratch, self.display)
+            stopping.reclaim()
         return self._engine
+
+    def position(self) -> str:
+        """How far the run is, for a person."""
+        return f"{self._done} of {self._todo} steps are done" + (f", then came {self._at}" if self._at else "")
 
     def _step(self, step: Step) -> Planned:
         if self.options.force:
