@@ -18,15 +18,25 @@ class Undisturbed:
     tree: dict[str, str]
     events: dict[str, int]
 
-    def config(self, folder: Path, engine: str = "local", workers: int = 2, name: str = "p") -> Path:
-        """A config over the same source; root and scratch lie in `folder`, whatever the engine."""
+    def config(
+        self,
+        beside: Path,
+        engine: str = "local",
+        workers: int = 2,
+        name: str = "p",
+        folder: Path | None = None,
+        scratch: Path | None = None,
+    ) -> Path:
+        """A config in `beside` over the same source; the root lies in `folder`, and the scratch in the root, whatever the
+        engine."""
+        root = (folder or beside) / "root"
         return write_config(
-            folder / f"{name}.yaml",
+            beside / f"{name}.yaml",
             CHAIN,
-            root=folder / "root",
+            root=root,
             engine=engine,
             workers=workers,
-            scratch=folder / "root/exchange",
+            scratch=scratch or root / "exchange",
             source=self.source,
         )
 
