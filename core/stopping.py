@@ -74,13 +74,15 @@ def check() -> None:
 
 @contextlib.contextmanager
 def patiently() -> Iterator[None]:
-    """No `Stopped` strikes inside the block, which looks at `asked` by itself; it comes at the block's end at the latest."""
+    """No `Stopped` strikes inside the block, which may look at `asked` by itself; at its end comes what was asked inside."""
+    before = _Request.number
     _Request.patience += 1
     try:
         yield
     finally:
         _Request.patience -= 1
-    check()
+    if _Request.number != before:
+        raise Stopped
 
 
 def request(number: int) -> bool:

@@ -124,11 +124,23 @@ class Runner:
             self._sweep(step, planned.identity)
             self.say(f"{step.name}: up to date")
             return planned
-        with held(self.root, _lock_name(step), self.options.run_id):
+        with self._held(step):
             planned = plan_step(self.pipeline, self.root, step)  # another run may have ended since the first look
             if planned.run:
                 self._execute(step, planned.identity or identity_of(self.pipeline, self.root, step))
         return planned
+
+    @contextlib.contextmanager
+    def _held(self, step: Step) -> Iterator[None]:
+        """The step's lock. A stop that is asked for while it is taken or released waits until that is done."""
+        lock = contextlib.ExitStack()
+        try:
+            with stopping.patiently():
+                lock.enter_context(held(self.root, _lock_name(step), self.options.run_id))
+            yield
+        finally:
+            with stopping.patiently():
+                lock.close()
 
     def _execute(self, step: Step, identity: Identity) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
@@ -162,7 +174,7 @@ class Runner:
         scratch, staged = self._scratch_of(step, identity), staging(step.dataset or "")
         is_staged = step.entry.stage.kind in DOCUMENT_KINDS and self.root.exists(staged)
         if scratch.exists() or is_staged:
-            with held(self.root, _lock_name(step), self.options.run_id):
+            with self._held(step):
                 shutil.rmtree(scratch, ignore_errors=True)
                 if is_staged:
                     self.root.remove(staged)
@@ -212,7 +224,7 @@ class Runner:
             raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
         with contextlib.ExitStack() as locks:
             for p in todo:
-                locks.enter_context(held(self.root, _lock_name(p.step), self.options.run_id))
+                locks.enter_context(self._held(p.step))
             self._annotate_dataset(dataset, todo)
         return planned
 
