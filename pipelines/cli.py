@@ -1,9 +1,10 @@
 """The `pipelines` command. Every command imports what it needs when it runs, so that `--help` is instant.
 
-Exit codes: 0 done, 1 a run failed, 2 usage or config. A traceback only with `--debug`.
+Exit codes: 0 done, 1 a run failed, 2 usage or config, 143 stopped by SIGTERM, 130 by Ctrl-C. A traceback only with `--debug`.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -296,17 +297,30 @@ def _run(
     force: bool = False,
 ) -> Any:
     """What was planned for each step, once all have run."""
+    from core import stopping
     from core.progress import terminal
     from pipelines.runner import Runner, RunOptions
 
     if dataset is not None:
         known_dataset(pipeline, dataset)
     options = RunOptions(run_id or new_run_id(), dataset, shards, force)
+    runner = Runner(pipeline, options, terminal(), typer.echo)
     try:
-        return Runner(pipeline, options, terminal(), typer.echo).run(chosen)
-    except KeyboardInterrupt:  # said here: typer turns it into a silent exit before `main` would see it
-        typer.echo("stopped; the same command goes on where this one was", err=True)
-        raise typer.Exit(130) from None
+        with stopping.listening():
+            try:
+                return runner.run(chosen)
+            except Exception as e:
+                if not stopping.asked():
+                    raise
+                raise stopping.Stopped from e  # its processes may have got the signal too; what is broken will break again
+    except KeyboardInterrupt as e:  # said here: typer turns it into a silent exit before `main` would see it
+        typer.echo(_stopped_line(stopping.asked() or signal.SIGINT, runner.position(), str(e)), err=True)
+        raise typer.Exit(128 + (stopping.asked() or signal.SIGINT)) from None
+
+
+def _stopped_line(number: int, position: str, units: str) -> str:
+    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return f"stopped by {by}: {position}" + (f" ({units})" if units else "") + "; the same command goes on from there"
 
 
 def _print_plan(planned: Any) -> None:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from core import stopping
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.captures import staging
 from core.dataset import Dataset
@@ -83,6 +84,8 @@ class Runner:
         self.display = display or quiet()
         self.say: Say = say or (lambda line: None)
         self._engine: Engine | None = None
+        self._at = ""  # the steps that run now
+        self._done = self._todo = 0
         self._scratch = scratch_folder(pipeline, self.root)
 
     def run(self, chosen: Sequence[Step] | None = None) -> list[Planned]:
@@ -93,8 +96,11 @@ class Runner:
         preflight(self.root)
         find_artifacts(todo)
         done: list[Planned] = []
+        self._todo = len(todo)
         try:
             for group in grouped(todo):
+                stopping.check()
+                self._at, self._done = ", ".join(step.name for step in group), len(done)
                 done += self._annotate(group) if group[0].entry.stage.kind is Kind.ANNOTATE else [self._step(group[0])]
         finally:
             if self._engine is not None:
@@ -105,7 +111,12 @@ class Runner:
     def engine(self) -> Engine:
         if self._engine is None:
             self._engine = make_engine(self.pipeline.engine, self._scratch, self.display)
+            stopping.reclaim()
         return self._engine
+
+    def position(self) -> str:
+        """How far the run is, for a person."""
+        return f"{self._done} of {self._todo} steps are done" + (f", then came {self._at}" if self._at else "")
 
     def _step(self, step: Step) -> Planned:
         if self.options.force:
@@ -115,11 +126,23 @@ class Runner:
             self._sweep(step, planned.identity)
             self.say(f"{step.name}: up to date")
             return planned
-        with held(self.root, _lock_name(step), self.options.run_id):
+        with self._held(step):
             planned = plan_step(self.pipeline, self.root, step)  # another run may have ended since the first look
             if planned.run:
                 self._execute(step, planned.identity or identity_of(self.pipeline, self.root, step))
         return planned
+
+    @contextlib.contextmanager
+    def _held(self, step: Step) -> Iterator[None]:
+        """The step's lock. A stop that is asked for while it is taken or released waits until that is done."""
+        lock = contextlib.ExitStack()
+        try:
+            with stopping.patiently():
+                lock.enter_context(step_lock(self.root, _lock_name(step), self.options.shards, self.options.run_id))
+            yield
+        finally:
+            with stopping.patiently():
+                lock.close()
 
     def _execute(self, step: Step, identity: Identity) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
@@ -153,7 +176,7 @@ class Runner:
         scratch, staged = self._scratch_of(step, identity), staging(step.dataset or "")
         is_staged = step.entry.stage.kind in DOCUMENT_KINDS and self.root.exists(staged)
         if scratch.exists() or is_staged:
-            with held(self.root, _lock_name(step), self.options.run_id):
+            with self._held(step):
                 shutil.rmtree(scratch, ignore_errors=True)
                 if is_staged:
                     self.root.remove(staged)
@@ -203,7 +226,7 @@ class Runner:
             raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
         with contextlib.ExitStack() as locks:
             for p in todo:
-                locks.enter_context(step_lock(self.root, _lock_name(p.step), self.options.shards, self.options.run_id))
+                locks.enter_context(self._held(p.step))
             self._annotate_dataset(dataset, todo)
         return planned
 

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from core import stopping
 from core.engines.contract import NO_ROW, Note, Report, Unit, UnitFn
 from core.engines.measure import measured
 from core.engines.worker import work
@@ -28,6 +29,8 @@ POISON_LIMIT = 20  # rows that may kill a worker in one unit before the stage st
 RETRIES = 3  # RetryableError from a unit
 FIRST_WAIT_S = 0.5  # before the second try, doubled each time: chosen, untested
 BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
+START_S = 60.0  # for a worker to start and import what a unit needs, where `stall_s` is less: chosen, untested
+LEAVE_S = 3.0  # for a worker to remove its half-written file before it is killed: chosen, untested
 
 log = logging.getLogger("stepwell")
 
@@ -50,6 +53,7 @@ class _Worker:
     knows: int = -1  # number of the last function sent to it
     task: _Task | None = None
     row: int | None = None
+    began: bool = False  # it has said something of its task
     last_sign: float = field(default_factory=time.monotonic)
 
 
@@ -62,22 +66,26 @@ class Pool:
         self._runs = 0
 
     def run(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, progress: Progress) -> list[Report]:
-        """`fn` on every unit; reports in order. Stops at the first failure, after running units have ended."""
+        """`fn` on every unit; reports in order. Stops at the first failure, after running units have ended; where the process
+        is asked to stop (see `core.stopping`), after they have ended or GRACE_S is over."""
         self._runs += 1
         run = _Run(self, pickle.dumps(fn), units, label, stall_s, progress)
         try:
-            return run.finish()
+            with stopping.patiently():
+                return run.finish()
         except BaseException:
             self.close()  # a worker may still be busy with a unit nobody waits for
             raise
 
     def close(self) -> None:
         for worker in self._all:
-            worker.process.kill() if worker.task else _send_end(worker)
+            worker.process.terminate() if worker.task else _send_end(worker)
+        last = time.monotonic() + LEAVE_S
         for worker in self._all:
-            worker.process.join(timeout=5)
+            worker.process.join(timeout=max(0.0, last - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
+                worker.process.join()
             worker.pipe.close()
         self._all = []
 
@@ -115,9 +123,12 @@ class _Run:
         self.waiting = deque(_Task(unit, i) for i, unit in enumerate(units))
         self.reports: list[Report | None] = [None] * len(units)
         self.failure: Exception | None = None
+        self.patience_ends = float("inf")
 
     def finish(self) -> list[Report]:
         while self.waiting or self.pool.busy():
+            if stopping.asked():
+                self._be_patient()
             if self.failure is not None:
                 self.waiting.clear()
             self._assign()
@@ -130,9 +141,26 @@ class _Run:
                 self._kill_silent()
             elif self.waiting:
                 time.sleep(0.05)  # only units that wait for their next try are left
+        if stopping.asked():
+            raise self._stopped()
         if self.failure is not None:
             raise self.failure
         return [r for r in self.reports if r is not None]
+
+    def _be_patient(self) -> None:
+        """Begin no unit any more, and wait for those that run until the grace time is over: then Stopped is raised."""
+        self.waiting.clear()
+        now, busy = time.monotonic(), len(self.pool.busy())
+        if self.patience_ends == float("inf"):
+            self.patience_ends = now + stopping.GRACE_S
+            if busy:
+                log.warning("stopping: running units (%d) may end within %.0f s", busy, stopping.GRACE_S)
+        if busy and now > self.patience_ends:
+            raise self._stopped()
+
+    def _stopped(self) -> stopping.Stopped:
+        done = sum(r is not None for r in self.reports)
+        return stopping.Stopped(f"{self.label}: {done} of {len(self.reports)} units are committed")
 
     def _assign(self) -> None:
         now = time.monotonic()
@@ -150,7 +178,8 @@ class _Run:
     def _send(self, worker: _Worker, task: _Task) -> None:
         number = self.pool._runs
         fn = self.fn if worker.knows != number else None
-        worker.knows, worker.task, worker.row, worker.last_sign = number, task, None, time.monotonic()
+        worker.knows, worker.task, worker.row, worker.began = number, task, None, False
+        worker.last_sign = time.monotonic()
         try:
             worker.pipe.send((number, fn, task.unit))
         except (BrokenPipeError, ConnectionResetError):
@@ -161,7 +190,7 @@ class _Run:
         try:
             while worker.pipe.poll():
                 kind, payload = worker.pipe.recv()
-                worker.last_sign = time.monotonic()
+                worker.began, worker.last_sign = True, time.monotonic()
                 if kind == "note":
                     docs, size, row = payload
                     if row is not None:
@@ -219,10 +248,11 @@ class _Run:
     def _kill_silent(self) -> None:
         now = time.monotonic()
         for worker in self.pool.busy():
-            if now - worker.last_sign > self.stall_s:
+            patience_s = self.stall_s if worker.began else max(self.stall_s, START_S)
+            if now - worker.last_sign > patience_s:
                 worker.process.kill()
                 worker.process.join(timeout=5)
-                self._died(worker, f"gave no sign for {self.stall_s:.0f} s")
+                self._died(worker, f"gave no sign for {patience_s:.0f} s")
 
 
 def failed_unit(label: str, unit: str, error: Exception, trace: str) -> StageError:

@@ -7,6 +7,7 @@ tables that never split a key. A sidecar is written last and is the commit recor
 Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: about 3 x the larger of a block and a partition.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -22,6 +23,7 @@ from core.engines.columns import capped, key_starts, partition_hash, shard_parti
 from core.engines.contract import Align, ChunkFn
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
+from core.storage import DISK_FAULTS
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
 CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested
@@ -253,22 +255,23 @@ def _commit(part: Part) -> Part:
     return part
 
 
-class _whole_file:  # noqa: N801 - reads as a verb in `with`
-    """A temporary name that becomes `path` if the block ends well."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-
-    def __enter__(self) -> str:
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        elif os.path.exists(self.temporary):
-            os.unlink(self.temporary)
+@contextlib.contextmanager
+def _whole_file(path: str) -> Iterator[str]:
+    """A temporary name that becomes `path` if the block ends well. A full or failing disk is a StageError."""
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        if e.errno not in DISK_FAULTS:
+            raise
+        raise StageError(
+            f"exchange: cannot write {path}: {e}; make room there, or name another folder in `engine.scratch`, then run again"
+        ) from e
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def partitions_for(size: int, partition_bytes: int) -> int:

@@ -1,9 +1,15 @@
-"""The life of one worker process of the pool: receive units until the pipe closes, say how far they are, answer with a report."""
+"""The life of one worker process of the pool: receive units until the pipe closes, say how far they are, answer with a report.
+
+A worker has a process group of its own: Ctrl-C in a terminal, and a scheduler's SIGTERM to the group of its command, are the
+driver's to handle, and reach neither a unit that may still end nor a child process that a unit waits for.
+"""
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -21,7 +27,10 @@ KEPT_BYTES = 4 << 20
 
 def work(pipe: Connection, parent: int) -> None:
     """A worker's life: receive units until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent in the moment before
+    signal.signal(signal.SIGTERM, _leave)
+    faulthandler.register(signal.SIGUSR1)
     _die_with(parent)
     _keep_freed_memory()
     import pyarrow as pa
@@ -40,11 +49,18 @@ def work(pipe: Connection, parent: int) -> None:
             if number != known:
                 known, fn = number, pickle.loads(pickled)
             assert fn is not None
-            answer: tuple[str, Any] = ("done", measured(fn, unit, _noter(pipe)))
+            note = _noter(pipe)
+            note()  # what was imported until here does not count as the unit's silence
+            answer: tuple[str, Any] = ("done", measured(fn, unit, note))
             pickle.dumps(answer)  # so that a report that cannot travel is the unit's error, not this worker's end
         except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
             answer = ("error", (_picklable(e), traceback.format_exc()))
         pipe.send(answer)
+
+
+def _leave(number: int, frame: Any) -> None:
+    """End now, but not without having removed what is half written."""
+    sys.exit(128 + number)
 
 
 def _noter(pipe: Connection) -> Callable[..., None]:
