@@ -27,7 +27,6 @@ from core.errors import ConfigError, StageError
 from core.hashing import digest
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
-from core.lock import held
 from core.manifest import Identity, Manifest, manifest_name, write_manifest
 from core.progress import Display, quiet
 from core.stage import Kind
