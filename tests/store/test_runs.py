@@ -23,7 +23,7 @@ from tests.pipelines.small_pipeline import (
 )
 from tests.store.proxy import Fault
 
-DOCS, FILES = 300, 3
+DOCS, FILES = 200, 3
 PARTS = ("identity", "outputs", "accounts", "units")
 
 
@@ -91,7 +91,7 @@ def test_through_faults_a_run_gives_the_same_bytes(config, s3, proxy, on_a_disk,
 
 
 def test_a_killed_run_resumes(config, s3, on_a_disk, soak):
-    for n in range(max(2, int(soak))):
+    for n in range(max(1, int(soak / 10))):
         Root(s3.url).remove("")
         for moment in (0.45, 0.75):
             run = subprocess.Popen(
