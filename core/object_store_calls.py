@@ -111,7 +111,7 @@ def _fsspec_settings() -> dict[str, Any]:
     unknown = sorted(set(settings) - FSSPEC_SETTINGS - FSSPEC_TUNING)
     if unknown:
         raise ConfigError(
-            f"root: fsspec's s3 setting {unknown[0]!r} has no meaning for a root, expected some of "
+            f"root: s3://: got fsspec's s3 setting {unknown[0]!r}, which means nothing here, expected some of "
             f"{', '.join(sorted(FSSPEC_SETTINGS))}; remove it or use ~/.aws/config"
         )
     return {name: value for name, value in settings.items() if name in FSSPEC_SETTINGS}
@@ -122,7 +122,9 @@ def _client(settings: dict[str, Any]) -> Any:
         import botocore.config
         import botocore.session
     except ImportError as e:
-        raise ConfigError("root: s3:// needs the package s3fs, got none; pip install 'stepwell[s3]'") from e
+        raise ConfigError(
+            "root: s3://: got no package botocore, expected what s3fs brings; pip install 'stepwell[s3]'"
+        ) from e
     from botocore.exceptions import BotoCoreError, PartialCredentialsError
 
     config = {

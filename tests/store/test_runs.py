@@ -58,6 +58,12 @@ def leftovers_on(url: str) -> list[str]:
     return [f"{f}/{n}" for f in ("exchange", "locks") for n in root.names(f) if root.exists(f"{f}/{n}")]
 
 
+def empty(url: str) -> None:
+    root = Root(url)
+    for name in root.names(""):
+        root.remove(name)
+
+
 @pytest.fixture
 def config(s3, source, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # spills and files on their way to the store
@@ -73,7 +79,7 @@ def held_to(config: Path, url: str, expected: dict[str, str]) -> None:
 
 def test_through_faults_a_run_gives_the_same_bytes(config, s3, proxy, on_a_disk, soak):
     for n in range(max(1, int(soak / 10))):
-        Root(s3.url).remove("")
+        empty(s3.url)
         proxy.seed = n
         proxy.faults = [
             *(Fault(kind, 0.015) for kind in ("slow_down", "error", "refused", "lost", "torn", "truncated")),
@@ -92,7 +98,7 @@ def test_through_faults_a_run_gives_the_same_bytes(config, s3, proxy, on_a_disk,
 
 def test_a_killed_run_resumes(config, s3, on_a_disk, soak):
     for n in range(max(1, int(soak / 10))):
-        Root(s3.url).remove("")
+        empty(s3.url)
         for moment in (0.45, 0.75):
             run = subprocess.Popen(
                 command("run", "all", "-c", config),
