@@ -209,6 +209,7 @@ def _status_of(error: BaseException) -> int:
 def _is_passing(error: Exception) -> bool:
     import botocore.exceptions as known
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError  # as botocore lets it through when an error's own body is torn
 
     if isinstance(error, known.ClientError):
         return code_of(error) in PASSING_CODES or _status_of(error) in PASSING_STATUS
@@ -221,7 +222,7 @@ def _is_passing(error: Exception) -> bool:
         known.FlexibleChecksumError,
         ResponseParserError,
     )
-    return isinstance(error, (*torn, TornError, ConnectionError))
+    return isinstance(error, (*torn, HTTPError, TornError, ConnectionError))
 
 
 def _final(error: Exception, where: str, client: Any) -> Exception:

@@ -94,6 +94,14 @@ def test_a_body_that_never_comes_whole_is_not_data(root, proxy, monkeypatch, kin
             read("x")
 
 
+def test_a_refusal_whose_body_is_torn_is_asked_for_again(root, proxy):
+    """botocore passes such a fault on as urllib3 raised it."""
+    proxy.faults = [Fault("torn", where="GET", times=2)]
+    with pytest.raises(FileNotFoundError):
+        root.read_bytes("none")
+    assert proxy.done["torn"] == 2
+
+
 def test_an_answer_that_was_lost_is_not_a_lost_race(root, proxy):
     """The store did it, the client was not told: the try after it meets its own success."""
     proxy.faults = [Fault("lost", where="PUT", times=1)]
