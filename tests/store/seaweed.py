@@ -127,6 +127,11 @@ class Seaweed:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
+    def text(self, bucket: str) -> list[str]:
+        """Every object's bytes as text, to look for what must not be there."""
+        client = self.client()
+        return [client.get_object(Bucket=bucket, Key=k)["Body"].read().decode("latin-1") for k in self.keys(bucket)]
+
     def unfinished(self, bucket: str) -> list[str]:
         """Keys of multipart uploads that were neither completed nor aborted and hold parts, which somebody pays for."""
         client = self.client()

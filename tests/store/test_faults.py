@@ -8,7 +8,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from core import object_store_calls
+from core import object_store, object_store_calls
 from core.errors import StageError
 from core.object_store import PART_BYTES, TAIL_BYTES
 from core.storage import Root
@@ -16,6 +16,7 @@ from tests.store.proxy import KINDS, Fault
 
 TABLE = pa.table({"n": list(range(40_000)), "s": pa.array([f"{i:032x}" for i in range(40_000)], pa.large_string())})
 SHORT_S = 1.0
+SMALL_PART_BYTES = 5 << 20  # the least that S3 allows
 
 
 @pytest.fixture
@@ -48,10 +49,11 @@ def worked(root: Root, n: int, big: bytes, tmp_path) -> None:
 
 def test_every_kind_of_fault_on_every_kind_of_call(root, s3, proxy, tmp_path, monkeypatch, soak):
     monkeypatch.setenv("FSSPEC_S3", '{"config_kwargs": {"read_timeout": 2}}')  # below a stall: it becomes a timeout
-    big = os.urandom(PART_BYTES + 100_000)
+    monkeypatch.setattr(object_store, "PART_BYTES", SMALL_PART_BYTES)
+    big = os.urandom(SMALL_PART_BYTES + 100_000)
     for n, kind in enumerate(KINDS * max(1, int(soak)), start=1):
         proxy.seed = n
-        proxy.faults = [Fault(kind, 0.3, times=n * (2 if kind == "stall" else 20))]
+        proxy.faults = [Fault(kind, 0.3, times=3 if kind == "stall" else None)]
         worked(root, n, big, tmp_path)
     proxy.faults = []
     assert all(proxy.done[kind] for kind in KINDS)
@@ -90,6 +92,14 @@ def test_a_body_that_never_comes_whole_is_not_data(root, proxy, monkeypatch, kin
     for read in (root.read_bytes, lambda name: root.open(name).read()):
         with pytest.raises(StageError, match="no whole answer"):
             read("x")
+
+
+def test_a_refusal_whose_body_is_torn_is_asked_for_again(root, proxy):
+    """botocore passes such a fault on as urllib3 raised it."""
+    proxy.faults = [Fault("torn", where="GET", times=2)]
+    with pytest.raises(FileNotFoundError):
+        root.read_bytes("none")
+    assert proxy.done["torn"] == 2
 
 
 def test_an_answer_that_was_lost_is_not_a_lost_race(root, proxy):
