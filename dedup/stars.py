@@ -14,7 +14,9 @@ hundred million nodes ends as such a key. At most rows / CROWD nodes are crowded
 counters, which merge: Agarwal et al., "Mergeable Summaries", PODS 2012), another finds their least neighbours, and a map that
 carries this short list moves their links. All other nodes meet their neighbours in a shuffle, where no key has CROWD rows.
 
-Cost: COST.
+Cost: a round sorts some six rows of 17 bytes an edge on either side of an exchange: 2 us of CPU an edge and round (`local`, one
+to 2.5 million edges). Memory is that of a shuffle, whatever the graph: a block of each worker, no more than CROWD rows of a key,
+and 16 bytes for each crowded node.
 """
 
 from collections.abc import Sequence
