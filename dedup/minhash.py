@@ -12,9 +12,9 @@ Settings are FineWeb's: word 5-grams, 14 bands of 8 rows, so a pair with Jaccard
 above its knee at (1/14)^(1/8) = 0.72: further down the luck of the permutations decides more and more which pairs are found.
 
 Traffic per document: 504 bytes of bands; and for those that share a bucket, which `dedup.row_filter` picks out up to 16 million
-of them, 4 bytes for each distinct shingle and some 100 more, twice. Text is read once. Measured (`benchmarks/shuffles.py`): 1.5 KB
-a document enters an exchange over 2,386 files of 10.5 KB (5.8 KB when every document's shingles did), 2.6 KB over 18,379 with
-more near-copies among them.
+of them, 4 bytes for each distinct shingle and some 100 more, twice. Text is read once. Measured (`benchmarks/shuffles.py`): over
+2,386 files of 10.5 KB 1.5 KB a document enter an exchange (5.8 KB when every document's shingles did), over 18,379 with more
+near-copies among them 2.6 KB.
 
 Up to `max_edges` verified pairs are collected by the driver, which finds the components in its memory (`dedup.components`); above
 it the workers find them (`dedup.labels`, `dedup.stars`) and write the relation, with the same bytes in the end.
