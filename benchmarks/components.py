@@ -123,7 +123,10 @@ def one(edges: int) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> Result:
     here = [in_memory(int(m * 1e6)) for m in args.here]
-    there = [by_stars(int(m * 1e6), args) for m in args.edges]
+    there = []
+    for million in args.edges:
+        there.append(by_stars(int(million * 1e6), args))
+        print(f"components: {million:g} million edges as stars, {there[-1]['took'].wall_s:.0f} s", file=sys.stderr)
     memory = Table(
         "In the memory of the driver",
         ("million edges", "peak MB above the start", "bytes an edge", "CPU us an edge"),

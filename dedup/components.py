@@ -3,9 +3,9 @@
 In:  edges as two int64 arrays of node keys, and for each node its doc_id and copies. Out: per node the component's label, its
      smallest doc_id, and its documents (copies counted).
 
-Memory: 37 bytes an edge above the inputs (`benchmarks/minhash.py components`: 4 M random edges, 2 M nodes, 6.6 CPU s). The edges
-themselves take some 350 bytes each on the way here (two ids, rows, copies; one sorted copy; computed, not measured), so
-the default ceiling of 20 M edges is 8 GB.
+Memory: some 540 bytes an edge from the collected frame to the labels (two ids, rows and copies, their sorted copy, the graph) and
+2.4 us of CPU, measured at 0.5 to 4 million edges (`benchmarks/components.py`). So the default ceiling of 4 million edges is
+2.2 GB; beyond it `dedup.stars` works in as much memory as the engine gives a worker, at five times the CPU or more.
 
 Components only name who might replace whom: nothing is dropped because of a component, only because of edges
 (`dedup.survivors`), so a chain of likenesses cannot take unrelated documents along.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-MAX_EDGES = 20_000_000
+MAX_EDGES = 4_000_000
 GIANT_FRACTION = (
     0.01  # of all nodes; a component above it is reported as suspicious. Chosen: marin's false merges were 1 to 97%.
 )

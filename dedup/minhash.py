@@ -1,8 +1,8 @@
 """Near-duplicates: MinHash finds candidate pairs, their true Jaccard decides, components say who is connected.
 
 In:  text, and the cliques of `exact`: one document of each clique, the one with the smallest doc_id, stands for all.
-Out: the relation `relations/minhash/edges.parquet` (RELATION: a < b by doc_id, Jaccard of the word 5-gram sets at least
-     the threshold, the component, sorted), from which `select` elects survivors; and the layer `minhash`:
+Out: the relation `relations/minhash/edges/` (`dedup.relation`: a < b by doc_id, Jaccard of the word 5-gram sets at least the
+     threshold, the component), from which `select` elects survivors; and the layer `minhash`:
 
 - `component`       large_string  smallest doc_id of the documents connected to this one by equal text or edges; null: alone
 - `component_docs`  int64         documents in the component, copies counted; null: alone
@@ -11,9 +11,13 @@ Settings are FineWeb's: word 5-grams, 14 bands of 8 rows, so a pair with Jaccard
 0.211 at 0.6, 0.565 at 0.7, 0.772 at 0.75, 0.924 at 0.8, 0.988 at 0.85. The threshold of 0.75 is chosen from that curve, just
 above its knee at (1/14)^(1/8) = 0.72: further down the luck of the permutations decides more and more which pairs are found.
 
-Traffic per document: 504 bytes of bands, and 4 bytes for each distinct shingle plus 200, 2.5 KB for a page of 600 words. Only
-documents that share a bucket are moved again. Text is read once. Measured: 20,500 files of 5.2 KB wrote 7.4 KB each to the
-exchange of `local`, which writes what it shuffles twice.
+Traffic per document: 504 bytes of bands; and for those that share a bucket, which `dedup.row_filter` picks out up to 16 million
+of them, 4 bytes for each distinct shingle and some 100 more, twice. Text is read once. Measured (`benchmarks/shuffles.py`): over
+2,386 files of 10.5 KB 1.5 KB a document enter an exchange (5.8 KB when every document's shingles did), over 18,379 with more
+near-copies among them 2.6 KB.
+
+Up to `max_edges` verified pairs are collected by the driver, which finds the components in its memory (`dedup.components`); above
+it the workers find them (`dedup.labels`, `dedup.stars`) and write the relation, with the same bytes in the end.
 """
 
 import operator

@@ -12,9 +12,12 @@ more take 7 (`test_paths_settle_in_a_round_a_doubling`, `benchmarks/components.p
 A crowded node, one with CROWD neighbours or more, would be one key with more rows than a worker may hold: a component of a
 hundred million nodes ends as such a key. At most rows / CROWD nodes are crowded, so a fold finds them (Misra and Gries's
 counters, which merge: Agarwal et al., "Mergeable Summaries", PODS 2012), another finds their least neighbours, and a map that
-carries this short list moves their links where they lie. All others meet in a shuffle, where no key has CROWD rows.
+carries this short list moves their links. All other nodes meet their neighbours in a shuffle, where no key has CROWD rows.
 
-Cost: COST.
+Cost: a round sorts some six rows of 17 bytes an edge on either side of an exchange: 2 us of CPU an edge and round (`local`, one
+to 2.5 million edges). Memory is that of a shuffle, whatever the graph: a block of each worker, no more than CROWD rows of a key,
+and 16 bytes for each crowded node. Measured with blocks of 8 MB: the largest worker held 259 MB at half a million edges, 277 MB
+at a million.
 """
 
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ from functools import partial, reduce
 import numpy as np
 import pyarrow as pa
 
-from core.engines.contract import Engine, Frame
+from core.engines.contract import ChunkFn, Engine, Frame
 from core.errors import StageError
 
 LINKS = pa.schema([("child", pa.int64()), ("parent", pa.int64()), ("moved", pa.bool_())])
@@ -65,7 +68,7 @@ def _large_star(engine: Engine, links: list[Frame], size: int, crowd: int, label
     _release(engine, halves)
     if len(crowded):
         move = partial(large_star_of_crowds, crowded=crowded, least=least)
-        out += [engine.map(f, move, LINKS, f"{label}: crowds") for f in links]
+        out.append(_of_crowds(engine, links, move, label))
     return out
 
 
@@ -78,7 +81,18 @@ def _small_star(engine: Engine, links: list[Frame], size: int, crowd: int, label
     if len(crowded):
         _release(engine, few)
         move = partial(small_star_of_crowds, crowded=crowded, least=least)
-        out += [engine.map(f, move, LINKS, f"{label}: crowds") for f in links]
+        out.append(_of_crowds(engine, links, move, label))
+    return out
+
+
+def _of_crowds(engine: Engine, links: list[Frame], move: ChunkFn, label: str) -> Frame:
+    """The links that `move` makes, each once, in one frame: without this shuffle, in which every link is a key of its own, each
+    step would leave one frame more than the one before."""
+    moved = [engine.map(f, move, LINKS, f"{label}: crowds") for f in links]
+    out = engine.shuffle(
+        moved, ["child", "parent"], distinct, LINKS, combine=distinct, label=f"{label}: crowds without repeats"
+    )
+    _release(engine, moved)
     return out
 
 

@@ -139,6 +139,36 @@ def test_no_key_holds_a_crowd(hub_first):
     assert engine.widest <= 100
 
 
+class Stops(LocalEngine):
+    """A local engine that dies at its n-th shuffle."""
+
+    left = 1 << 30
+
+    def shuffle(self, *args, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().shuffle(*args, **kwargs)
+
+
+def test_frames_of_earlier_rounds_are_gone_and_a_killed_loop_goes_on(tmp_path):
+    edges = edges_of([*path(40, 100), *star(30)], ordered=True)
+    engine = Stops(tmp_path / "a", workers=0, partition_bytes=800)
+    stars, rounds = settled(engine, engine.table(links_of(edges)), "test", crowd=20)
+    assert rounds > 3
+    kept = {part.path for frame in stars for part in (*frame.parts, *frame.exchanged)}
+    assert {str(p) for p in (tmp_path / "a").rglob("*.arrow")} == kept
+    wanted = by_stars(Stops(tmp_path / "b", workers=0, partition_bytes=800), edges, crowd=20)
+    for shuffles in (1, 6):
+        again = Stops(tmp_path / "c", workers=0, partition_bytes=800)
+        again.left = shuffles
+        with pytest.raises(KeyboardInterrupt):
+            by_stars(again, edges, crowd=20)
+    assert (
+        by_stars(Stops(tmp_path / "c", workers=0, partition_bytes=800), edges, crowd=20) == wanted == in_memory(edges)
+    )
+
+
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=300), st.integers(1, 40), st.integers(0, 1 << 20))
 def test_frequent_keys_are_found(values, crowd, seed):
     engine = OracleEngine(seed)

@@ -210,3 +210,21 @@ def test_the_command_keeps_results_and_writes_docs(tmp_path: Path, capsys: pytes
     page.write_text("<!-- spill -->\n<!-- /spill -->\n", "utf-8")
     run_benchmarks(["--write-docs", "--results", str(tmp_path), "--docs", str(page)])
     assert "| shuffle |" in page.read_text("utf-8")
+
+
+def test_shuffles_weigh_what_enters_an_exchange() -> None:
+    """A key of `exact` is two words, a row and a doc_id of 32 bytes with its offset: 64 bytes a document."""
+    result = toy("shuffles")
+    (run,) = result.figures["runs"]
+    arrow, disk = run["stages"]["exact"]["moved"]["exact: group equal texts"]
+    assert 64 <= arrow / run["docs"] < 66
+    assert disk > 0
+    assert run["stages"]["minhash"]["moved"]["minhash: pair"][0] <= 14 * 36 * run["docs"]
+    assert run["stages"]["minhash"]["driver"] > 10e6
+
+
+def test_components_are_measured_both_ways() -> None:
+    result = toy("components")
+    assert result.figures["here"][0]["bytes"] > 0
+    assert result.figures["there"][0]["rounds"] > 2
+    assert result.figures["there"][0]["peak"] > 10e6

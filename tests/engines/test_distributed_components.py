@@ -6,10 +6,12 @@ from core.storage import Root
 from dedup import relation
 from dedup.labels import LABELLED, distinct_edges, label_edges, label_nodes
 from dedup.minhash import found_here
+from dedup.stars import CROWD
 from tests.builders import make_job, tree_digest
 from tests.dedup.graphs import chain_of_cliques, edges_of, path, star
 
-PAIRS = [*path(9), *star(30, 20), *chain_of_cliques(3, 4, 60)]
+PAIRS = [*path(4), *star(30, 20), *chain_of_cliques(2, 4, 60)]
+CROWDS = {"spark": CROWD}  # nothing is crowded on Spark, where each verb of the other way takes half a second
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ def test_labels_and_files_are_those_of_the_driver(engine, tmp_path):
     here, there = (relation.EdgeFiles(Root(str(tmp_path / name)), "minhash", "unit") for name in ("here", "there"))
     wanted = found_here(make_job(here.root, engine), engine.table(edges), here)
     distinct = distinct_edges(engine, engine.table(edges), "test")
-    labelled, census = label_nodes(engine, distinct, "test", crowd=10)
+    labelled, census = label_nodes(engine, distinct, "test", CROWDS.get(engine.name, 20))
     pairs = label_edges(engine, distinct, labelled, relation.RELATION, "test")
     assert relation.write_there(engine, there, pairs, len(PAIRS), "test") == wanted.files
     assert engine.collect(labelled).equals(engine.collect(wanted.labelled))
