@@ -1,4 +1,4 @@
-"""One pipeline from crawl to evaluation with a root on an S3 server: the manifests of a local root, and kills that lose nothing."""
+"""One pipeline from crawl to evaluation on an S3 server: the manifests of a local root, and kills that lose nothing."""
 
 import json
 import os
