@@ -51,8 +51,8 @@ stages:
     datasets: [web]
     held_out_docs: 10
     phases: {{pretrain: {{components: [{{dataset: web, weight: 1.0, max_epochs: 40}}]}}}}
-  train: {{phase: pretrain, preset: ci, steps: 60, rows: 2, threads: 1, checkpoint_steps: 3}}
-  evaluate: {{prompts: ["The miller"], max_tokens: 4}}
+  train: {{datasets: [web], phase: pretrain, preset: ci, steps: 60, rows: 2, threads: 1, checkpoint_steps: 3}}
+  evaluate: {{datasets: [web], prompts: ["The miller"], max_tokens: 4}}
 policy:
   final:
     - {{drop: signals.words < 20, reason: too_short}}
