@@ -11,16 +11,14 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 from core.errors import ConfigError, StageError
-from core.object_store_calls import PATIENCE_S, TornError, code_of, is_unmatched, persistently
+from core.object_store_calls import REFUSALS, TornError, at_once, code_of, is_unmatched, persistently
 
-PART_BYTES = 16 << 20  # S3 allows 5 MB to 5 GB; memory is TRANSFERS parts
+PART_BYTES = 16 << 20  # S3 allows 5 MB to 5 GB; memory is TRANSFERS of them
 MOST_PARTS = 10_000  # S3's limit
-TRANSFERS = 4  # parts of one object at once
 TAIL_BYTES = 64 << 10  # what a Parquet file's footer takes, or a small file altogether
 READ_AHEAD_BYTES = 8 << 20
 PROBE_PATIENCE_S = 15.0  # before any work, a wrong endpoint should be named soon
@@ -170,15 +168,15 @@ class S3Store:
                 self._call(path, lambda c: c.abort_multipart_upload(**upload), PROBE_PATIENCE_S)
             raise
 
-    def create(self, path: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
+    def create(self, path: str, data: bytes, patience_s: float | None = None) -> bool:
         """Put `data`, which no other caller writes, only if nothing is there."""
         return self._put_if(path, data, {"IfNoneMatch": "*"}, patience_s) is not None
 
-    def replace(self, path: str, data: bytes, version: str, patience_s: float = PATIENCE_S) -> str | None:
+    def replace(self, path: str, data: bytes, version: str, patience_s: float | None = None) -> str | None:
         """Put `data`, which no other caller writes, over just this version; the new version, or None."""
         return self._put_if(path, data, {"IfMatch": version}, patience_s)
 
-    def _put_if(self, path: str, data: bytes, condition: dict[str, str], patience_s: float) -> str | None:
+    def _put_if(self, path: str, data: bytes, condition: dict[str, str], patience_s: float | None) -> str | None:
         bucket, key = _split(path)
         try:
             put = self._call(path, lambda c: c.put_object(Bucket=bucket, Key=key, Body=data, **condition), patience_s)
@@ -241,17 +239,24 @@ class S3Store:
         bucket, _ = _split(path)
         try:
             first = self.create(path, data, PROBE_PATIENCE_S)
-        except ConfigError as e:
-            self._call(bucket, lambda c: c.head_bucket(Bucket=bucket), PROBE_PATIENCE_S)
-            raise e
-        except FileNotFoundError:
-            raise ConfigError(f"root: s3://{bucket}: got no such bucket, expected an existing one") from None
+        except ConfigError:
+            self._need_bucket(bucket)  # some stores refuse to write into a bucket that is not there
+            raise
         if not first or self.create(path, data + b"2", PROBE_PATIENCE_S):
             missing.append("it ignores If-None-Match")
         elif self.replace(path, data + b"3", '"0123456789abcdef0123456789abcdef"', PROBE_PATIENCE_S) is not None:
             missing.append("it ignores If-Match")
         self._delete(path)
         return missing
+
+    def _need_bucket(self, bucket: str) -> None:
+        """A bucket that is not there is an error; of one that may not be asked about nothing is said."""
+        try:
+            with contextlib.suppress(ConfigError, StageError):
+                self._call(bucket, lambda c: c.head_bucket(Bucket=bucket), PROBE_PATIENCE_S)
+        except FileNotFoundError:
+            got, expected = REFUSALS["NoSuchBucket"]
+            raise ConfigError(f"root: s3://{bucket}: got {got}, expected {expected}") from None
 
     def _head(self, path: str) -> dict[str, Any]:
         bucket, key = _split(path)
@@ -280,7 +285,7 @@ class S3Store:
         page: dict[str, Any] = self._call(path, lambda c: c.list_objects_v2(**wanted))
         return page
 
-    def _call(self, path: str, call: Callable[[Any], T], patience_s: float = PATIENCE_S) -> T:
+    def _call(self, path: str, call: Callable[[Any], T], patience_s: float | None = None) -> T:
         return persistently(call, f"s3://{path}", patience_s)
 
 
@@ -326,18 +331,6 @@ class ObjectFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-
-def at_once(work: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-    """`work` on each item, TRANSFERS of them side by side; results in order, the first failure raised."""
-    if len(items) <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        try:
-            return list(pool.map(work, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what has begun ends, the rest does not begin
-            raise
 
 
 def _body(answer: dict[str, Any]) -> bytes:

@@ -10,7 +10,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,11 +19,12 @@ import fsspec
 
 from core.errors import ConfigError, StageError
 
-PATIENCE_S = 120.0  # all tries of one call together, from its first fault; a store that throttles recovers in seconds
+PATIENCE_S = 120.0  # from a call's first fault to its last try; a store that throttles recovers in seconds
 FIRST_WAIT_S = 0.1  # at most; doubled with each try up to LONGEST_WAIT_S, and drawn evenly from zero (full jitter)
 LONGEST_WAIT_S = 10.0
 CONNECT_S, READ_S = 10.0, 60.0  # without a connection, without a byte
 CONNECTIONS = 16
+TRANSFERS = 4  # calls of one `at_once` side by side
 
 PASSING_STATUS = {429, 500, 502, 503, 504}
 PASSING_CODES = {
@@ -42,6 +44,7 @@ PASSING_CODES = {
 ABSENT_CODES = {"NoSuchKey", "NotFound", "404"}
 UNMATCHED_CODES = {"PreconditionFailed", "412"}
 CHECK_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws"
+NO_CREDENTIALS = f"root: {{where}}: got no credentials, expected an access key and its secret; {CHECK_CREDENTIALS}"
 REFUSALS = {  # code -> (got, expected; next step)
     "SignatureDoesNotMatch": ("a wrong secret", f"the secret of this access key; {CHECK_CREDENTIALS}"),
     "InvalidAccessKeyId": ("an access key that the store does not know", f"a key of this store; {CHECK_CREDENTIALS}"),
@@ -108,7 +111,7 @@ def _fsspec_settings() -> dict[str, Any]:
     unknown = sorted(set(settings) - FSSPEC_SETTINGS - FSSPEC_TUNING)
     if unknown:
         raise ConfigError(
-            f"root: fsspec's s3 setting {unknown[0]!r} has no meaning for a root, expected some of "
+            f"root: s3://: got fsspec's s3 setting {unknown[0]!r}, which means nothing here, expected some of "
             f"{', '.join(sorted(FSSPEC_SETTINGS))}; remove it or use ~/.aws/config"
         )
     return {name: value for name, value in settings.items() if name in FSSPEC_SETTINGS}
@@ -119,8 +122,10 @@ def _client(settings: dict[str, Any]) -> Any:
         import botocore.config
         import botocore.session
     except ImportError as e:
-        raise ConfigError("root: s3:// needs the package s3fs, got none; pip install 'stepwell[s3]'") from e
-    from botocore.exceptions import BotoCoreError
+        raise ConfigError(
+            "root: s3://: got no package botocore, expected what s3fs brings; pip install 'stepwell[s3]'"
+        ) from e
+    from botocore.exceptions import BotoCoreError, PartialCredentialsError
 
     config = {
         "connect_timeout": CONNECT_S,
@@ -139,17 +144,20 @@ def _client(settings: dict[str, Any]) -> Any:
     try:
         session = botocore.session.Session(profile=settings.get("profile"))
         return session.create_client("s3", config=botocore.config.Config(**config), **given)
+    except PartialCredentialsError:
+        raise ConfigError(NO_CREDENTIALS.format(where="s3://")) from None
     except (BotoCoreError, TypeError, ValueError) as e:
         raise ConfigError(
-            f"root: cannot set up a client for s3://, got {type(e).__name__}; check AWS_ENDPOINT_URL, ~/.aws/config and "
-            "fsspec's settings"
+            f"root: cannot set up a client for s3://, got {type(e).__name__}, expected usable settings; check AWS_ENDPOINT_URL, "
+            "~/.aws/config and fsspec's settings"
         ) from None  # its message may quote a setting
 
 
-def persistently(call: Callable[[Any], T], where: str, patience_s: float = PATIENCE_S) -> T:
-    """`call(client)`, repeated while its faults are passing ones, for at most about `patience_s`. A key that is not there is
-    FileNotFoundError, an unmet condition botocore's ClientError; the rest ConfigError or StageError, naming `where`."""
-    tries, began = 0, time.monotonic()
+def persistently(call: Callable[[Any], T], where: str, patience_s: float | None = None) -> T:
+    """`call(client)`, repeated while its faults are passing ones, for at most about `patience_s` (PATIENCE_S). A key that is
+    not there is FileNotFoundError, an unmet condition botocore's ClientError, the rest ConfigError or StageError."""
+    tries, began = 0, 0.0
+    patience_s = PATIENCE_S if patience_s is None else patience_s
     draw = random.SystemRandom()  # for waiting only: workers that were throttled together must not come back together
     while True:
         client = connect()
@@ -157,6 +165,7 @@ def persistently(call: Callable[[Any], T], where: str, patience_s: float = PATIE
             return call(client)
         except Exception as e:
             tries += 1
+            began = began or time.monotonic()
             waited = time.monotonic() - began
             if not _is_passing(e):
                 final = _final(e, where, client)
@@ -168,6 +177,18 @@ def persistently(call: Callable[[Any], T], where: str, patience_s: float = PATIE
                 raise _given_up(e, where, client, tries, waited) from e
             log.debug("%s: %s, try %d", where, _said(e), tries + 1)
         time.sleep(wait_s)
+
+
+def at_once(work: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    """`work` on each item, TRANSFERS of them side by side; results in order, the first failure raised."""
+    if len(items) <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has begun ends, the rest does not begin
+            raise
 
 
 def code_of(error: BaseException) -> str:
@@ -188,13 +209,20 @@ def _status_of(error: BaseException) -> int:
 def _is_passing(error: Exception) -> bool:
     import botocore.exceptions as known
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError  # as botocore lets it through when an error's own body is torn
 
     if isinstance(error, known.ClientError):
         return code_of(error) in PASSING_CODES or _status_of(error) in PASSING_STATUS
     if isinstance(error, known.SSLError):
         return "CERTIFICATE" not in str(error).upper()
-    torn = (known.HTTPClientError, known.IncompleteReadError, known.FlexibleChecksumError, ResponseParserError)
-    return isinstance(error, (*torn, TornError, ConnectionError))
+    torn = (
+        known.ConnectionError,
+        known.HTTPClientError,
+        known.IncompleteReadError,
+        known.FlexibleChecksumError,
+        ResponseParserError,
+    )
+    return isinstance(error, (*torn, HTTPError, TornError, ConnectionError))
 
 
 def _final(error: Exception, where: str, client: Any) -> Exception:

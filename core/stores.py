@@ -59,7 +59,7 @@ def open_store(url: str) -> tuple[Store, str]:
             raise ConfigError(f"root: got {url}, expected s3://bucket/folder")
         return S3Store(), rest.strip("/")
     try:
-        fs, base = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if separator else {}))
+        fs, base = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as e:
         raise ConfigError(f"root: cannot open {url!r}: {e}; use a local path or install the protocol's package") from e
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
@@ -69,7 +69,8 @@ def open_store(url: str) -> tuple[Store, str]:
 
 
 class FsspecStore:
-    """Any fsspec file system, as far as its driver goes: its retries, its caches, its errors."""
+    """Any fsspec file system, as far as its driver goes: its retries, its errors. Its cache of listings is emptied before every
+    question, as other processes write here too."""
 
     is_local = False
 
@@ -77,12 +78,15 @@ class FsspecStore:
         self._fs, self._puts_whole = fs, puts_whole
 
     def exists(self, path: str) -> bool:
+        self._fs.invalidate_cache()
         return bool(self._fs.exists(path))
 
     def size(self, path: str) -> int:
+        self._fs.invalidate_cache()
         return int(self._fs.size(path))
 
     def open(self, path: str) -> IO[bytes]:
+        self._fs.invalidate_cache()  # a size that is remembered would cut what was rewritten since
         return self._fs.open(path, "rb")
 
     open_random = open
@@ -150,10 +154,12 @@ class FsspecStore:
         self._fs.mv(source, target)
 
     def remove(self, path: str) -> None:
+        self._fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(path, recursive=True)
 
     def names(self, path: str) -> list[str]:
+        self._fs.invalidate_cache()
         try:
             return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False))
         except FileNotFoundError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.store.proxy import Proxy
 from tests.store.seaweed import KEY, SECRET, Seaweed, weed
 
 
@@ -69,3 +70,12 @@ def s3(store, monkeypatch) -> Store:
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     return store
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch) -> Proxy:
+    """This process's (and its children's) way to the server, in which faults can be set."""
+    between = Proxy(s3.endpoint, stall_s=3.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+    yield between
+    between.close()

@@ -127,9 +127,20 @@ class Seaweed:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
+    def text(self, bucket: str) -> list[str]:
+        """Every object's bytes as text, to look for what must not be there."""
+        client = self.client()
+        return [client.get_object(Bucket=bucket, Key=k)["Body"].read().decode("latin-1") for k in self.keys(bucket)]
+
     def unfinished(self, bucket: str) -> list[str]:
-        """Keys of multipart uploads that were begun and neither completed nor aborted."""
-        return [upload["Key"] for upload in self.client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])]
+        """Keys of multipart uploads that were neither completed nor aborted and hold parts, which somebody pays for."""
+        client = self.client()
+        begun = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+        return [
+            u["Key"]
+            for u in begun
+            if client.list_parts(Bucket=bucket, Key=u["Key"], UploadId=u["UploadId"]).get("Parts")
+        ]
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
