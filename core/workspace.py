@@ -7,10 +7,12 @@ safe in the store, under the files' own names, and a later entry, here or on ano
     FOLDER/.workspace.json     the index: an id of the commit, size and content hash of every file, moves not yet done
     FOLDER/.staged/<commit>/   changed files of a commit that is under way
 
+A folder without an index, as in a local root that was copied to the store, is read once and gets one.
+
 A commit puts changed files under staged names, then writes the index, which is the moment it holds, then moves them to their
 names. A kill before the index leaves the commit before it in force; after it, the next entry ends the moves. So names never mix
-two commits for a reader that comes after a commit, and nothing is ever listed. Cost: each changed file crosses the network once
-and is copied once within the store.
+two commits for a reader that comes after a commit, and a folder with an index is never listed. Cost: each changed file crosses
+the network once and is copied once within the store.
 
 The mirror of a killed run is used again where it began from the very commit that the store has now, and then holds work that is
 newer; otherwise it is filled anew with what differs. One process at a time works in a folder: the runner's lock says so for all
@@ -72,8 +74,15 @@ class _Index:
 class Mirror:
     """A folder of an object store, mirrored in `path`."""
 
-    def __init__(self, root: Root, folder: str, needs: Callable[[Collection[str]], Collection[str]] | None) -> None:
+    def __init__(
+        self,
+        root: Root,
+        folder: str,
+        needs: Callable[[Collection[str]], Collection[str]] | None,
+        apart: Collection[str],
+    ) -> None:
         self.root, self.folder, self.path = root, folder, place_of(root) / folder
+        self._apart = apart
         self._needs = needs or (lambda names: names)
         self._seen: dict[str, tuple[int, int, str]] = {}  # name -> size, mtime_ns, content when last looked at
         self._released: set[str] = set()  # committed, and not needed here
@@ -104,10 +113,7 @@ class Mirror:
 
     def enter(self) -> None:
         """Be at least as new as the store: for one who will write."""
-        index = self._read_index()
-        self._index = index or _Index(uuid.uuid4().hex)
-        if index is None:
-            self._write_index()  # an id, by which a mirror of a run that is killed before its first commit knows its store
+        self._index = self._read_index() or self._adopt()
         if self._index.moves or self._index.gone:
             self._publish(again=True)
         state = self._state()
@@ -118,15 +124,26 @@ class Mirror:
 
     def enter_to_read(self) -> None:
         """Hold just what the store holds."""
-        index = self._read_index()
-        if index is None or index.moves:
+        self._index = self._read_index() or self._adopt()
+        if not self._index.files or self._index.moves:
             raise StageError(
-                f"{self.folder}: {'no such folder' if index is None else 'a commit is not done'} in {self.root.url}; run the "
+                f"{self.folder}: {'a commit is not done' if self._index.moves else 'nothing is'} in {self.root.url}; run the "
                 "stage that writes it, then try again"
             )
-        self._index = index
         self._state()
         self.fill()
+
+    def _adopt(self) -> _Index:
+        """The first index of a folder: of nothing, or of what a local root had there before it was copied to the store. It has
+        an id, by which the mirror of a run that is killed before its first commit knows its store."""
+        index = _Index(uuid.uuid4().hex)
+        for name in _names_below(self.root, self.folder):
+            if name not in self._apart:
+                fetch(self.root, f"{self.folder}/{name}", self.path / name, None)
+                index.files[name] = look(self.path / name)
+        self._index = index
+        self._write_index()
+        return index
 
     def fill(self) -> None:
         """Fetch what differs from the store's files, and remove what it does not have."""
@@ -136,6 +153,7 @@ class Mirror:
         for name, path in _scan(self.path).items():
             if name not in needed or self._look(name, path) != stored[name]:
                 path.unlink()
+        _remove_empty(self.path)
         missing = [name for name in needed if not (self.path / name).exists()]
         make_room(sum(stored[name].bytes for name in missing), self.folder)
         for name in missing:
@@ -230,17 +248,22 @@ Workspace = Plain | Mirror
 
 @contextlib.contextmanager
 def workspace(
-    root: Root, folder: str, needs: Callable[[Collection[str]], Collection[str]] | None = None, keep: bool = True
+    root: Root,
+    folder: str,
+    needs: Callable[[Collection[str]], Collection[str]] | None = None,
+    apart: Collection[str] = (),
+    keep: bool = True,
 ) -> Iterator[Workspace]:
     """`folder` of a root to write to on this machine; commits when asked, never by itself.
 
-    `needs` chooses of the committed names those that must lie here (default all), such as all but closed WARC files. With `keep`
-    false a mirror is removed when the block ends well. StageError where another process of this machine is in it.
+    `needs` chooses of the committed names those that must lie here (default all), such as all but closed WARC files. Files named
+    in `apart` are written into the same folder of the root by other means, and are none of ours. With `keep` false a mirror is
+    removed when the block ends well. StageError where another process of this machine is in it.
     """
     if root.is_local:
         yield Plain(root.local_path(folder))
         return
-    mirror = Mirror(root, folder, needs)
+    mirror = Mirror(root, folder, needs, apart)
     with _alone(mirror.path, 0.0):
         mirror.enter()
         yield mirror
@@ -248,11 +271,11 @@ def workspace(
             shutil.rmtree(mirror.path)
 
 
-def mirrored(root: Root, folder: str) -> Path:
+def mirrored(root: Root, folder: str, apart: Collection[str] = ()) -> Path:
     """`folder` of a root as it was last committed, to be read on this machine."""
     if root.is_local:
         return root.local_path(folder)
-    mirror = Mirror(root, folder, None)
+    mirror = Mirror(root, folder, None, apart)
     with _alone(mirror.path, READER_WAIT_S):
         mirror.enter_to_read()
     return mirror.path
@@ -281,6 +304,24 @@ def _scan(folder: Path) -> dict[str, Path]:
     """All files below a folder save our own, by their '/'-separated names."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((OWN, PART)))
     return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _names_below(root: Root, folder: str, prefix: str = "") -> Iterator[str]:
+    """Names of all files below a folder of a store, but those with our own names."""
+    for name in root.names(f"{folder}/{prefix}".rstrip("/")):
+        inner = root.names(f"{folder}/{prefix}{name}")
+        if inner in ([], [name]):  # a file, as this or that store answers
+            if not name.startswith(OWN):
+                yield prefix + name
+        elif name != STAGED:
+            yield from _names_below(root, folder, f"{prefix}{name}/")
+
+
+def _remove_empty(folder: Path) -> None:
+    """Folders without files do not exist in a store, and must not outlive theirs here."""
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -76,3 +76,12 @@ def sniff(content_type: str, head: bytes) -> str | None:
         return "html"
     kind = TYPES.get(named)
     return None if kind in ("pdf", "epub") else kind  # named so, but the bytes say otherwise
+
+
+def parameter(header: str, name: str) -> str:
+    """A parameter of a Content-Type header, '' where it is absent or empty."""
+    for part in header.split(";")[1:]:
+        key, _, value = part.partition("=")
+        if key.strip().lower() == name:
+            return value.strip().strip("\"'")
+    return ""

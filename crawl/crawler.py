@@ -23,6 +23,7 @@ from core.hashing import seeded
 
 from .addresses import RefusedError
 from .config import CrawlConfig
+from .content import parameter
 from .fetch import BudgetSpent, Capture, Fetcher, UnfetchedError
 from .frontier import Frontier, Lease, Outcome, RobotsRow
 from .links import PageLinks, directives, read_links
@@ -207,7 +208,7 @@ class Crawler:
     async def _links(self, capture: Capture) -> PageLinks:
         if capture.kind != "html":
             return PageLinks()
-        charset = _parameter(capture.header("content-type"), "charset")
+        charset = parameter(capture.header("content-type"), "charset")
         body = bytes(capture.content)
         if len(body) > IN_THREAD_BYTES:
             page = await asyncio.to_thread(read_links, body, charset, capture.url)
@@ -343,12 +344,3 @@ def _metadata(lease: Lease, capture: Capture, page: PageLinks, robots: Robots) -
         "links": len(page.links),
         "use": said,
     }
-
-
-def _parameter(header: str, name: str) -> str:
-    """A parameter of a Content-Type header, '' where it is absent or empty."""
-    for part in header.split(";")[1:]:
-        key, _, value = part.partition("=")
-        if key.strip().lower() == name:
-            return value.strip().strip("\"'")
-    return ""

@@ -92,7 +92,7 @@ def train(job: Job) -> Outcome:
         checkpoint_steps=config.checkpoint_steps,
     )
     with (
-        workspace(job.root, folder) as place,
+        workspace(job.root, folder, apart=[EVALUATION]) as place,
         job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance,
     ):
 
@@ -115,7 +115,7 @@ def model_folder(root: Root, instance: str) -> Path:
     trained = read_manifest(root, instance, None)
     if trained is None:
         raise ConfigError(f"train: no model of {instance!r} in {root.url}; list that stage before, or correct the name")
-    return mirrored(root, trained.outputs["weights"]["folder"])
+    return mirrored(root, trained.outputs["weights"]["folder"], apart=[EVALUATION])
 
 
 def evaluate(job: Job) -> Outcome:

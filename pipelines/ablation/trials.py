@@ -44,6 +44,7 @@ AA_ORDER = 1 << 32  # added to the seed: no seed of an order that a person would
 # duplicates are such documents even where an arm's rules only drop more.
 MAX_UNTOKENISED_FRACTION = 0.02  # chosen, untested
 CHECKPOINT_STEPS = 50
+LOSSES_FILE = "losses.parquet"
 LOSSES = pa.schema([("domain", TEXT), ("bytes", pa.int64()), ("tokens", pa.int64()), ("bits", pa.float64())])
 
 
@@ -89,7 +90,7 @@ class Trial:
 
     @property
     def losses(self) -> str:
-        return f"{self.folder}/losses.parquet"
+        return f"{self.folder}/{LOSSES_FILE}"
 
 
 def run_trials(job: Job) -> Outcome:
@@ -152,7 +153,7 @@ class TrialUnits:
         from moe.trainer import train
 
         plan, source = from_json(trial.plan), MixtureSource(self.root, trial.mixture)
-        with workspace(self.root, trial.folder, keep=False) as folder:
+        with workspace(self.root, trial.folder, apart=[LOSSES_FILE], keep=False) as folder:
 
             def on_step(row: dict[str, Any]) -> None:
                 note()

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import pytest
+import xxhash
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -16,7 +17,7 @@ from core import cache
 from core.cache import cache_folder, fetched, make_room
 from core.errors import StageError
 from core.storage import Root
-from core.workspace import INDEX, STAGED, STATE, Mirror, Plain, mirrored, workspace
+from core.workspace import INDEX, STAGED, mirrored, workspace
 
 FOLDER = "captures/web"
 NAMES = st.sampled_from(["a", "b.txt", "sub/c", "sub/deep/d", "e"])
@@ -168,7 +169,8 @@ class Machines(RuleBasedStateMachine):
         with workspace(Root(self.url), FOLDER) as folder:
             assert files(folder.path) == self.stored
             folder.commit()  # of nothing new
-        assert files(mirrored(Root(self.url), FOLDER)) == self.stored
+        if self.stored:
+            assert files(mirrored(Root(self.url), FOLDER)) == self.stored
         assert below(Root(self.url)) == self.stored
 
     def teardown(self) -> None:
@@ -178,11 +180,11 @@ class Machines(RuleBasedStateMachine):
             shutil.rmtree(self.base, ignore_errors=True)
 
 
-def below(root: Root) -> dict[str, bytes]:
-    """All objects of the folder but the index."""
-    fs = root._fs
-    names = [name[len(root.path(FOLDER)) + 1 :] for name in fs.find(root.path(FOLDER))]
-    return {name: root.read_bytes(f"{FOLDER}/{name}") for name in names if name != INDEX}
+def below(root: Root, folder: str = FOLDER) -> dict[str, bytes]:
+    """All objects of the folder but the index, as fsspec lists them."""
+    fs, base = fsspec.core.url_to_fs(f"{root.url}/{folder}")
+    names = [name[len(base) + 1 :] for name in fs.find(base)]
+    return {name: root.read_bytes(f"{folder}/{name}") for name in names if name != INDEX}
 
 
 def test_any_sequence_of_writes_commits_and_kills_ends_as_the_last_commit(tmp_path, monkeypatch):
@@ -190,3 +192,135 @@ def test_any_sequence_of_writes_commits_and_kills_ends_as_the_last_commit(tmp_pa
     monkeypatch.setenv(cache.CACHE_ENV, "")  # restored when the test ends
     quick = settings(max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Machines, settings=quick)
+
+
+def test_a_local_root_is_worked_in_itself(tmp_path):
+    root = Root(str(tmp_path))
+    (tmp_path / FOLDER).mkdir(parents=True)
+    with workspace(root, FOLDER) as folder:
+        assert folder.path == tmp_path / FOLDER == mirrored(root, FOLDER)
+        write(folder.path, a="1", b="23")
+        folder.commit()
+        assert folder.committed(lambda name: name == "b") == {"b": (2, xxhash.xxh3_128_hexdigest(b"23"))}
+    assert files(tmp_path / FOLDER) == {"a": b"1", "b": b"23"}
+
+
+def test_only_changed_files_cross_and_removed_ones_go(caches, root):
+    with workspace(root, FOLDER) as folder:
+        write(folder.path, a="1", b="2", c="3")
+        folder.commit()
+    puts: list[str] = []
+    counted = Counting(root.url, puts)
+    with workspace(counted, FOLDER) as folder:
+        write(folder.path, b="two", d="4")
+        (folder.path / "c").unlink()
+        folder.commit()
+        assert len([name for name in puts if STAGED in name]) == 2
+        puts.clear()
+        folder.commit()
+        assert puts == []
+    assert below(root) == {"a": b"1", "b": b"two", "d": b"4"}
+
+
+class Counting(Root):
+    """A root that says what is put into it."""
+
+    def __init__(self, url: str, puts: list[str]) -> None:
+        super().__init__(url)
+        self.puts = puts
+
+    def writing(self, name):
+        self.puts.append(name)
+        return super().writing(name)
+
+
+def test_closed_files_leave_this_machine_and_stay_committed(caches, root):
+    def needs(names):
+        return [name for name in names if name == max(names)]
+
+    with workspace(root, FOLDER, needs) as folder:
+        for name in "abc":
+            write(folder.path, **{name: name * 3})
+            folder.commit()
+            assert list(files(folder.path)) == [name]
+        assert list(folder.committed(lambda name: True)) == ["a", "b", "c"]
+    caches("two")
+    with workspace(root, FOLDER, needs) as folder:
+        assert files(folder.path) == {"c": b"ccc"}
+        write(folder.path, c="longer")
+        folder.commit()
+    assert below(root) == {"a": b"aaa", "b": b"bbb", "c": b"longer"}
+
+
+def test_files_may_be_committed_from_elsewhere(caches, root, tmp_path):
+    (tmp_path / "copy").write_text("a consistent copy")
+    with workspace(root, FOLDER) as folder:
+        write(folder.path, live="being written", log="1")
+        folder.commit({"live": tmp_path / "copy", "log": folder.path / "log"})
+    assert below(root) == {"live": b"a consistent copy", "log": b"1"}
+
+
+def test_a_folder_that_was_copied_to_the_store_is_taken_over(caches, root):
+    for name in ("web-00000.warc.gz", "sub/x", "evaluation.json", ".workspace.lock"):
+        root.write_bytes(f"{FOLDER}/{name}", name.encode())
+    with workspace(root, FOLDER, apart=["evaluation.json"]) as folder:
+        assert set(files(folder.path)) == {"web-00000.warc.gz", "sub/x"}
+        folder.commit()
+    assert files(mirrored(root, FOLDER)) == files(folder.path)
+    assert root.exists(f"{FOLDER}/evaluation.json")
+
+
+def test_a_folder_removed_from_the_store_begins_anew(caches, root):
+    with workspace(root, FOLDER) as folder:
+        (folder.path / "step-1").mkdir()
+        (folder.path / "step-1" / "weights").write_text("w")
+        folder.commit()
+    root.remove(FOLDER)
+    with workspace(root, FOLDER) as folder:
+        assert [p.name for p in folder.path.iterdir() if not p.name.startswith(".")] == []
+    with pytest.raises(StageError, match="nothing is in memory:"):
+        mirrored(root, FOLDER)
+
+
+def test_a_file_that_something_else_wrote_is_named(caches, root):
+    with workspace(root, FOLDER) as folder:
+        write(folder.path, a="1")
+        folder.commit()
+    root.write_bytes(f"{FOLDER}/a", b"2")
+    caches("two")
+    with pytest.raises(
+        StageError, match=r"captures/web/a: not the file that the index of its folder names, got 1 bytes"
+    ):
+        mirrored(root, FOLDER)
+    root.write_bytes(f"{FOLDER}/{INDEX}", b"{}")
+    with pytest.raises(StageError, match="not an index of ours"), workspace(root, FOLDER):
+        pass
+
+
+def test_two_processes_of_a_machine_do_not_share_a_folder(caches, root):
+    with (
+        workspace(root, FOLDER),
+        pytest.raises(StageError, match="in use by another process"),
+        workspace(Root(root.url), FOLDER),
+    ):
+        pass
+    with workspace(root, FOLDER, keep=False) as folder:
+        write(folder.path, a="1")
+        folder.commit()
+    assert not folder.path.exists()
+    assert below(root) == {"a": b"1"}
+
+
+def test_fetched_files_come_once_and_make_room(caches, root, tmp_path):
+    for end in ("bin", "idx"):
+        root.write_bytes(f"tokens/s0.{end}", end.encode())
+    paths = fetched(root, ["tokens/s0.idx", "tokens/s0.bin"], "abcdef")
+    assert [path.read_bytes() for path in paths] == [b"idx", b"bin"]
+    root.remove("tokens")
+    assert fetched(root, ["tokens/s0.idx", "tokens/s0.bin"], "abcdef") == paths
+    with pytest.raises(FileNotFoundError):
+        fetched(root, ["tokens/s0.bin"], "other")
+    with pytest.raises(StageError, match=r"cache: models/x needs .* GB below .*; make room, or name a larger disk"):
+        make_room(1 << 60, "models/x")
+    assert not paths[0].exists()
+    assert fetched(Root(str(tmp_path)), ["a/b"], "abcdef") == [tmp_path / "a/b"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from core.hashing import seeded
 from core.storage import Root
 from mixtures.augment.answers import AnswersConfig, answers_name, estimate
 from mixtures.augment.endpoint import backoff, parsed, retry_after
-from mixtures.augment.log import AnswerLog, known_keys
+from mixtures.augment.log import PART_BYTES, AnswerLog, known_keys
 from mixtures.augment.pace import Pace
 from mixtures.augment.prompts import TEMPLATES, Sampling, closing_mark, make_request
 from tests.mixtures.augment_roots import knobs, log_lines, make_root, passage, run_answers, write_passages
@@ -354,6 +355,45 @@ def test_a_torn_line_is_cut_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="line 1"):
         AnswerLog(root, "log")
     assert path.read_bytes().count(b"\n") == 2
+
+
+def test_a_log_in_a_store_holds_what_was_appended_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    local, root = make_root(tmp_path, 8), Root(f"memory://{uuid.uuid4().hex}")
+    write_passages(root, [passage(i) for i in range(8)])
+    with ChatServer(good) as server:
+        outcome = run_answers(root, endpoint=server.url)
+        assert run_answers(root, endpoint=server.url).outputs == outcome.outputs
+        assert len(server.requests) == 8
+        assert run_answers(local, endpoint=server.url).outputs == outcome.outputs
+    lines = root.read_bytes("captures/answers/answers.jsonl").splitlines()
+    assert {json.loads(line)["key"] for line in lines} == known_keys(root, "captures/answers")
+    assert len(lines) == 8
+
+
+def test_parts_of_a_log_in_a_store_are_closed_and_read_in_order() -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    big = "x" * (PART_BYTES // 3)
+    for first in range(0, 40, 10):  # four runs of the machine
+        with AnswerLog(root, "log") as log:
+            assert set(log.entries) == {f"{i}" for i in range(first)}
+            for i in range(first, first + 10):
+                log.append([{"key": f"{i}", "text": big}])
+    names = root.names("log")
+    assert names == sorted(["answers.jsonl", *(f"answers-{n:05d}.jsonl" for n in range(1, 14))])
+    assert max(root.size(f"log/{name}") for name in names) < 2 * PART_BYTES
+    assert known_keys(root, "log") == {f"{i}" for i in range(40)}
+
+
+def test_a_torn_local_log_that_was_copied_to_a_store_goes_on() -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    root.write_bytes("log/answers.jsonl", b'{"key": "a"}\n{"key": "b", "te')
+    with AnswerLog(root, "log") as log:
+        assert (set(log.entries), log.torn_bytes) == ({"a"}, 16)
+        log.append([{"key": "b"}])
+    assert root.read_bytes("log/answers.jsonl") == b'{"key": "a"}\n{"key": "b"}\n'
+    root.write_bytes("log/answers.jsonl", b'{"key": 7}\n')
+    with pytest.raises(StageError, match=r"line 1 of log/answers\.jsonl is damaged"):
+        AnswerLog(root, "log")
 
 
 def test_the_order_of_the_log_does_not_matter(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One pipeline from crawl to evaluation with a root on an S3 server: the manifests of a local root, and kills that lose nothing."""
+"""One pipeline from crawl to evaluation on an S3 server: the manifests of a local root, and kills that lose nothing."""
 
 import json
 import os
@@ -51,8 +51,8 @@ stages:
     datasets: [web]
     held_out_docs: 10
     phases: {{pretrain: {{components: [{{dataset: web, weight: 1.0, max_epochs: 40}}]}}}}
-  train: {{phase: pretrain, preset: ci, steps: 60, rows: 2, threads: 1, checkpoint_steps: 3}}
-  evaluate: {{prompts: ["The miller"], max_tokens: 4}}
+  train: {{datasets: [web], phase: pretrain, preset: ci, steps: 60, rows: 2, threads: 1, checkpoint_steps: 3}}
+  evaluate: {{datasets: [web], prompts: ["The miller"], max_tokens: 4}}
 policy:
   final:
     - {{drop: signals.words < 20, reason: too_short}}
