@@ -95,6 +95,39 @@ def test_a_demand_that_no_node_meets_is_refused_and_a_laptop_is_not(ray_engine):
     assert [r.value for r in ray_engine.run_units(squared, [Unit("u", 2)], "raters", resources=modest)] == [4]
 
 
+def test_nodes_that_are_gone_for_good_end_the_wait(ray_engine):
+    from core.engines.ray_cluster import Place, Room
+
+    assert Room(Place(), "work", lost_s=0.0).count() == 2
+    with pytest.raises(
+        StageError, match=r"^work: the nodes with 64 CPUs for a worker are gone for 0 s; bring them back"
+    ):
+        Room(Place(cpus=64.0), "work", lost_s=0.0).count()
+
+
+@pytest.mark.parametrize(
+    ("asked", "ours", "place"),
+    [
+        (None, False, (1.0, 0.0, 0)),
+        (Resources(cpus=0.5, gpus=0.25, memory_gb=1.5), False, (0.5, 0.25, 1_500_000_000)),
+        (
+            Resources(cpus=2.5, gpus=1.5, memory_gb=1.0),
+            False,
+            (3.0, 2.0, 1_000_000_000),
+        ),  # Ray wants whole ones above one
+        (Resources(cpus=8, memory_gb=100.0), True, (2.0, 0.0, 0)),
+    ],
+)
+def test_what_is_set_aside_and_how_often_it_fits(asked, ours, place):
+    require("ray")
+    from core.engines.ray_cluster import Place, place_for
+
+    assert place_for(asked, ours, 2) == Place(*place)
+    assert Place(2.0, 0.5, 1 << 30).fits({"CPU": 9.0, "GPU": 1.0, "memory": float(8 << 30)}) == 2
+    assert Place(2.0).fits({"CPU": 9.0}) == 4
+    assert Place(1.0, 1.0).fits({"CPU": 9.0}) == 0
+
+
 @pytest.mark.parametrize("block", [700, 1 << 20])
 def test_frames_do_not_depend_on_blocks(ray_engine, block, tmp_path):
     """Blocks smaller than a partition: several tables a unit, slices read in passes, one hot key."""
