@@ -56,7 +56,7 @@ def test_documents_that_kill_or_hang_cost_the_stage_they_hit(ray_engine, tmp_pat
     """The layers that `local` gives for the same texts (tests/core/test_annotate.py)."""
     root = Root(str(tmp_path / "root"))
     dataset = make_dataset(root, "web", [["a", "die", "bb", "hang"], ["fine"]], row_group=2)
-    annotate(ray_engine, dataset, [run_of()], 3.0)
+    annotate(ray_engine, dataset, [run_of()], 8.0)
     lost = "worker_lost: the worker died or hung on this document"
     assert column(dataset, "length", "chars") == [1, None, 2, None, 4]
     assert column(dataset, "length", "error") == [None, lost, None, lost, None]
