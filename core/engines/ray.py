@@ -32,7 +32,7 @@ GROUP_BYTES = 4 << 20  # smaller tables are worked on together: a task costs abo
 TASKS = 4  # per worker where a frame is small, so that the last ones end about together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A table in the object store. It lives as long as a reference to it."""
 

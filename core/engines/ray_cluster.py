@@ -107,22 +107,22 @@ def _spoken(amounts: Mapping[str, float], place: Place) -> str:
 class Room:
     """How many workers of one size the cluster has room for, looked up now and then: nodes come and go."""
 
-    def __init__(self, place: Place, label: str) -> None:
-        self.place, self.label = place, label
+    def __init__(self, place: Place, label: str, lost_s: float = LOST_S) -> None:
+        self.place, self.label, self.lost_s = place, label, lost_s
         self._count = places(place)
         self._looked = self._some = time.monotonic()
 
     def count(self) -> int:
-        """StageError if there has been no room at all for LOST_S: Ray would wait for ever."""
+        """StageError if there has been no room at all for `lost_s`: Ray would wait for ever."""
         now = time.monotonic()
         if now - self._looked > LOOK_S:
             self._count, self._looked = places(self.place), now
         if self._count:
             self._some = now
-        elif now - self._some > LOST_S:
+        elif now - self._some > self.lost_s:
             raise StageError(
                 f"{self.label}: the nodes with {_spoken(self.place.wanted(), self.place)} for a worker are gone for "
-                f"{LOST_S:.0f} s; bring them back and run again"
+                f"{self.lost_s:.0f} s; bring them back and run again"
             )
         return self._count
 

@@ -55,7 +55,7 @@ class Cluster:
         self.other = None
 
 
-NODE = {"object_store_memory": 100 << 20, "memory": 2 << 30}
+NODE = {"object_store_memory": 100 << 20, "memory": 4 << 30}  # signals asks for 3 GB
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +178,9 @@ def test_memory_is_reserved_on_a_cluster(nodes, tmp_path):
         fits = Resources(memory_gb=1.5, load_once=True)
         assert [r.value for r in engine.run_units(squared, [Unit("u", 3)], "small", 60, fits)] == [9]
         with pytest.raises(
-            ConfigError, match=r"^raters: one worker needs 1 CPUs, 3 GB, got nodes with at most 1 CPUs, 2.1 "
+            ConfigError, match=r"^raters: one worker needs 1 CPUs, 5 GB, got nodes with at most 1 CPUs, 4.2 "
         ):
-            engine.run_units(squared, [Unit("u", 3)], "raters", 60, Resources(memory_gb=3.0))
+            engine.run_units(squared, [Unit("u", 3)], "raters", 60, Resources(memory_gb=5.0))
     finally:
         engine.close()
 

@@ -56,7 +56,7 @@ def test_documents_that_kill_or_hang_cost_the_stage_they_hit(ray_engine, tmp_pat
     """The layers that `local` gives for the same texts (tests/core/test_annotate.py)."""
     root = Root(str(tmp_path / "root"))
     dataset = make_dataset(root, "web", [["a", "die", "bb", "hang"], ["fine"]], row_group=2)
-    annotate(ray_engine, dataset, [run_of()], 3.0)
+    annotate(ray_engine, dataset, [run_of()], 8.0)
     lost = "worker_lost: the worker died or hung on this document"
     assert column(dataset, "length", "chars") == [1, None, 2, None, 4]
     assert column(dataset, "length", "error") == [None, lost, None, lost, None]
@@ -93,6 +93,39 @@ def test_a_demand_that_no_node_meets_is_refused_and_a_laptop_is_not(ray_engine):
         ray_engine.run_units(squared, [Unit("u", 2)], "raters", resources=Resources(gpus=1, memory_gb=2))
     modest = Resources(cpus=64, memory_gb=1000)  # on `local` it would run here as well
     assert [r.value for r in ray_engine.run_units(squared, [Unit("u", 2)], "raters", resources=modest)] == [4]
+
+
+def test_nodes_that_are_gone_for_good_end_the_wait(ray_engine):
+    from core.engines.ray_cluster import Place, Room
+
+    assert Room(Place(), "work", lost_s=0.0).count() == 2
+    with pytest.raises(
+        StageError, match=r"^work: the nodes with 64 CPUs for a worker are gone for 0 s; bring them back"
+    ):
+        Room(Place(cpus=64.0), "work", lost_s=0.0).count()
+
+
+@pytest.mark.parametrize(
+    ("asked", "ours", "place"),
+    [
+        (None, False, (1.0, 0.0, 0)),
+        (Resources(cpus=0.5, gpus=0.25, memory_gb=1.5), False, (0.5, 0.25, 1_500_000_000)),
+        (
+            Resources(cpus=2.5, gpus=1.5, memory_gb=1.0),
+            False,
+            (3.0, 2.0, 1_000_000_000),
+        ),  # Ray wants whole ones above one
+        (Resources(cpus=8, memory_gb=100.0), True, (2.0, 0.0, 0)),
+    ],
+)
+def test_what_is_set_aside_and_how_often_it_fits(asked, ours, place):
+    require("ray")
+    from core.engines.ray_cluster import Place, place_for
+
+    assert place_for(asked, ours, 2) == Place(*place)
+    assert Place(2.0, 0.5, 1 << 30).fits({"CPU": 9.0, "GPU": 1.0, "memory": float(8 << 30)}) == 2
+    assert Place(2.0).fits({"CPU": 9.0}) == 4
+    assert Place(1.0, 1.0).fits({"CPU": 9.0}) == 0
 
 
 @pytest.mark.parametrize("block", [700, 1 << 20])
@@ -220,8 +253,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_driver_that_ends_takes_its_ray_with_it(number, tmp_path):
+    """SIGTERM ends this driver on the spot, as kill -9 would; Ctrl-C lets it say goodbye."""
     require("ray")
     mark = f"ray-end-{number.name}-{os.getpid()}"
     env = {**os.environ, "PYTHONPATH": str(REPO), "STEPWELL_TEST_MARK": mark}
