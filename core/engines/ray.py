@@ -28,6 +28,7 @@ from core.engines.contract import (
     ChunkFn,
     Frame,
     Report,
+    Skew,
     Unit,
     UnitFn,
     write_shards,
@@ -187,6 +188,10 @@ class RayEngine:
 
     def dropped_rows(self) -> dict[str, int]:
         return dict(self._dropped)
+
+    def skewed(self) -> dict[str, Skew]:
+        """Nothing: this engine does not look at single keys."""
+        return {}
 
     def close(self) -> None:
         if self._ours:
