@@ -141,7 +141,7 @@ class Told:
         if table.nbytes <= limit:
             return
         found = largest_key(table if is_sorted else sorted_table(table, cut.by), cut.by)
-        if found is not None and found.bytes > max(limit, self.skew.bytes if self.skew else 0):
+        if found is not None and found.rows > 1 and found.bytes > max(limit, self.skew.bytes if self.skew else 0):
             self.skew = found
 
 
