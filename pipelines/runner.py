@@ -21,7 +21,7 @@ from core import stopping
 from core.annotate import AnnotateRun, annotate, forget_rejecting
 from core.captures import staging
 from core.dataset import Dataset
-from core.engines.contract import Engine
+from core.engines.contract import Engine, told_by
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.errors import ConfigError, StageError
 from core.hashing import digest
@@ -151,9 +151,7 @@ class Runner:
         outcome = step.entry.stage.fn(job)
         if step.entry.stage.kind is Kind.MAKE:
             outcome.accounts["generation"] = 1 + max((d.generation for d in job.datasets), default=0)
-        dropped = {label: rows for label, rows in self.engine.dropped_rows().items() if rows}
-        figures = {**outcome.observed, **({"dropped_rows": dropped} if dropped else {})}
-        observed = self._observed(began, clock, figures)
+        observed = self._observed(began, clock, {**outcome.observed, **told_by(self.engine)})
         for (dataset, layer), outputs in sorted(outcome.layers.items()):
             write_manifest(self.root, Manifest(layer, dataset, identity, outputs, _layer_accounts(outputs), observed))
         manifest = Manifest(

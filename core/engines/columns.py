@@ -1,14 +1,17 @@
 """Column kernels that the engines share: sorting, key borders, caps per key, and the hash that sends a key to its partition."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from core.engines.contract import Skew
 from core.errors import StageError
 from core.rows import ROW_BITS, SHARD_MASK
 
+KEY_CHARS = 80  # of a text in the report of a large key: one line
 HEAD_BYTES = (
     64  # bytes of a string key that enter its partition hash, besides the last 8 and the length: chosen, untested
 )
@@ -46,6 +49,26 @@ def capped(table: pa.Table, by: Sequence[str], most: int) -> tuple[pa.Table, int
     keep = rank < most
     cut = int(table.num_rows - keep.sum())
     return (table.filter(pa.array(keep)) if cut else table), cut
+
+
+def largest_key(table: pa.Table, by: Sequence[str]) -> Skew | None:
+    """The key of a sorted table that takes most bytes, or None of an empty one. Rows of a key count at their own width."""
+    first = np.flatnonzero(key_starts(table, by))
+    if not len(first):
+        return None
+    rows = np.diff(np.append(first, table.num_rows))
+    most = [int(i) for i in np.argsort(-rows, kind="stable")[:8]]  # rows are of one width, more or less
+    pieces = [(table.slice(int(first[i]), int(rows[i])).nbytes, i) for i in most]
+    size, i = max(pieces)
+    key = tuple(_plain(table.column(name)[int(first[i])].as_py()) for name in by)
+    return Skew(key, int(rows[i]), size)
+
+
+def _plain(value: Any) -> Any:
+    """A key's value for a message: numbers as they are, texts of at most KEY_CHARS."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    return (value.hex() if isinstance(value, bytes) else str(value))[:KEY_CHARS]
 
 
 def partition_hash(table: pa.Table | pa.RecordBatch, by: Sequence[str]) -> np.ndarray:

@@ -9,14 +9,14 @@ Order is promised in one place only: inside `shuffle`, `fn` sees rows sorted by 
 total order, or two engines may disagree. Iteration (k-means rounds, stars) is a plain loop over these verbs.
 
 A shuffle or join of n bytes has ceil(n / `partition_bytes`) partitions: a property of the data, never of the cluster. It decides
-where a key is worked on, never what comes out. Engines take `partition_bytes` at construction; only tests give another value.
+where a key is worked on, never what comes out. A key cannot be cut: one that is larger than a partition is reported (`skewed`).
 
 What goes wrong has one form everywhere: ConfigError and StageError arrive as they were raised; any other exception of a function
 given to a verb arrives as a StageError that names the label, and the unit where there is one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,6 +53,15 @@ class Report:
     peak_memory_bytes: int = 0
     resumed: bool = False  # found committed, not computed
     value: Any = None
+
+
+@dataclass(frozen=True)
+class Skew:
+    """One key that is larger than a partition, or than a worker's share of memory, and that nothing made smaller."""
+
+    key: tuple[Any, ...]  # values of `by`, as JSON can hold them
+    rows: int
+    bytes: int
 
 
 Note = Callable[..., None]  # note(docs=, bytes=, row=): progress of the running unit; also its sign of life
@@ -171,8 +180,19 @@ class Engine(Protocol):
     def dropped_rows(self) -> dict[str, int]:
         """Rows cut by `max_rows_per_key`, by label, since the stage began."""
 
+    def skewed(self) -> dict[str, Skew]:
+        """The largest key, by label, that one worker had to hold whole although it is larger than a partition should be or than
+        its memory is meant for, since the stage began. What `combine` or a cap made small enough is not among them."""
+
     def close(self) -> None:
         """Stop workers and free scratch memory. Committed files stay."""
+
+
+def told_by(engine: Engine) -> dict[str, Any]:
+    """What an engine has to say of a stage besides its reports, for `observed` in a manifest; empty where nothing stood out."""
+    dropped = {label: rows for label, rows in engine.dropped_rows().items() if rows}
+    told = {"dropped_rows": dropped, "skew": {label: asdict(key) for label, key in engine.skewed().items()}}
+    return {name: what for name, what in told.items() if what}
 
 
 @dataclass

@@ -4,6 +4,7 @@ A frame is a list of committed parts (see `core.engines.spill`). Every verb numb
 killed and run again finds the parts of the verbs it had finished and goes on from there.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from core.engines.contract import (
     Frame,
     Note,
     Report,
+    Skew,
     Unit,
     UnitFn,
     write_shards,
@@ -30,14 +32,16 @@ from core.engines.pool import Pool, run_here
 from core.engines.spill import (
     Cut,
     Part,
+    Told,
     align_partitions,
+    blocks,
     chunks,
     committed_part,
-    partition_share,
     partitions_for,
     passes_for,
     read_partition,
     shards_of,
+    share_batches,
     slices,
     write_exchange,
     write_part,
@@ -48,6 +52,8 @@ from core.stage import Resources
 MEMORY_SHARE = (
     6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
 )
+
+log = logging.getLogger("stepwell")
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,13 @@ class LocalEngine:
         self._pool = Pool(workers) if workers else None
         self._step = 0
         self._dropped: dict[str, int] = {}
+        self._skewed: dict[str, Skew] = {}
         self.peak_memory_bytes = 0
 
     def begin(self, scratch: str | Path) -> None:
         """Start a stage: verbs count from zero below this folder."""
-        self.scratch, self._step, self._dropped, self.peak_memory_bytes = Path(scratch), 0, {}, 0
+        self.scratch, self._step, self.peak_memory_bytes = Path(scratch), 0, 0
+        self._dropped, self._skewed = {}, {}
 
     def run_units(
         self,
@@ -136,7 +144,8 @@ class LocalEngine:
     ) -> LocalFrame:
         sources = [frames] if isinstance(frames, LocalFrame) else list(frames)  # type: ignore[arg-type]
         size = sum(f.bytes for f in sources if isinstance(f, LocalFrame))
-        cut = Cut(tuple(by), tuple(order), partitions_for(size, self.partition_bytes), None, combine, max_rows_per_key)
+        partitions = partitions_for(size, self.partition_bytes)
+        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key, self.partition_bytes)
         exchanged = self._exchange(sources, cut, label)
         work = partial(_reduce, fn, exchanged.schema, schema, cut, self.block_bytes)
         made = self._make(work, self._partition_units(exchanged, cut), schema, f"{label}: reduce", cut_by=label)
@@ -146,10 +155,11 @@ class LocalEngine:
         assert isinstance(left, LocalFrame)
         assert isinstance(right, LocalFrame)
         schema = joined_schema(left.schema, right.schema, on, label)
-        cut = Cut(tuple(on), (), partitions_for(max(left.bytes, right.bytes), self.partition_bytes))
+        partitions = partitions_for(max(left.bytes, right.bytes), self.partition_bytes)
+        cut = Cut(tuple(on), (), partitions, partition_bytes=self.partition_bytes)
         a, b = self._exchange([left], cut, f"{label}: left"), self._exchange([right], cut, f"{label}: right")
         units = [Unit(str(p), (slices(a.parts, p), slices(b.parts, p), p)) for p in range(cut.partitions)]
-        work = partial(_join, a.schema, b.schema, schema, cut, tuple(on), how, self.block_bytes)
+        work = partial(_join, a.schema, b.schema, schema, cut, how, self.block_bytes)
         return replace(self._make(work, units, schema, label), exchanged=(*a.parts, *b.parts))
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
@@ -190,6 +200,9 @@ class LocalEngine:
     def dropped_rows(self) -> dict[str, int]:
         return dict(self._dropped)
 
+    def skewed(self) -> dict[str, Skew]:
+        return dict(self._skewed)
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
@@ -220,7 +233,21 @@ class LocalEngine:
         parts = tuple(part if part is not None else next(made).value for part in found)
         if cut_by is not None and (lost := sum(p.cut_rows for p in parts)):
             self._dropped[cut_by] = self._dropped.get(cut_by, 0) + lost
+        if skews := [part.skew for part in parts if part.skew is not None]:
+            self._report_skew(cut_by or label, max(skews, key=lambda skew: skew.bytes))
         return LocalFrame(schema, parts)
+
+    def _report_skew(self, label: str, skew: Skew) -> None:
+        self._skewed[label] = max(skew, self._skewed.get(label, skew), key=lambda s: s.bytes)
+        log.warning(
+            "%s: one key, %s, has %s rows of %.1f MB, which a worker held whole, expected at most %.1f MB; if memory runs out, "
+            "give the engine more memory_gb or fewer workers",
+            label,
+            list(skew.key),
+            f"{skew.rows:,}",
+            skew.bytes / 1e6,
+            min(self.partition_bytes, self.block_bytes) / 1e6,
+        )
 
     def _folder(self, label: str) -> Path:
         self._step += 1
@@ -256,16 +283,15 @@ def _reduce(
     fn: ChunkFn, schema_in: pa.Schema, schema: pa.Schema, cut: Cut, memory_bytes: int, path: str, unit: Unit, note: Note
 ) -> Part:
     parts, p = unit.payload
-    lost: list[int] = []
+    told = Told()
 
     def results() -> Iterator[pa.Table]:
-        for table, cut_rows in read_partition(parts, p, schema_in, cut, memory_bytes):
-            lost.append(cut_rows)
+        for table in read_partition(parts, p, schema_in, cut, memory_bytes, told):
             for piece in chunks(table, cut.by):
                 yield fn(piece)
             del table, piece  # before the next share of the partition is read
 
-    return write_part(path, results(), schema, lost)
+    return write_part(path, results(), schema, told)
 
 
 def _join(
@@ -273,30 +299,33 @@ def _join(
     right: pa.Schema,
     schema: pa.Schema,
     cut: Cut,
-    on: tuple[str, ...],
     how: str,
     memory_bytes: int,
     path: str,
     unit: Unit,
     note: Note,
 ) -> Part:
+    """The right side is held, share by share of its keys; the left side passes by in blocks, so its keys may be of any size."""
     parts_left, parts_right, p = unit.payload
+    told, half = Told(), max(1, memory_bytes // 2)  # for each side
 
     def results() -> Iterator[pa.Table]:
-        passes = passes_for([*parts_left, *parts_right], p, memory_bytes)
+        passes = passes_for(parts_right, p, half)
         for turn in range(passes):
-            a = partition_share(parts_left, p, left, cut, turn, passes)
-            b = partition_share(parts_right, p, right, cut, turn, passes)
-            if a.num_rows:
-                yield join_tables(a, b, on, how)
+            held = pa.Table.from_batches(share_batches(parts_right, p, cut, turn, passes), right)
+            told.large(held, cut, half, is_sorted=False)
+            for block in blocks(share_batches(parts_left, p, cut, turn, passes), left, half):
+                yield join_tables(block, held, cut.by, how)
+                del block  # before the next one is put together
+                pa.default_memory_pool().release_unused()
+            del held
 
-    return write_part(path, results(), schema)
+    return write_part(path, results(), schema, told)
 
 
 def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -> Report:
     parts, p, shards = unit.payload
-    tables = [t for t, _ in read_partition(parts, p, schema, cut, 1 << 62)]
-    table = tables[0] if tables else schema.empty_table()
+    table = next(read_partition(parts, p, schema, cut, 1 << 62, Told()), schema.empty_table())
     reports = write_shards(target, table, shards, note)
     return Report(unit.name, docs=sum(r.docs for r in reports), value=reports)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from core.engines.columns import joined_schema, sortable, sorted_table
-from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn
+from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Skew, Unit, UnitFn
 from core.engines.ray_calls import STREAM, called, fetched
 from core.engines.ray_cluster import Place, Room, block_bytes, check, place_for, places, ray, start
 from core.engines.ray_tasks import Fact, aligned, cut_up, folded, handed, joined, mapped, reduced, scanned
@@ -198,6 +198,10 @@ class RayEngine:
 
     def dropped_rows(self) -> dict[str, int]:
         return dict(self._dropped)
+
+    def skewed(self) -> dict[str, Skew]:
+        """Nothing: this engine does not look at single keys."""
+        return {}
 
     def close(self) -> None:
         self._release()

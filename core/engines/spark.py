@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from core.engines import spark_session, spark_tasks
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
-from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn
+from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Skew, Unit, UnitFn
 from core.engines.spill import Cut, align_partitions, partitions_for, shards_of
 from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
@@ -197,6 +197,10 @@ class SparkEngine:
 
     def dropped_rows(self) -> dict[str, int]:
         return dict(self._dropped)
+
+    def skewed(self) -> dict[str, Skew]:
+        """Nothing: this engine does not look at single keys."""
+        return {}
 
     def close(self) -> None:
         self.clear()

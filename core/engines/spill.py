@@ -4,7 +4,9 @@ Map side: a part is read in blocks, each block sorted by (partition, key, order)
 the file each partition lies. Reduce side: the slices of one partition from all runs are sorted together and handed to `fn` in
 tables that never split a key. A sidecar is written last and is the commit record, so a killed shuffle resumes per file.
 
-Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: about 3 x the larger of a block and a partition.
+Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: about 3 x the larger of a block and a partition. A key with
+many rows costs no more where `combine` or a cap makes it small: that happens whenever a share of memory is full. Where nothing
+does, the key is held whole and reported.
 """
 
 import contextlib
@@ -12,15 +14,15 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from core.engines.columns import capped, key_starts, partition_hash, shard_partition, sorted_table
-from core.engines.contract import Align, ChunkFn
+from core.engines.columns import capped, key_starts, largest_key, partition_hash, shard_partition, sorted_table
+from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Skew
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
 from core.storage import DISK_FAULTS
@@ -40,6 +42,7 @@ class Part:
     bytes: int
     cut_rows: int = 0
     cuts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    skew: Skew | None = None  # the largest key that had to be held whole, of a part that was reduced
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         with pa.OSFile(self.path) as source:  # mapped pages would count as this worker's memory
@@ -69,13 +72,14 @@ def committed_part(path: str) -> Part | None:
     except FileNotFoundError:
         return None
     cuts = {int(p): [tuple(c) for c in where] for p, where in stored.pop("cuts").items()}
-    return Part(path, cuts=cuts, **stored)
+    skew = stored.pop("skew")
+    return Part(path, cuts=cuts, skew=Skew(**{**skew, "key": tuple(skew["key"])}) if skew else None, **stored)
 
 
 def write_part(
-    path: str, batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema, lost: Sequence[int] = ()
+    path: str, batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema, told: "Told | None" = None
 ) -> Part:
-    """Write rows as one part. `lost`, read after the last batch, holds the numbers of rows that a cap cut on the way."""
+    """Write rows as one part. `told` is read after the last batch."""
     rows = size = 0
     with (
         _whole_file(path) as temporary,
@@ -87,7 +91,7 @@ def write_part(
             table = table.select(schema.names).cast(schema)
             rows, size = rows + table.num_rows, size + table.nbytes
             out.write_table(table, max_chunksize=_slice_rows(table))
-    return _commit(Part(path, rows, size, sum(lost)))
+    return _commit(Part(path, rows, size, told.cut_rows, skew=told.skew) if told else Part(path, rows, size))
 
 
 def _slice_rows(table: pa.Table) -> int:
@@ -106,6 +110,7 @@ class Cut:
     target: Align | None = None
     combine: ChunkFn | None = None
     max_rows_per_key: int | None = None
+    partition_bytes: int = PARTITION_BYTES  # beyond which one key is skew
 
     def partition_of(self, table: pa.Table) -> np.ndarray:
         if self.target is not None:
@@ -125,6 +130,23 @@ class Cut:
         return self if self.combine is None else replace(self, max_rows_per_key=None)
 
 
+@dataclass
+class Told:
+    """What a reduction finds on its way, read when its last row is written."""
+
+    cut_rows: int = 0
+    skew: Skew | None = None
+
+    def large(self, table: pa.Table, cut: Cut, memory_bytes: int, is_sorted: bool = True) -> None:
+        """Remember the largest key of a table that is held whole, if it is larger than a partition or `memory_bytes`."""
+        limit = min(memory_bytes, cut.partition_bytes)
+        if table.nbytes <= limit:
+            return
+        found = largest_key(table if is_sorted else sorted_table(table, cut.by), cut.by)
+        if found is not None and found.rows > 1 and found.bytes > max(limit, self.skew.bytes if self.skew else 0):
+            self.skew = found
+
+
 def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema, cut: Cut, block_bytes: int) -> Part:
     """The map side: one file of sorted runs."""
     rows = size = cut_rows = written = 0
@@ -134,8 +156,8 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         pa.OSFile(temporary, "wb") as sink,
         pa.ipc.new_file(sink, schema, options=IPC) as out,
     ):
-        blocks = _blocks(batches, schema, block_bytes)
-        while (table := next(blocks, None)) is not None:
+        tables = blocks(batches, schema, block_bytes)
+        while (table := next(tables, None)) is not None:
             table, lost = prepared(table, cut.before_exchange())
             cut_rows += lost
             rows, size = rows + table.num_rows, size + table.nbytes
@@ -172,41 +194,68 @@ def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:
 
 
 def read_partition(
-    parts: Sequence[Part], p: int, schema: pa.Schema, cut: Cut, memory_bytes: int
-) -> Iterator[tuple[pa.Table, int]]:
-    """The reduce side: (table, rows cut) pairs; tables are sorted by `by` + `order` and hold whole keys.
+    parts: Sequence[Part], p: int, schema: pa.Schema, cut: Cut, memory_bytes: int, told: Told
+) -> Iterator[pa.Table]:
+    """The reduce side: tables sorted by `by` + `order` that hold whole keys.
 
-    A partition larger than `memory_bytes` (skew) is read several times, each pass keeping one share of its keys. One key cannot
-    be shared out: `combine` or `max_rows_per_key` is what bounds it.
+    A partition larger than `memory_bytes` is read several times, each pass keeping one share of its keys. One key cannot be
+    shared out: `combine` or `max_rows_per_key` is what bounds it, and `told` names the largest that neither did.
     """
     passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
-        sorted_share = prepared(partition_share(parts, p, schema, cut, turn, passes), cut)
-        if sorted_share[0].num_rows:
-            yield sorted_share
-        del sorted_share  # or it would stay while the next one is read
+        table, lost = prepared(_gathered(parts, p, schema, cut, turn, passes, memory_bytes, told), cut)
+        told.cut_rows += lost
+        if cut.target is None:
+            told.large(table, cut, memory_bytes)
+        if table.num_rows:
+            yield table
+        del table  # or it would stay while the next one is read
         pa.default_memory_pool().release_unused()
 
 
+def _gathered(
+    parts: Sequence[Part],
+    p: int,
+    schema: pa.Schema,
+    cut: Cut,
+    turn: int,
+    passes: int,
+    memory_bytes: int,
+    told: Told,
+) -> pa.Table:
+    """One share of a partition, unsorted; combined or capped on the way as often as it fills memory again."""
+    smaller = cut.before_exchange()
+    shrinks = smaller.combine is not None or smaller.max_rows_per_key is not None
+    held: list[pa.RecordBatch] = []
+    size, full = 0, memory_bytes
+    for batch in share_batches(parts, p, cut, turn, passes):
+        held.append(batch)
+        size += batch.nbytes
+        if shrinks and size > full:
+            table, lost = prepared(pa.Table.from_batches(held, schema), smaller)
+            told.cut_rows += lost
+            held, size = table.to_batches(), table.nbytes
+            full = max(memory_bytes, 2 * size)  # twice: what did not shrink is not sorted again for every batch
+    return pa.Table.from_batches(held, schema).combine_chunks()
+
+
 def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
-    """Into how many shares partition `p` must be cut to fit."""
+    """Into how many shares the keys of partition `p` must be cut to fit."""
     if sum(part.bytes for part in parts) <= memory_bytes:
         return 1
     size = sum(b.nbytes for part in parts for b in part.partition(p))
     return max(1, -(-size // memory_bytes))
 
 
-def partition_share(parts: Sequence[Part], p: int, schema: pa.Schema, cut: Cut, turn: int, passes: int) -> pa.Table:
+def share_batches(parts: Sequence[Part], p: int, cut: Cut, turn: int, passes: int) -> Iterator[pa.RecordBatch]:
     """The rows of partition `p` whose keys belong to share `turn` of `passes`."""
-    kept = []
     for part in parts:
         for batch in part.partition(p):
             if passes > 1:
                 share = (partition_hash(batch, cut.by) // np.uint64(cut.partitions)) % np.uint64(passes)
                 batch = batch.filter(pa.array(share == np.uint64(turn)))
             if batch.num_rows:
-                kept.append(batch)
-    return pa.Table.from_batches(kept, schema).combine_chunks()
+                yield batch
 
 
 def chunks(table: pa.Table, by: Sequence[str], rows: int = CHUNK_ROWS) -> Iterator[pa.Table]:
@@ -232,7 +281,8 @@ def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
     return table, 0
 
 
-def _blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
+def blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
+    """Tables of at least `block_bytes`, the last one apart."""
     held: list[pa.RecordBatch] = []
     size = 0
     for batch in batches:
@@ -250,6 +300,7 @@ def _blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: i
 
 def _commit(part: Part) -> Part:
     stored = {"rows": part.rows, "bytes": part.bytes, "cut_rows": part.cut_rows, "cuts": part.cuts}
+    stored["skew"] = asdict(part.skew) if part.skew else None
     with _whole_file(part.path + ".json") as temporary:
         Path(temporary).write_text(json.dumps(stored))
     return part

@@ -62,6 +62,7 @@ class OracleEngine:
         tables = [f.table for f in (frames if isinstance(frames, list) else [frames])]
         table = sorted_table(pa.concat_tables(tables), [*by, *order])
         self.moved[label] = table.nbytes
+        table = sorted_table(combine(table), [*by, *order]) if combine is not None else table
         return self.mixed([fn(c) for c in self.chunks(table, by, max_rows_per_key, label)], schema)
 
     def chunks(self, table: pa.Table, by: Sequence[str], most: int | None, label: str) -> Iterator[pa.Table]:
