@@ -52,6 +52,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text("utf-8"))
         _steps(plan)
+        if missing := [name for name in ("root", "report") if name not in plan]:
+            raise PlanError(f"no plan, {missing[0]!r} is missing; expected what `pipelines plan --json` writes")
     except (OSError, ValueError) as e:
         raise PlanError(f"{path}: {e}") from None
     return dict(plan)

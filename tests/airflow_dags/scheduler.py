@@ -77,24 +77,32 @@ class Scheduler:
             print(said.read_text("utf-8", "replace")[-8000:])
             raise
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            end_all(self.home)
-            process.wait()
+            end(process, self.home)
 
 
-def end_all(home: Path) -> None:
-    """Kill every process that was started with this AIRFLOW_HOME: tasks are in sessions of their own."""
-    while found := [p for p in psutil.process_iter() if belongs(p, home)]:
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, 10)
+def end(process: subprocess.Popen[bytes], home: Path) -> None:
+    """Stop Airflow, and kill what is left of it: its own processes, and those of tasks, which are in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        kill([p for p in tree if p.is_running()])
+    process.kill()
+    process.wait()
+    while found := [p for p in psutil.process_iter() if started_by(p, home)]:
+        kill(found)
 
 
-def belongs(process: psutil.Process, home: Path) -> bool:
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, 10)
+
+
+def started_by(process: psutil.Process, home: Path) -> bool:
+    """Whether a process has this AIRFLOW_HOME. Those of Airflow that call themselves by a title have lost their environment."""
     try:
         return process.environ().get("AIRFLOW_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -150,7 +150,7 @@ def test_what_is_no_plan_is_refused(steps, message):
         tasks({"root": "/r", "steps": steps})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"steps": 3}', "\x00", None])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"steps": 3}', '{"root": "/r", "steps": []}', "\x00", None])
 def test_a_file_that_is_no_plan_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
     if text is not None:
