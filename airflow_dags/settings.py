@@ -36,7 +36,7 @@ class TaskSettings:
     timeout_s: int | None = None  # none is needed for hanging workers: the runner replaces those by itself
     pool: str | None = None
     pool_slots: int | None = None
-    priority: int | None = None  # of two tasks that wait for a place the higher comes first
+    priority: int | None = None  # Airflow's priority_weight: who takes the next free place
     queue: str | None = None
     shard_groups: int = (
         0  # a task for each of at most so many parts of a step, where its stage allows that; 0: one for all

@@ -52,6 +52,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text("utf-8"))
         _steps(plan)
+        if missing := [name for name in ("root", "report") if name not in plan]:
+            raise PlanError(f"no plan, {missing[0]!r} is missing; expected what `pipelines plan --json` writes")
     except (OSError, ValueError) as e:
         raise PlanError(f"{path}: {e}") from None
     return dict(plan)
@@ -63,12 +65,12 @@ def tasks(plan: Mapping[str, Any], leave_out_up_to_date: bool = False) -> tuple[
     left_out = {s["name"] for s in steps if leave_out_up_to_date and not s["run"]}
     waits = _reduced(_passed_on({s["name"]: s["after"] for s in steps}, left_out))
     groups, ids = _ids(steps)
-    full = {s["name"]: f"{groups[s['dataset']]}.{ids[s['name']]}" if s["dataset"] else ids[s["name"]] for s in steps}
+    full = {name: f"{groups[name]}.{i}" if name in groups else i for name, i in ids.items()}
     return tuple(
         Task(
             name=s["name"],
             stage=s["stage"],
-            group=groups.get(s["dataset"]),
+            group=groups.get(s["name"]),
             id=ids[s["name"]],
             arguments=tuple(s["command"][1:]),
             parts=tuple(s["parts"][1:] if s["parts"] else ()),
@@ -159,17 +161,31 @@ def _reduced(after: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _ids(steps: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """({dataset: group id}, {step: task id within its group})."""
-    names = list(dict.fromkeys(s["dataset"] for s in steps if s["dataset"]))
+    """({step: group id} of those in a group, {step: task id within its group})."""
+    boxes = _boxes(steps)
     # A dataset may bear a stage's name, and groups stand beside the steps that are in none.
-    outside: dict[Hashable, str] = {("step", s["name"]): s["name"] for s in steps if not s["dataset"]}
-    found = _distinct({**{("dataset", name): name for name in names}, **outside})
-    groups = {name: found["dataset", name] for name in names}
-    ids = {s["name"]: found["step", s["name"]] for s in steps if not s["dataset"]}
-    for name in names:
-        inside = _distinct({s["name"]: s["stage"] for s in steps if s["dataset"] == name})
+    outside: dict[Hashable, str] = {("step", s["name"]): s["name"] for s in steps if s["name"] not in boxes}
+    found = _distinct({**{("group", box): box for box in boxes.values()}, **outside})
+    ids = {s["name"]: found["step", s["name"]] for s in steps if s["name"] not in boxes}
+    for box in dict.fromkeys(boxes.values()):
+        inside = _distinct({s["name"]: s["stage"] for s in steps if boxes.get(s["name"]) == box})
         ids |= {str(step): task_id for step, task_id in inside.items()}
-    return groups, ids
+    return {name: found["group", box] for name, box in boxes.items()}, ids
+
+
+def _boxes(steps: list[dict[str, Any]]) -> dict[str, str]:
+    """{step: name of its group}. A dataset that waits for steps outside which wait for it gets a second group, and so on: Airflow
+    draws no graph in which groups wait for each other in a circle. Each edge between groups leads to a higher level."""
+    level: dict[str, int] = {}
+    dataset = {s["name"]: s["dataset"] for s in steps}
+    for s in steps:
+        level[s["name"]] = max((level[b] + (dataset[b] != s["dataset"]) for b in s["after"]), default=0)
+    numbers: dict[str, list[int]] = {}
+    for name in sorted((n for n in level if dataset[n]), key=level.__getitem__):
+        seen = numbers.setdefault(dataset[name], [])
+        seen += [level[name]] if level[name] not in seen else []
+    places = {name: numbers[d].index(level[name]) for name, d in dataset.items() if d}
+    return {name: f"{dataset[name]}-{place + 1}" if place else dataset[name] for name, place in places.items()}
 
 
 def _distinct(names: Mapping[Hashable, str]) -> dict[Any, str]:

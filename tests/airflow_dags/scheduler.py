@@ -63,6 +63,10 @@ class Scheduler:
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
             "AIRFLOW__CORE__PARALLELISM": "2",
+            # Airflow's own patience (5, 30 and 50 s) ends on a crowded machine, and it then blames the task.
+            "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "120",
+            "AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT": "300",
+            "AIRFLOW__DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT": "600",
             "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(logs),
             "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(triggers),
         }
@@ -77,24 +81,32 @@ class Scheduler:
             print(said.read_text("utf-8", "replace")[-8000:])
             raise
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            end_all(self.home)
-            process.wait()
+            end(process, self.home)
 
 
-def end_all(home: Path) -> None:
-    """Kill every process that was started with this AIRFLOW_HOME: tasks are in sessions of their own."""
-    while found := [p for p in psutil.process_iter() if belongs(p, home)]:
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, 10)
+def end(process: subprocess.Popen[bytes], home: Path) -> None:
+    """Stop Airflow, and kill what is left of it: its own processes, and those of tasks, which are in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        kill([p for p in tree if p.is_running()])
+    process.kill()
+    process.wait()
+    while found := [p for p in psutil.process_iter() if started_by(p, home)]:
+        kill(found)
 
 
-def belongs(process: psutil.Process, home: Path) -> bool:
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, 10)
+
+
+def started_by(process: psutil.Process, home: Path) -> bool:
+    """Whether a process has this AIRFLOW_HOME. Those of Airflow that call themselves by a title have lost their environment."""
     try:
         return process.environ().get("AIRFLOW_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

