@@ -1,6 +1,5 @@
-"""The pipeline that the fault tests disturb: every kind of stage that works in units, in several shards, in a few seconds."""
+"""The pipeline that the fault tests disturb: every kind of stage that works in units, in several shards, in some seconds."""
 
-from tests.pipelines.small_pipeline import texts, write_jsonl
 
 DOCS, FILES = 360, 4
 

@@ -1,7 +1,7 @@
 """Loaded by every Python process of a disturbed run: counts what is done to files below the root, and kills at the drawn event.
 
-In, from the environment: STRIKE_FOLDER (this round's folder), STRIKE_ROOT, and STRIKE = `STEP EVENT VICTIM DELAY_S` or nothing.
-Out, in the folder: `STEP.events`, one byte for each event of all processes together; `struck`, one line: who was killed, and where.
+In, from the environment: STRIKE_FOLDER (this round's folder), STRIKE_ROOT, and STRIKE = `STEP EVENT VICTIM DELAY_S` or
+nothing. Out, in the folder: `STEP.events`, one byte for each event of all processes together; `struck`, one line: who was killed, and where.
 
 An audit hook is called before its event: a process that dies in it has not yet renamed, linked, removed or opened the file.
 """
