@@ -56,7 +56,8 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
         _knock(address)
     conf = SparkConf().setAll(list(_settings(scratch, memory_gb, asked, workers, address).items()))
     python = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}  # or workers start another Python
-    place = {} if asked or address else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
+    elsewhere = asked or (address and not _is_here(address))
+    place = {} if elsewhere else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
     try:
         with environment(**python, **place), log.open("wb") as out:
             gateway = launch_gateway(conf, {"stdout": out, "stderr": out})
@@ -113,16 +114,16 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
     if asked:
         return settings
     memory = {"spark.driver.memory": f"{max(512, round(memory_gb * 1024 * DRIVER_SHARE))}m"}
-    if address:
-        return {**settings, **memory, "spark.master": address}
     here = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    here["spark.executorEnv.PYTHONPATH"] = _paths()
+    if address:
+        return {**settings, **memory, **(here if _is_here(address) else {}), "spark.master": address}
     return {
         **settings,
         **memory,
         **here,
         "spark.master": f"local[{workers},{ATTEMPTS}]",
         "spark.local.dir": str(scratch.resolve()),
-        "spark.executorEnv.PYTHONPATH": _paths(),
     }
 
 
@@ -150,6 +151,11 @@ def _knock(address: str) -> None:
     raise ConfigError(
         f"spark: cannot reach a master at {address} ({'; '.join(reasons)}); check `engine.address`, as in spark://HOST:7077"
     )
+
+
+def _is_here(address: str) -> bool:
+    """Whether a master listens on loopback: then all of its cluster is this machine."""
+    return address.startswith(("spark://127.0.0.1:", "spark://localhost:"))
 
 
 def _paths() -> str:

@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def task_profile(context: SparkContext, needs: Resources | None, label: str) -> 
     cpus = math.ceil(needs.cpus)
     if cpus <= 1 and not needs.gpus:
         return None
-    check_demand(executors(context), cpus, needs.gpus, label)
+    check_demand(_first_executors(context), cpus, needs.gpus, label)
     requests = TaskResourceRequests().cpus(cpus)
     if needs.gpus:
         requests = requests.resource("gpu", needs.gpus)
@@ -77,13 +78,21 @@ def executors(context: SparkContext) -> list[tuple[int, int]]:
     return [(e.totalCores(), _gpus(e)) for e in each if e.id() != "driver"]
 
 
+def _first_executors(context: SparkContext) -> list[tuple[int, int]]:
+    """The executors, once there is one: they may be starting still. After EXECUTORS_S none; the watch says so."""
+    end = time.monotonic() + EXECUTORS_S
+    while not (found := executors(context)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
 def _gpus(executor: Any) -> int:
     given = executor.resources().get("gpu")
-    return int(given.get().addresses().length()) if given.isDefined() else 0
+    return len(given.get().addresses()) if given.isDefined() else 0
 
 
 def check_demand(have: Sequence[tuple[int, int]], cpus: int, gpus: float, label: str) -> None:
-    """ConfigError unless some executor has it all; an executor that has not come yet cannot be asked."""
+    """ConfigError unless some executor has it all; with none there is nothing to compare."""
     if not have or any(cores >= cpus and cards >= gpus for cores, cards in have):
         return
     cores, cards = max(c for c, _ in have), max(g for _, g in have)

@@ -26,7 +26,9 @@ from tests.engines.conftest import made, require
 from tests.engines.tasks import Raises, Rows, written
 
 pytest.importorskip("pyspark")
-from core.engines import spark_tasks, spark_types, spark_units
+from pyspark import SparkConf
+
+from core.engines import spark_session, spark_tasks, spark_types, spark_units
 from core.engines.spill import Cut
 
 STALL_S = 15.0  # a child needs most of it to import what it needs on a slow machine
@@ -246,13 +248,24 @@ def test_lists_of_numbers_come_back_as_they_went(kind_and_lists, skipped, large)
 
 def test_what_no_executor_has_is_refused_before_the_first_unit():
     spark_units.check_demand([(1, 0), (4, 1)], 4, 1, "rate")
-    spark_units.check_demand([], 64, 8, "rate")  # nobody has come yet: the watch decides
+    spark_units.check_demand([], 64, 8, "rate")
     with pytest.raises(
         ConfigError, match=r"^rate: a unit needs 8 cores and 0 GPUs, the largest executor has 4 cores and 1 GPUs"
     ):
         spark_units.check_demand([(1, 0), (4, 1)], 8, 0, "rate")
     with pytest.raises(ConfigError, match="2 cores and 1 GPUs, the largest executor has 4 cores and 0 GPUs"):
         spark_units.check_demand([(4, 0)], 2, 1, "rate")
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("local", "local[1,4]"), ("local[*]", "local[*,4]"), ("local[3]", "local[3,4]"), ("local[3,1]", "local[3,1]")],
+)
+def test_a_local_master_is_told_to_try_again_unless_it_says_how_often(asked, got):
+    given = SparkConf(loadDefaults=False).set("spark.master", asked)
+    ours = SparkConf(loadDefaults=False).set("spark.ui.enabled", "false")
+    found = spark_session._defaults(given, ours)
+    assert (found.get("spark.master"), found.get("spark.ui.enabled")) == (got, "false")
 
 
 def test_a_local_master_reserves_nothing(spark):
