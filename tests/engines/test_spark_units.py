@@ -69,7 +69,7 @@ def named(config, artifacts):
 
 
 def test_killers_cost_their_layer_what_they_cost_on_local_and_a_model_is_opened_once_a_worker(spark, tmp_path):
-    texts = [["a", "die", "bb"], ["fine"], ["die"], *([f"text {i}"] for i in range(9))]
+    texts = [["a", "die", "bb"], ["fine"], ["die"], *([f"text {i}"] for i in range(20))]
     found = {}
     for name, engine in (("local", LocalEngine(tmp_path / "scratch", 2)), ("spark", spark)):
         root = Root(str(tmp_path / name))
@@ -93,6 +93,7 @@ def test_killers_cost_their_layer_what_they_cost_on_local_and_a_model_is_opened_
     assert [reason for _, reason in found["spark"][1]] == ["worker_lost"]
     opened = Counter((tmp_path / "spark.pids").read_text().split())
     assert set(opened.values()) == {1}
+    assert len(opened) < len(texts)  # two workers, one more for each that died, and the children that found the killers
 
 
 def test_what_fails_in_a_verb_is_not_tried_again_but_what_may_pass_is(spark, tmp_path):
