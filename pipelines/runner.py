@@ -24,6 +24,7 @@ from core.dataset import Dataset
 from core.engines.contract import Engine
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.errors import ConfigError, StageError
+from core.hashing import digest
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
 from core.lock import held
@@ -319,8 +320,7 @@ def remove_output(root: Root, step: Step) -> None:
 def preflight(root: Root) -> None:
     """Everything that can be known before the first byte: the root can be written and has room."""
     try:
-        root.write_bytes(".writable", b"")
-        root.remove(".writable")
+        root.probe()
     except (OSError, StageError) as e:
         raise ConfigError(
             f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
@@ -345,12 +345,12 @@ def find_artifacts(todo: Sequence[Step]) -> None:
 
 
 def scratch_folder(pipeline: Pipeline, root: Root) -> Path:
-    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts."""
-    if pipeline.engine.scratch:
-        return Path(pipeline.engine.scratch)
-    if root.is_local:
+    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts. Elsewhere in a
+    folder for each root, as two roots may run stages of equal identity at once."""
+    if root.is_local and not pipeline.engine.scratch:
         return Path(root.path("exchange"))
-    return Path(tempfile.gettempdir(), "stepwell-exchange")
+    below = pipeline.engine.scratch or Path(tempfile.gettempdir(), "stepwell-exchange")
+    return Path(below, digest(root.url)[:12])
 
 
 def summary(outcome: Outcome, observed: dict[str, Any]) -> str:

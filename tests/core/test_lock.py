@@ -113,24 +113,28 @@ def test_of_many_runs_one_succeeds_a_dead_owner(root):
     assert len(won) == 1
 
 
-def test_the_heart_beats(root):
+def test_the_heart_beats(root, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.01)
     with held(root, NAME, "run-a"):
         first = root.read_json(PATH)["beat"]
-        stop = threading.Event()
-        old, lock.HEARTBEAT_S = lock.HEARTBEAT_S, 0.01
-        try:
-            beat = threading.Thread(target=lock._beat, args=(root, PATH, "run-a", stop))
-            beat.start()
-            while root.read_json(PATH)["beat"] == first:
-                time.sleep(0.01)
-        finally:
-            stop.set()
-            beat.join()
-            lock.HEARTBEAT_S = old
+        while root.read_json(PATH)["beat"] == first:
+            time.sleep(0.01)
+    assert not root.exists(PATH)  # the release knew the version of the last renewal
+
+
+def test_a_lost_lock_is_not_renewed(root, monkeypatch, caplog):
+    with held(root, NAME, "run-a"):
+        mine = root.versioned(PATH)[1]
         root.write_bytes(PATH, entry(host="elsewhere"))
-        lock.HEARTBEAT_S = 0.01
-        try:
-            lock._beat(root, PATH, "run-a", threading.Event())  # ends by itself: the lock is lost
-        finally:
-            lock.HEARTBEAT_S = old
-        assert root.read_json(PATH)["host"] == "elsewhere"
+        monkeypatch.setattr(lock, "HEARTBEAT_S", 0.01)
+        lock._Beat(root, PATH, "run-a", mine)._renew()  # ends by itself: the lock is lost
+    assert root.read_json(PATH)["host"] == "elsewhere"
+    assert "taken over" in caplog.text
+
+
+def test_a_machine_of_the_same_name_is_another_machine(root):
+    root.write_bytes(
+        PATH, entry(pid=2**22 + 1, kernel="another boot/pid:[1]")
+    )  # no such process here, which means nothing
+    with pytest.raises(StageError, match="held by run other"), held(root, NAME, "run-b"):
+        pass
