@@ -23,7 +23,7 @@ from core.engines.columns import capped, key_starts, partition_hash, shard_parti
 from core.engines.contract import Align, ChunkFn
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
-from core.storage import DISK_FAULTS
+from core.stores import DISK_FAULTS
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
 CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested

@@ -62,7 +62,7 @@ def victims(kind: str) -> list[int]:
     found = []
     for pid in everyone:
         try:
-            if pid != driver and VICTIMS[kind] in called(pid):
+            if pid != driver and VICTIMS[kind] in called(pid) and "Agent" not in called(pid):  # Ray's own, which are no workers
                 forked = "pyspark.daemon" in called(int(stat(pid)[1]))
                 if kind not in ("daemon", "forked") or forked == (kind == "forked"):
                     found.append(pid)
