@@ -16,7 +16,7 @@ import pytest
 
 from core.hashing import seeded
 from tests.faults.strikes import different, tree
-from tests.pipelines.small_pipeline import Ran, command, environment, leftovers
+from tests.pipelines.small_pipeline import Ran, environment, leftovers
 
 WAIT_S = 120.0
 ROUNDS = 0.3  # of drawn sizes, times the soak: none in `make test`, which has sizes of its own
@@ -135,7 +135,10 @@ def test_a_root_that_becomes_read_only_is_one_error_and_the_next_run_goes_on(und
     assert disk.change("size=100m")
     config = undisturbed.config(tmp_path, folder=disk.folder)
     process = subprocess.Popen(
-        command("run", "all", "-c", config, "--run-id", "first"), stderr=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-m", "tests.faults.roomy", "run", "all", "-c", str(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     end = time.monotonic() + WAIT_S
     while process.poll() is None and not (disk.folder / "root/manifests").exists():

@@ -1,4 +1,4 @@
-"""kill -9 of Spark's driver, Java, Python daemon and Python workers, and of all at once; the run goes on, on Spark or on `local`."""
+"""kill -9 of Spark's driver, Java, Python daemon, Python workers, and of all at once; the run goes on, on Spark or `local`."""
 
 import shutil
 
