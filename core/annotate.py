@@ -5,6 +5,7 @@ document that kills the worker is found by the engine (see `core.engines.pool`),
 of (row, stage) pairs, so that a killer costs the stage it killed and no other of the group.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -24,6 +25,8 @@ from core.schema import REJECTS
 from core.stage import Artifacts, Reject, Resources, Stage
 
 DETAIL_CHARS = 300  # of an exception's message in a reject
+
+log = logging.getLogger("stepwell")
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,10 @@ class Seat:
         """Rows of the shard that killed a worker in this stage."""
         return {p // self.stages for p in self.unit.poison if p % self.stages == self.number}
 
+    def killed_last(self, row: int) -> bool:
+        """Whether this row of the shard is the newest of those that killed: the others were named before."""
+        return self.unit.poison[-1] == row * self.stages + self.number
+
     def sign(self, row: int) -> None:
         """Say which row of the batch is next, before it is touched."""
         self.note(row=(self.start + row) * self.stages + self.number)
@@ -202,6 +209,8 @@ def annotate_batch(run: AnnotateRun, columns: dict[str, Any], rows: int, seat: S
         if 0 <= here < rows and live[here]:
             errors[here] = ("worker_lost", "the worker died or hung on this document")
             live[here] = False
+            if seat.killed_last(row):
+                log.warning("%s: document %s ended its worker and is rejected", run.layer, columns["doc_id"][here])
     at = np.flatnonzero(live)
     batch = pa.RecordBatch.from_arrays([columns[c] for c in run.reads], names=list(run.reads))
     batch = batch if len(at) == rows else batch.take(pa.array(at))

@@ -7,6 +7,7 @@ rows are rewritten. Units whose input and code are unchanged keep the shards the
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -31,6 +32,8 @@ ROW_GROUP_ROWS = 65_536  # rows wait as Python objects until their group is full
 DETAIL_CHARS = 300
 REJECT_FLOOR = 20  # rejects a dataset may always have
 REJECT_FRACTION = 0.001  # and this share of its records, before the stage fails
+
+log = logging.getLogger("stepwell")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class IngestUnits:
                 continue
             if unit.cautious:
                 note(row=i)
+            if unit.poison and i == unit.poison[-1]:  # those that killed before it were named before
+                where = f"{raw.origin.path}, byte {raw.origin.offset}"
+                log.warning("%s: record at %s (%s) ended its worker and is rejected", self.reader.name, where, raw.url)
             found = self._parse(raw, i in unit.poison, seen)
             if unit.cautious:
                 note(row=NO_ROW)  # a death while the next record is read is not this one's fault

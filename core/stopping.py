@@ -86,8 +86,8 @@ def patiently() -> Iterator[None]:
 
 
 def request(number: int) -> bool:
-    """Note that a stop was asked for; False if one was before. For code that has handlers of its own for a while."""
-    if _Request.number:
+    """Note that a stop was asked for; False if one was before, or nobody listens. For code with handlers of its own."""
+    if _Request.number or not _Request.listening:
         return False
     _Request.number, _Request.at = number, time.monotonic()
     return True

@@ -312,7 +312,8 @@ def _run(
             except Exception as e:
                 if not stopping.asked():
                     raise
-                raise stopping.Stopped from e  # its processes may have got the signal too; what is broken will break again
+                # The signal may have ended processes that the stage needs; what is truly broken will break again.
+                raise stopping.Stopped(str(e).partition("\n")[0]) from e
     except KeyboardInterrupt as e:  # said here: typer turns it into a silent exit before `main` would see it
         typer.echo(_stopped_line(stopping.asked() or signal.SIGINT, runner.position(), str(e)), err=True)
         raise typer.Exit(128 + (stopping.asked() or signal.SIGINT)) from None

@@ -238,8 +238,8 @@ class _Run:
             where = f"at row {worker.row}" if worker.row is not None else "before it named a row"
             deaths = task.blind_deaths + len(task.unit.poison)
             self.failure = self.failure or StageError(
-                f"{self.label}: worker {how} {where} of unit {unit.name}, {deaths} deaths in this unit; "
-                "give the engine more memory_gb per worker, or fewer workers"
+                f"{self.label}: worker {how} {where} of unit {unit.name}, {deaths} deaths in this unit; look at the documents "
+                "named above, or, where memory is the cause, give the engine more memory_gb per worker or fewer workers"
             )
             return
         log.warning("%s: worker %s in unit %s; trying it again alone", self.label, how, unit.name)

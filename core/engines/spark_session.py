@@ -1,12 +1,14 @@
 """Starts and ends the Spark of the `spark` engine: which master, which Python, and where its messages go.
 
 In: scratch folder, workers, memory, and the master's address or none. Out: a session. What Java and Spark have to say, which is
-much, goes to `spark.log` in the scratch folder: a terminal shows errors of ours only. Start-up takes about 15 s.
+much, goes to `spark.log` in the scratch folder: a terminal shows errors of ours only. Start-up takes about 10 s.
 """
 
 import contextlib
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -29,9 +31,15 @@ except ImportError as e:
         f"spark: cannot be imported here ({e}); install this project with the extra `spark`, or use --engine local"
     ) from e
 
-BATCH_ROWS = 20_000  # rows of one Arrow batch between Spark and Python; frames hold short rows, documents never travel
+BATCH_ROWS = 20_000  # rows of one Arrow batch between Spark and Python, where they are short
+BATCH_BYTES = 16 << 20  # and the bytes where they are not: shingle sets, vectors
 DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
+ATTEMPTS = (
+    4  # of a task whose worker died; Spark's own default on clusters, its default of 1 on `local` finds no killer
+)
 END_S = 20.0  # for Java to end by itself
+KNOCK_S = 5.0  # for a master to take a connection: chosen, untested
+LOCAL = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
 def start_session(scratch: Path, workers: int, memory_gb: float, address: str | None) -> SparkSession:
@@ -44,13 +52,16 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
     scratch.mkdir(parents=True, exist_ok=True)
     log = scratch / "spark.log"
     asked = submitted or "--master" in os.environ.get("PYSPARK_SUBMIT_ARGS", "")
+    if address and not asked:
+        _knock(address)
     conf = SparkConf().setAll(list(_settings(scratch, memory_gb, asked, workers, address).items()))
     python = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}  # or workers start another Python
-    place = {} if asked or address else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
+    elsewhere = asked or (address and not _is_here(address))
+    place = {} if elsewhere else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
     try:
         with environment(**python, **place), log.open("wb") as out:
             gateway = launch_gateway(conf, {"stdout": out, "stderr": out})
-            context = SparkContext(conf=conf, gateway=gateway)
+            context = SparkContext(conf=_defaults(SparkConf(_jvm=gateway.jvm), conf), gateway=gateway)
     except Exception as e:
         from py4j.protocol import Py4JError
 
@@ -88,26 +99,63 @@ def end_session(session: SparkSession) -> None:
 def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, address: str | None) -> dict[str, str]:
     settings = {
         "spark.app.name": "stepwell",
-        "spark.driver.memory": f"{max(512, round(memory_gb * 1024 * DRIVER_SHARE))}m",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.adaptive.enabled": "false",  # the partition count is ours
+        "spark.sql.autoBroadcastJoinThreshold": "-1",  # so is the choice of what is broadcast
         "spark.sql.caseSensitive": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
+        "spark.sql.execution.arrow.maxBytesPerBatch": str(BATCH_BYTES),
         "spark.sql.session.timeZone": "UTC",
+        # What `core.engines.worker` sets with mallopt for the workers of `local`, by its reasons and figures.
+        "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+        "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(8 << 20),
     }
     if asked:
         return settings
-    if address:
-        return {**settings, "spark.master": address}
+    memory = {"spark.driver.memory": f"{max(512, round(memory_gb * 1024 * DRIVER_SHARE))}m"}
     here = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    here["spark.executorEnv.PYTHONPATH"] = _paths()
+    if address:
+        return {**settings, **memory, **(here if _is_here(address) else {}), "spark.master": address}
     return {
         **settings,
+        **memory,
         **here,
-        "spark.master": f"local[{workers}]",
+        "spark.master": f"local[{workers},{ATTEMPTS}]",
         "spark.local.dir": str(scratch.resolve()),
-        "spark.executorEnv.PYTHONPATH": _paths(),
     }
+
+
+def _defaults(given: SparkConf, ours: SparkConf) -> SparkConf:
+    """`ours` over what spark-submit and spark-defaults.conf gave; a local master is told to try tasks again."""
+    for key, value in ours.getAll():
+        given.set(key, value)
+    if local := LOCAL.fullmatch(given.get("spark.master") or ""):
+        given.set("spark.master", f"local[{local[1] or 1},{ATTEMPTS}]")
+    return given
+
+
+def _knock(address: str) -> None:
+    """ConfigError if no standalone master of `address` listens: Spark would go on trying for minutes."""
+    if not address.startswith("spark://"):
+        return
+    reasons = []
+    for one in address.removeprefix("spark://").split(","):
+        host, _, port = one.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+            return
+        except (OSError, ValueError) as e:
+            reasons.append(f"{one}: {e}")
+    raise ConfigError(
+        f"spark: cannot reach a master at {address} ({'; '.join(reasons)}); check `engine.address`, as in spark://HOST:7077"
+    )
+
+
+def _is_here(address: str) -> bool:
+    """Whether a master listens on loopback: then all of its cluster is this machine."""
+    return address.startswith(("spark://127.0.0.1:", "spark://localhost:"))
 
 
 def _paths() -> str:

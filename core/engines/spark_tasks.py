@@ -1,76 +1,109 @@
-"""What the `spark` engine runs in Spark's Python workers: functions over Arrow batches, cast at both edges, and replies.
+"""What the `spark` engine runs in Spark's Python workers: streams of tables, of which a worker holds a few batches at a time.
 
-A reply is a pickled value in a binary column. Errors of ours travel inside the message of the exception that Spark reports, as
-Spark keeps nothing else of it.
+A frame's partition ends with one row more, whose last column says how large it is, how many rows a cap cut, or what went wrong:
+errors of ours are answers, or Spark would run again what can only fail again. A RetryableError does go through Spark as an
+exception, inside its message, as Spark keeps nothing else of it.
 """
 
 import base64
+import itertools
 import pickle
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from pyspark import TaskContext
 
-from core.engines.columns import capped, sorted_table
-from core.engines.contract import Align, ChunkFn, Report, Unit, UnitFn, key_aligned, write_shards
-from core.engines.measure import measured
-from core.engines.pool import attempted, failed_unit, quiet_note
-from core.engines.spark_session import BATCH_ROWS
-from core.engines.spill import Cut, shards_of
-from core.errors import ConfigError, StageError, StepwellError
+from core.engines.columns import capped, key_starts, sorted_table
+from core.engines.contract import Align, ChunkFn, Note, Report, Unit, key_aligned
+from core.engines.pool import FIRST_WAIT_S, attempted, failed_unit
+from core.engines.spark_types import for_spark, out, tables
+from core.engines.spill import CHUNK_ROWS, Cut
+from core.errors import ConfigError, RetryableError, StageError, StepwellError
+from core.rows import shard_of
 
 Batches = Iterator[pa.RecordBatch]
+Tables = Iterator[pa.Table]
 
 REPLY = pa.schema([("reply", pa.binary())])
-PARTITION = "partition of align"
-LOST = "rows lost to the cap"  # a column whose only non-null value says how many rows of its partition were cut
+FACTS = "facts of the partition"  # a column that is null but in a partition's last row
+CHUNK_BYTES = (
+    32 << 20
+)  # that a reduce function sees at once, rounded up to whole keys; a worker holds about four times that
 CARRIED = re.compile(r"stepwell-error:([A-Za-z0-9+/=]+);")
 
 
-def for_spark(schema: pa.Schema) -> pa.Schema:
-    """The Arrow schema that Spark itself uses for these columns; order and equality of values are kept. Columns are known by
-    their place, as pyspark reads a dot in a name as a field of a struct and ignores case here and there."""
-    plain = pa.schema([pa.field(n, _known_type(f.type)) for n, f in zip(names(schema), schema, strict=True)])
-    return to_arrow_schema(from_arrow_schema(plain), timezone="UTC")
+@dataclass
+class Facts:
+    """What the driver must know of a partition that was made."""
+
+    bytes: int = 0
+    lost: int = 0
 
 
-def names(schema: pa.Schema) -> list[str]:
-    """What the columns are called within Spark."""
-    return [f"c{i}" for i in range(len(schema))]
+Work = Callable[[Facts, Batches], Tables]
 
 
-def spark_struct(schema: pa.Schema) -> Any:
-    """The same as Spark's own type."""
-    return from_arrow_schema(for_spark(schema))
+def with_facts(schema: pa.Schema) -> pa.Schema:
+    """`schema`, nullable throughout, with the column FACTS."""
+    return pa.schema([*(f.with_nullable(True) for f in schema), (FACTS, pa.binary())])
 
 
-def _known_type(kind: pa.DataType) -> pa.DataType:
-    """Spark has no unsigned, half or fixed-size types."""
-    t = pa.types
-    wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.float16(): pa.float32()}
-    if t.is_uint64(kind):
-        return pa.decimal128(20, 0)
-    if t.is_fixed_size_binary(kind):
-        return pa.binary()
-    if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
-        return pa.list_(_known_type(kind.value_type))
-    if t.is_struct(kind):
-        return pa.struct([pa.field(f.name, _known_type(f.type)) for f in kind])
-    return wider.get(kind, kind)
-
-
-def guarded(label: str, work: Callable[[Batches], Batches], batches: Batches) -> Batches:
-    """`work(batches)`; what it raises is made to survive the way through Spark."""
+def framed(label: str, work: Work, schema: pa.Schema, batches: Batches) -> Batches:
+    """The rows that `work` makes, and a last one: pickled Facts, or the error that ended it."""
+    facts: Any = Facts()
+    whole = with_facts(schema)
     try:
-        yield from work(batches)
+        for made in work(facts, batches):
+            table = made.select(schema.names).cast(schema)
+            facts.bytes += table.nbytes
+            yield from out(table.append_column(FACTS, pa.nulls(table.num_rows, pa.binary())), whole)
     except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
-        if not isinstance(e, ConfigError | StageError):
-            e = failed_unit(label, "of Spark", e, traceback.format_exc())
-        raise RuntimeError(f"stepwell-error:{base64.b64encode(pickle.dumps(e)).decode()};") from None
+        facts = ours(label, e)
+    last = [*(pa.nulls(1, f.type) for f in schema), pa.array([pickle.dumps(facts)], pa.binary())]
+    yield from out(pa.Table.from_arrays(last, schema=whole), whole)
+
+
+def replied(label: str, work: Callable[[Batches], Iterator[Any]], batches: Batches) -> Batches:
+    """The values that `work` gives, pickled, in REPLY; an error of ours is one of them."""
+    values: list[Any] = []
+    try:
+        values += work(batches)
+    except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
+        values = [ours(label, e)]
+    for value in values:
+        yield pa.record_batch([pa.array([pickle.dumps(value)], pa.binary())], schema=for_spark(REPLY))
+
+
+def piped(label: str, work: Callable[[Batches], Tables], schema: pa.Schema, batches: Batches) -> Batches:
+    """What `work` makes on the way to an exchange."""
+    try:
+        for made in work(batches):
+            yield from out(made, schema)
+    except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
+        raise RuntimeError(_carrying(ours(label, e))) from None
+
+
+def ours(label: str, error: Exception) -> StepwellError:
+    """An exception in the form that the contract gives to errors; one that may pass is raised, for Spark to try again."""
+    if isinstance(error, ConfigError | StageError):
+        return error
+    context = TaskContext.get()
+    failure = failed_unit(label, f"{context.partitionId() if context else 0} of Spark", error, traceback.format_exc())
+    if isinstance(error, RetryableError):
+        time.sleep(FIRST_WAIT_S * 2 ** (context.attemptNumber() if context else 0))
+        raise RuntimeError(_carrying(failure)) from None
+    return failure
+
+
+def _carrying(error: StepwellError) -> str:
+    return f"stepwell-error:{base64.b64encode(pickle.dumps(error)).decode()};"
 
 
 def carried(message: str) -> StepwellError | None:
@@ -79,132 +112,115 @@ def carried(message: str) -> StepwellError | None:
     return pickle.loads(base64.b64decode(found[1])) if found else None
 
 
-def unit(fn: UnitFn, label: str, unit: Unit) -> Report | StepwellError:
-    """A unit's report, or why there is none: other units go on."""
-    try:
-        return attempted(partial(measured, fn, unit, quiet_note), label, unit.name)
-    except StepwellError as e:
-        return e
-
-
-def tables(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """What Spark hands in, as the declared schema."""
-    for batch in batches:
-        if batch.num_rows:
-            yield known(pa.Table.from_batches([batch]), schema)
-
-
-def known(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table of Spark's as the declared schema."""
-    return table.select(names(schema)).rename_columns(schema.names).cast(schema)
-
-
-def unknown(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table of the declared schema as Spark wants it."""
-    return table.select(schema.names).cast(schema).rename_columns(names(schema)).cast(for_spark(schema))
-
-
-def out(table: pa.Table, schema: pa.Schema) -> Batches:
-    """The declared schema, as Spark wants it."""
-    yield from unknown(table, schema).combine_chunks().to_batches(BATCH_ROWS)
-
-
-def scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, label: str, batches: Batches) -> Batches:
+def scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], label: str, facts: Facts, batches: Batches) -> Tables:
     for batch in batches:
         for pickled in batch.column(0).to_pylist():
             unit: Unit = pickle.loads(pickled)
             try:
                 for made in fn(unit):
-                    yield from out(pa.Table.from_batches([made]), schema)
-            except (ConfigError, StageError):
+                    yield pa.Table.from_batches([made])
+            except (ConfigError, StageError, RetryableError):
                 raise
             except Exception as e:
                 raise failed_unit(label, unit.name, e, traceback.format_exc()) from e
 
 
-def same(table: pa.Table) -> pa.Table:
-    return table
-
-
-def mapped(fn: ChunkFn, given: pa.Schema, schema: pa.Schema, batches: Batches) -> Batches:
+def mapped(fn: ChunkFn, given: pa.Schema, facts: Facts, batches: Batches) -> Tables:
     for table in tables(batches, given):
-        yield from out(fn(table), schema)
+        yield fn(table)
 
 
-def combined(combine: ChunkFn, given: pa.Schema, keys: Sequence[str], batches: Batches) -> Batches:
+def combined(combine: ChunkFn, given: pa.Schema, keys: Sequence[str], batches: Batches) -> Tables:
     for table in tables(batches, given):
-        yield from out(combine(sorted_table(table, keys)), given)
+        yield combine(sorted_table(table, keys))
 
 
-def reduced(fn: ChunkFn, given: pa.Schema, schema: pa.Schema, cut: Cut, batches: Batches) -> Batches:
-    """Sorted rows of one partition. With a cap, a last row says how many rows were cut."""
-    lost = 0
-    most = cut.max_rows_per_key
-    marked = with_lost(schema)
-    for piece in key_aligned(tables(batches, given), cut.by):
-        table = sorted_table(cut.combine(piece), [*cut.by, *cut.order]) if cut.combine is not None else piece
-        if most is None:
-            yield from out(fn(table), schema)
-            continue
-        table, here = capped(table, cut.by, most)
-        lost += here
-        made = fn(table).select(schema.names).cast(schema)
-        yield from out(made.append_column(LOST, pa.nulls(made.num_rows, pa.int64())), marked)
-    if most is not None:
-        note = [*(pa.nulls(1, f.type) for f in schema), pa.array([lost])]
-        yield from out(pa.Table.from_arrays(note, schema=marked), marked)
+def reduced(fn: ChunkFn, given: pa.Schema, cut: Cut, facts: Facts, batches: Batches) -> Tables:
+    """`fn` over whole keys of the sorted rows of one partition. A key that `combine` or a cap makes small is made small as it
+    comes in: a worker never holds all its rows."""
+    keys = [*cut.by, *cut.order]
+    if cut.combine is None:
+        stream = tables(batches, given)
+        if cut.max_rows_per_key is not None:
+            stream = first_rows(stream, cut.by, cut.max_rows_per_key, facts)
+        yield from map(fn, whole_keys(stream, cut.by))
+        return
+    for piece in whole_keys(combined(cut.combine, given, keys, batches), cut.by):
+        table = sorted_table(cut.combine(sorted_table(piece, keys)), keys)
+        if cut.max_rows_per_key is not None:
+            table, lost = capped(table, cut.by, cut.max_rows_per_key)
+            facts.lost += lost
+        yield fn(table)
 
 
-def with_lost(schema: pa.Schema) -> pa.Schema:
-    """`schema`, nullable throughout, with the column LOST."""
-    return pa.schema([*(f.with_nullable(True) for f in schema), (LOST, pa.int64())])
+def whole_keys(stream: Tables, by: Sequence[str]) -> Tables:
+    """Tables of whole keys of about CHUNK_BYTES, by the width of the first rows."""
+    first = next(stream, None)
+    if first is None:
+        return
+    width = max(1, first.nbytes // max(1, first.num_rows))
+    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // width))
+    yield from key_aligned(itertools.chain([first], stream), by, rows)
 
 
-def tagged(given: pa.Schema, cut: Cut, batches: Batches) -> Batches:
-    """Rows with the number of the align partition that writes them."""
-    schema = with_partition(given)
+def first_rows(stream: Tables, by: Sequence[str], most: int, facts: Facts) -> Tables:
+    """The first `most` rows of each key of a sorted stream; the others are counted."""
+    last: list[Any] | None = None
+    seen = 0  # rows of the key `last`, which may go on in the next table
+    for table in stream:
+        n = table.num_rows
+        first = np.append(np.flatnonzero(key_starts(table, by)), n)
+        rank = np.arange(n) - np.repeat(first[:-1], np.diff(first))
+        if _key(table, 0, by) == last:
+            rank[: first[1]] += seen
+        last, seen = _key(table, n - 1, by), int(rank[-1]) + 1
+        keep = rank < most
+        facts.lost += n - int(keep.sum())
+        yield table if keep.all() else table.filter(pa.array(keep))
+
+
+def _key(table: pa.Table, row: int, by: Sequence[str]) -> list[Any]:
+    return [table.column(c)[row].as_py() for c in by]
+
+
+def aligned(given: pa.Schema, target: Align, batches: Batches) -> Iterator[tuple[int, Report]]:
+    """Write the shards whose rows come in, sorted by `row`, one in memory at a time."""
+    held: list[pa.Table] = []
+    at = -1
     for table in tables(batches, given):
-        yield from out(table.append_column(PARTITION, pa.array(cut.partition_of(table))), schema)
+        shards = shard_of(table.column("row").to_numpy())
+        borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), table.num_rows]
+        for first, end in itertools.pairwise(borders):
+            if held and int(shards[first]) != at:
+                yield at, _written(target, at, pa.concat_tables(held))
+                held = []
+            at = int(shards[first])
+            held.append(table.slice(first, end - first))
+    if held:
+        yield at, _written(target, at, pa.concat_tables(held))
 
 
-def with_partition(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([*schema, (PARTITION, pa.int64())])
+def _written(target: Align, shard: int, rows: pa.Table) -> Report:
+    report: Report = attempted(partial(target.write, shard, rows.combine_chunks()), target.label, str(shard))
+    return report
 
 
-def aligned(schema: pa.Schema, target: Align, partitions: int, group: pa.Table) -> pa.Table:
-    """Write the shards of one partition; the reply is (partition, reports or an error)."""
-    group = known(group, with_partition(schema))
-    partition = group.column(PARTITION)[0].as_py()
-    table = sorted_table(group.select(schema.names), ["row"])
-    shards = shards_of(partition, partitions, target)
-    reply: Any
-    try:
-        reply = attempted(partial(write_shards, target, table, shards, quiet_note), target.label, str(partition))
-    except StepwellError as e:
-        reply = e
-    return pa.table([pa.array([pickle.dumps((partition, reply))], pa.binary())], schema=for_spark(REPLY))
-
-
-def write_empty(schema: pa.Schema, target: Align, unit: Unit, note: Any) -> Report:
-    return Report(unit.name, value=write_shards(target, schema.empty_table(), unit.payload, note))
+def write_empty(given: pa.Schema, target: Align, unit: Unit, note: Note) -> Report:
+    """Write shards without a row."""
+    reports = []
+    for shard in unit.payload:
+        reports.append((shard, _written(target, shard, given.empty_table())))
+        note(docs=reports[-1][1].docs)
+    return Report(unit.name, value=reports)
 
 
 def folded(
-    fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], schema: pa.Schema, batches: Batches
-) -> Batches:
+    fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], given: pa.Schema, batches: Batches
+) -> Iterator[Any]:
+    """One value for a partition that has rows."""
     value = None
-    for table in tables(batches, schema):
+    for table in tables(batches, given):
         here = fn(table)
         value = here if value is None else merge(value, here)
     if value is not None:
-        yield pa.record_batch([pa.array([pickle.dumps(value)], pa.binary())], schema=for_spark(REPLY))
-
-
-def sized(capped: bool, batches: Batches) -> Batches:
-    """One row: bytes, and the rows that were cut, which the last column of a capped frame tells."""
-    size = lost = 0
-    for batch in batches:
-        size += batch.nbytes
-        if capped:
-            lost += sum(batch.column(batch.num_columns - 1).drop_null().to_pylist())
-    yield pa.record_batch([pa.array([size], pa.int64()), pa.array([lost], pa.int64())], names=["size", "lost"])
+        yield value

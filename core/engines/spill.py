@@ -25,7 +25,7 @@ from core.engines.columns import capped, key_starts, largest_key, partition_hash
 from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Skew
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
-from core.storage import DISK_FAULTS
+from core.stores import DISK_FAULTS
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
 CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from core import stopping
 from core.errors import RetryableError, StageError
 from mixtures.augment.budget import Budget, usage_of
 from mixtures.augment.endpoint import Endpoint, Refused
@@ -159,6 +160,7 @@ class Sender:
         before = {number: signal.getsignal(number) for number in numbers}
 
         def stop(number: signal.Signals) -> None:
+            stopping.request(number)  # so that the command says and exits as after any stop
             self.sent.signalled = number.name
             self.endpoint.tally.stopped = True
 

@@ -1,12 +1,10 @@
-"""The pipeline that the fault tests disturb: every kind of stage that works in units, in several shards, in a few seconds."""
-
-from tests.pipelines.small_pipeline import texts, write_jsonl
+"""The pipeline that the fault tests disturb: every kind of stage that works in units, in several shards, in some seconds."""
 
 DOCS, FILES = 360, 4
 
 CHAIN = """\
 root: {root}
-engine: {{name: {engine}, workers: {workers}, memory_gb: 1, scratch: {scratch}}}
+engine: {{name: {engine}, workers: {workers}, memory_gb: 1{scratch}}}
 sources:
   notes: {{kind: jsonl, path: {source}}}
 stages:

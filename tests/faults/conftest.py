@@ -27,8 +27,7 @@ class Undisturbed:
         folder: Path | None = None,
         scratch: Path | None = None,
     ) -> Path:
-        """A config in `beside` over the same source; the root lies in `folder`, and the scratch in the root, whatever the
-        engine."""
+        """A config in `beside` over the same source; the root lies in `folder`, and the scratch in the root if none is given."""
         root = (folder or beside) / "root"
         return write_config(
             beside / f"{name}.yaml",
@@ -36,7 +35,7 @@ class Undisturbed:
             root=root,
             engine=engine,
             workers=workers,
-            scratch=scratch or root / "exchange",
+            scratch=f", scratch: {scratch}" if scratch else "",
             source=self.source,
         )
 

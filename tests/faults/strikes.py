@@ -1,4 +1,4 @@
-"""Runs of the command that are struck at a drawn moment: who is killed, where it was, that nothing hangs, and that nothing stays."""
+"""Runs of the command that are struck at a drawn moment: who is killed, where, that nothing hangs, and that nothing stays."""
 
 import os
 import signal

@@ -134,16 +134,23 @@ def test_a_second_signal_ends_at_once(tmp_path):
     until(lambda: not family(str(tmp_path)))
 
 
-def test_outside_of_units_a_signal_strikes_at_once_and_the_same_one_twice_is_one():
-    with pytest.raises(stopping.Stopped), stopping.listening():
+def signalled_while_idle() -> None:
+    with stopping.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(WAIT_S)
-    with pytest.raises(stopping.Stopped), stopping.listening():
-        with stopping.patiently():
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stopping.asked() == signal.SIGTERM
-        raise AssertionError("patience has an end")
+
+
+def signalled_twice_while_patient() -> None:
+    with stopping.listening(), stopping.patiently():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.asked() == signal.SIGTERM
+
+
+@pytest.mark.parametrize("block", [signalled_while_idle, signalled_twice_while_patient])
+def test_outside_of_units_a_signal_strikes_at_once_and_the_same_one_twice_is_one(block):
+    with pytest.raises(stopping.Stopped):
+        block()
 
 
 def test_a_run_of_units_that_begins_after_the_request_begins_none(tmp_path):

@@ -1,4 +1,4 @@
-"""kill -9 of driver, worker or both at drawn moments of a run on `local`: the same bytes in the end, and nobody is left behind."""
+"""kill -9 of driver, worker or both at drawn moments of a run on `local`: the same bytes in the end, nobody is left."""
 
 import pytest
 

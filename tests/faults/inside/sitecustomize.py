@@ -1,7 +1,8 @@
 """Loaded by every Python process of a disturbed run: counts what is done to files below the root, and kills at the drawn event.
 
-In, from the environment: STRIKE_FOLDER (this round's folder), STRIKE_ROOT, and STRIKE = `STEP EVENT VICTIM DELAY_S` or nothing.
-Out, in the folder: `STEP.events`, one byte for each event of all processes together; `struck`, one line: who was killed, and where.
+In, from the environment: STRIKE_FOLDER (this round's folder), STRIKE_ROOT, and STRIKE = `STEP EVENT VICTIM DELAY_S` or
+nothing. Out, in the folder: `STEP.events`, one byte for each event of all processes together; `struck`, one line: who was
+killed, and where.
 
 An audit hook is called before its event: a process that dies in it has not yet renamed, linked, removed or opened the file.
 """
@@ -34,9 +35,9 @@ def family(folder: str) -> list[int]:
     found = []
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
-                if stat(int(name))[0] not in "ZX":
-                    found.append(int(name))
+            ours = name.isdigit() and mark in Path("/proc", name, "environ").read_bytes().split(b"\0")
+            if ours and stat(int(name))[0] not in "ZX":
+                found.append(int(name))
         except OSError:
             continue  # it has ended in between, or is another's
     return sorted(found)
@@ -62,7 +63,9 @@ def victims(kind: str) -> list[int]:
     found = []
     for pid in everyone:
         try:
-            if pid != driver and VICTIMS[kind] in called(pid):
+            if (
+                pid != driver and VICTIMS[kind] in called(pid) and "Agent" not in called(pid)
+            ):  # Ray's agents are no workers
                 forked = "pyspark.daemon" in called(int(stat(pid)[1]))
                 if kind not in ("daemon", "forked") or forked == (kind == "forked"):
                     found.append(pid)
