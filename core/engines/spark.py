@@ -127,14 +127,16 @@ class SparkEngine:
         sources = [_of(f) for f in ([frames] if isinstance(frames, SparkFrame) else list(frames))]  # type: ignore[arg-type]
         given = sources[0].schema
         check_keys(given, by)
+        keys = [*by, *order]
+        if (
+            combine is not None
+        ):  # a frame of its own, which is small: its errors are answers, and its size decides below
+            work = partial(spark_tasks.combined, combine, given, keys)
+            sources = [self._frame(f.rows, work, given, label) for f in sources]
         partitions = partitions_for(sum(self._bytes(f) for f in sources), self.partition_bytes)
         rows = sources[0].rows
         for other in sources[1:]:
             rows = rows.unionByName(other.rows)
-        keys = [*by, *order]
-        if combine is not None:
-            work = partial(spark_tasks.combined, combine, given, keys)
-            rows = _mapped(rows, partial(spark_tasks.piped, label, work, given), given)
         rows = rows.repartition(partitions, *[_column(given, k) for k in by])
         rows = rows.sortWithinPartitions(*[_column(given, k).asc_nulls_last() for k in keys])
         cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key)
