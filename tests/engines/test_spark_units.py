@@ -109,7 +109,7 @@ def test_what_fails_in_a_verb_is_not_tried_again_but_what_may_pass_is(spark, tmp
         assert len(seen.read_text()) == tries
         assert (failed is None) == (error == "busy")
     rows = spark.scan(Rows(9), [Unit("a", hot(9))], KEYED, "read")
-    with pytest.raises(StageError, match="^sum: unit 0 of Spark failed: ValueError: a bad shard"):
+    with pytest.raises(StageError, match=r"^sum: unit 0 of Spark failed: ValueError: a bad shard"):
         spark.shuffle(
             rows, ["k"], kernels.identity, KEYED, combine=partial(failing, str(tmp_path / "sums")), label="sum"
         )
