@@ -81,15 +81,6 @@ def replied(label: str, work: Callable[[Batches], Iterator[Any]], batches: Batch
         yield pa.record_batch([pa.array([pickle.dumps(value)], pa.binary())], schema=for_spark(REPLY))
 
 
-def piped(label: str, work: Callable[[Batches], Tables], schema: pa.Schema, batches: Batches) -> Batches:
-    """What `work` makes on the way to an exchange."""
-    try:
-        for made in work(batches):
-            yield from out(made, schema)
-    except Exception as e:  # noqa: BLE001 - the driver decides what an exception means
-        raise RuntimeError(_carrying(ours(label, e))) from None
-
-
 def ours(label: str, error: Exception) -> StepwellError:
     """An exception in the form that the contract gives to errors; one that may pass is raised, for Spark to try again."""
     if isinstance(error, ConfigError | StageError):
@@ -98,12 +89,8 @@ def ours(label: str, error: Exception) -> StepwellError:
     failure = failed_unit(label, f"{context.partitionId() if context else 0} of Spark", error, traceback.format_exc())
     if isinstance(error, RetryableError):
         time.sleep(FIRST_WAIT_S * 2 ** (context.attemptNumber() if context else 0))
-        raise RuntimeError(_carrying(failure)) from None
+        raise RuntimeError(f"stepwell-error:{base64.b64encode(pickle.dumps(failure)).decode()};") from None
     return failure
-
-
-def _carrying(error: StepwellError) -> str:
-    return f"stepwell-error:{base64.b64encode(pickle.dumps(error)).decode()};"
 
 
 def carried(message: str) -> StepwellError | None:
@@ -130,7 +117,7 @@ def mapped(fn: ChunkFn, given: pa.Schema, facts: Facts, batches: Batches) -> Tab
         yield fn(table)
 
 
-def combined(combine: ChunkFn, given: pa.Schema, keys: Sequence[str], batches: Batches) -> Tables:
+def combined(combine: ChunkFn, given: pa.Schema, keys: Sequence[str], facts: Facts, batches: Batches) -> Tables:
     for table in tables(batches, given):
         yield combine(sorted_table(table, keys))
 
@@ -145,7 +132,7 @@ def reduced(fn: ChunkFn, given: pa.Schema, cut: Cut, facts: Facts, batches: Batc
             stream = first_rows(stream, cut.by, cut.max_rows_per_key, facts)
         yield from map(fn, whole_keys(stream, cut.by))
         return
-    for piece in whole_keys(combined(cut.combine, given, keys, batches), cut.by):
+    for piece in whole_keys(combined(cut.combine, given, keys, facts, batches), cut.by):
         table = sorted_table(cut.combine(sorted_table(piece, keys)), keys)
         if cut.max_rows_per_key is not None:
             table, lost = capped(table, cut.by, cut.max_rows_per_key)

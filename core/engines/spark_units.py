@@ -21,6 +21,7 @@ from core.errors import ConfigError, StageError, StepwellError
 from core.stage import Resources
 
 # pyspark itself is imported above all by spark_session, which says what to do where it is missing
+from py4j.protocol import Py4JError  # isort: skip
 from pyspark import SparkContext, TaskContext  # isort: skip
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests  # isort: skip
 
@@ -121,8 +122,9 @@ class Watch:
         self.gave_up = False
         self._over = threading.Event()
         self._busy = 0
+        self._thread = threading.Thread(target=self._look, name="spark-executors", daemon=True)
         if not str(context.master).startswith("local"):
-            threading.Thread(target=self._look, name="spark-executors", daemon=True).start()
+            self._thread.start()
 
     def call(self, work: Callable[[], Any]) -> Any:
         """`work()`, which starts jobs."""
@@ -144,11 +146,16 @@ class Watch:
 
     def close(self) -> None:
         self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _look(self) -> None:
         without_s = 0.0
         while not self._over.wait(POLL_S):
-            alive = not self._busy or executors(self.context)
+            try:
+                alive = not self._busy or executors(self.context)
+            except (Py4JError, OSError):  # Java has ended: whoever waits for it hears of it at once
+                return
             without_s = 0.0 if alive else without_s + POLL_S
             if without_s >= self.patience_s:
                 self.gave_up = True

@@ -13,7 +13,6 @@ import pytest
 
 from tests.engines.conftest import require
 from tests.pipelines.small_pipeline import (
-    REPO,
     command,
     environment,
     pipelines,
@@ -175,20 +174,21 @@ def configured(folder, source, address=None):
     return write_config(folder / "p.yaml", CONFIG, **values)
 
 
-def submitted(master, *arguments):
-    """The command of this project as an application of spark-submit."""
+def submitted(folder, master, *arguments):
+    """The command of this project as an application of spark-submit, which takes a file of Python."""
     import pyspark
 
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     conf = ["--conf", "spark.executor.memory=512m", "--conf", "spark.driver.host=127.0.0.1", "--driver-memory", "512m"]
-    line = [submit, "--master", master, *conf, REPO / "pipelines" / "__main__.py", *arguments]
+    line = [submit, "--master", master, *conf, folder / "stepwell.py", *arguments]
+    (folder / "stepwell.py").write_text("from pipelines.cli import main\n\nmain()\n")
     env = environment({"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"})
     return subprocess.run([str(x) for x in line], env=env, capture_output=True, text=True, timeout=RUN_S)
 
 
 def test_spark_submit_runs_the_command_on_a_cluster(cluster, source, expected, tmp_path):
     config = configured(tmp_path, source)
-    done = submitted(cluster.address, "run", "all", "-c", config, "--engine", "spark")
+    done = submitted(tmp_path, cluster.address, "run", "all", "-c", config, "--engine", "spark")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split(":")[0] for line in done.stdout.splitlines()][-1] == "select@final"
     assert state(tmp_path / "root") == expected
@@ -197,7 +197,7 @@ def test_spark_submit_runs_the_command_on_a_cluster(cluster, source, expected, t
 def test_spark_submit_runs_the_command_on_this_machine(source, expected, tmp_path):
     require("spark")
     config = configured(tmp_path, source)
-    done = submitted("local[2]", "run", "stage", "extract", "-c", config, "--engine", "spark")
+    done = submitted(tmp_path, "local[2]", "run", "stage", "extract", "-c", config, "--engine", "spark")
     assert done.returncode == 0, done.stderr[-2000:]
     found = state(tmp_path / "root")
     assert found

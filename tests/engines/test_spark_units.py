@@ -108,6 +108,18 @@ def test_what_fails_in_a_verb_is_not_tried_again_but_what_may_pass_is(spark, tmp
             failed = str(e)
         assert len(seen.read_text()) == tries
         assert (failed is None) == (error == "busy")
+    rows = spark.scan(Rows(9), [Unit("a", hot(9))], KEYED, "read")
+    with pytest.raises(StageError, match=r"^sum: unit 0 of Spark failed: ValueError: a bad shard"):
+        spark.shuffle(
+            rows, ["k"], kernels.identity, KEYED, combine=partial(failing, str(tmp_path / "sums")), label="sum"
+        )
+    assert (tmp_path / "sums").read_text() == "x"
+
+
+def failing(path, table):
+    with open(path, "a") as f:
+        f.write("x")
+    return Raises("value")(table)
 
 
 def counted(error, path, unit):
