@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,6 @@ from core.dataset import Dataset
 from core.engines.contract import Engine, told_by
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.errors import ConfigError, StageError
-from core.hashing import digest
 from core.ingest import check_budget
 from core.job import Job, Outcome, total
 from core.manifest import Identity, Manifest, manifest_name, write_manifest
@@ -33,10 +31,9 @@ from core.stage import Kind
 from core.storage import Root
 from pipelines.config import EngineConfig, Pipeline
 from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_with, plan_step
+from pipelines.preflight import find_artifacts, preflight, scratch_folder
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
 from pipelines.shard_groups import part_summary, step_lock
-
-FREE_BYTES = 1 << 30  # a run does not begin with less: chosen, untested
 
 Say = Callable[[str], None]
 
@@ -311,42 +308,6 @@ def remove_output(root: Root, step: Step) -> None:
     own = [instance] if instance in ("sft", "rl") else []  # JSON lines, which vouch for themselves shard by shard
     for folder in (f"relations/{instance}", "tokens" if instance == "tokenize" else f"models/{instance}", *own):
         root.remove(folder)
-
-
-def preflight(root: Root) -> None:
-    """Everything that can be known before the first byte: the root can be written and has room."""
-    try:
-        root.probe()
-    except (OSError, StageError) as e:
-        raise ConfigError(
-            f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
-        ) from e
-    free = root.free_bytes()
-    if free is not None and free < FREE_BYTES:
-        raise ConfigError(
-            f"root: {free / 1e9:.1f} GB free below {root.url}, expected at least {FREE_BYTES / 1e9:.1f}; make room"
-        )
-
-
-def find_artifacts(todo: Sequence[Step]) -> None:
-    """Every model and benchmark that the steps name is there: one ConfigError for all that are not."""
-    problems: list[str] = []
-    for entry in {step.entry.instance: step.entry for step in todo}.values():
-        try:
-            artifacts_of(entry)
-        except ConfigError as e:
-            problems += e.problems
-    if problems:
-        raise ConfigError(*problems)
-
-
-def scratch_folder(pipeline: Pipeline, root: Root) -> Path:
-    """Where a local engine spills: below the root if that is local, so that a resumed run finds its parts. Elsewhere in a
-    folder for each root, as two roots may run stages of equal identity at once."""
-    if root.is_local and not pipeline.engine.scratch:
-        return Path(root.path("exchange"))
-    below = pipeline.engine.scratch or Path(tempfile.gettempdir(), "stepwell-exchange")
-    return Path(below, digest(root.url)[:12])
 
 
 def summary(outcome: Outcome, observed: dict[str, Any]) -> str:

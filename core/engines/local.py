@@ -29,6 +29,7 @@ from core.engines.contract import (
     write_shards,
 )
 from core.engines.pool import Pool, run_here
+from core.engines.skew import Skews
 from core.engines.spill import (
     Cut,
     Part,
@@ -91,13 +92,13 @@ class LocalEngine:
         self._pool = Pool(workers) if workers else None
         self._step = 0
         self._dropped: dict[str, int] = {}
-        self._skewed: dict[str, Skew] = {}
+        self._skews = Skews()
         self.peak_memory_bytes = 0
 
     def begin(self, scratch: str | Path) -> None:
         """Start a stage: verbs count from zero below this folder."""
         self.scratch, self._step, self.peak_memory_bytes = Path(scratch), 0, 0
-        self._dropped, self._skewed = {}, {}
+        self._dropped, self._skews = {}, Skews()
 
     def run_units(
         self,
@@ -201,7 +202,7 @@ class LocalEngine:
         return dict(self._dropped)
 
     def skewed(self) -> dict[str, Skew]:
-        return dict(self._skewed)
+        return self._skews.by_label()
 
     def close(self) -> None:
         if self._pool is not None:
@@ -233,21 +234,9 @@ class LocalEngine:
         parts = tuple(part if part is not None else next(made).value for part in found)
         if cut_by is not None and (lost := sum(p.cut_rows for p in parts)):
             self._dropped[cut_by] = self._dropped.get(cut_by, 0) + lost
-        if skews := [part.skew for part in parts if part.skew is not None]:
-            self._report_skew(cut_by or label, max(skews, key=lambda skew: skew.bytes))
+        expected = min(self.partition_bytes, self.block_bytes)
+        self._skews.add(cut_by or label, (part.skew for part in parts), expected)
         return LocalFrame(schema, parts)
-
-    def _report_skew(self, label: str, skew: Skew) -> None:
-        self._skewed[label] = max(skew, self._skewed.get(label, skew), key=lambda s: s.bytes)
-        log.warning(
-            "%s: one key, %s, has %s rows of %.1f MB, which a worker held whole, expected at most %.1f MB; if memory runs out, "
-            "give the engine more memory_gb or fewer workers",
-            label,
-            list(skew.key),
-            f"{skew.rows:,}",
-            skew.bytes / 1e6,
-            min(self.partition_bytes, self.block_bytes) / 1e6,
-        )
 
     def _folder(self, label: str) -> Path:
         self._step += 1

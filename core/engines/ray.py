@@ -24,6 +24,7 @@ from core.engines.ray_calls import STREAM, called, fetched
 from core.engines.ray_cluster import Place, Room, block_bytes, check, place_for, places, ray, start
 from core.engines.ray_tasks import Fact, aligned, cut_up, folded, handed, joined, mapped, reduced, scanned
 from core.engines.ray_units import Crew, UnitRun
+from core.engines.skew import Skews
 from core.engines.spill import Cut, align_partitions, partitions_for
 from core.progress import Display, quiet
 from core.stage import Resources
@@ -71,6 +72,7 @@ class RayEngine:
         self.display = display or quiet()
         self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._dropped: dict[str, int] = {}
+        self._skews = Skews()
         self._crew: Crew | None = None
         self.peak_memory_bytes = 0
         self.workers = max(1, workers)
@@ -83,7 +85,7 @@ class RayEngine:
 
     def begin(self, scratch: str | Path) -> None:
         self._release()
-        self._dropped, self.peak_memory_bytes = {}, 0
+        self._dropped, self._skews, self.peak_memory_bytes = {}, Skews(), 0
 
     def clear(self) -> None:
         """Frames go when the stage drops its references."""
@@ -144,7 +146,7 @@ class RayEngine:
     ) -> RayFrame:
         sources = [_of(f) for f in ([frames] if isinstance(frames, RayFrame) else list(frames))]  # type: ignore[arg-type]
         partitions = partitions_for(sum(f.bytes for f in sources), self.partition_bytes)
-        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key)
+        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key, self.partition_bytes)
         exchanged = self._exchange(sources, cut, label)
         work = partial(reduced, fn, sources[0].schema, schema, cut, self.block_bytes)
         calls = ((str(p), (passes, *refs)) for p, passes, refs in self._handed(exchanged))
@@ -153,7 +155,8 @@ class RayEngine:
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> RayFrame:
         a, b = _of(left), _of(right)
         schema = joined_schema(a.schema, b.schema, on, label)
-        cut = Cut(tuple(on), (), partitions_for(max(a.bytes, b.bytes), self.partition_bytes))
+        partitions = partitions_for(max(a.bytes, b.bytes), self.partition_bytes)
+        cut = Cut(tuple(on), (), partitions, partition_bytes=self.partition_bytes)
         from_a, from_b = self._exchange([a], cut, label), self._exchange([b], cut, label)
         counts = [len(parts) for parts in from_a.slices]
         for p in range(cut.partitions):
@@ -200,8 +203,7 @@ class RayEngine:
         return dict(self._dropped)
 
     def skewed(self) -> dict[str, Skew]:
-        """Nothing: this engine does not look at single keys."""
-        return {}
+        return self._skews.by_label()
 
     def close(self) -> None:
         self._release()
@@ -266,6 +268,7 @@ class RayEngine:
             done, root = self._called(work, calls, label, lambda fact: advance(0, 0, 1))
         parts = [Part(*made) for refs, fact in done for made in zip(refs, fact.sizes, strict=True)]
         self._count_dropped(label, sum(fact.lost for _, fact in done))
+        self._skews.add(label, (fact.told.skew for _, fact in done), min(self.partition_bytes, self.block_bytes))
         return RayFrame(schema, tuple(parts), tuple(dict.fromkeys((*roots, root))))
 
     def _count_dropped(self, label: str, rows: int) -> None:

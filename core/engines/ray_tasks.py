@@ -23,7 +23,7 @@ from core.engines.guard import alone, watched
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.engines.pool import attempted, quiet_note
 from core.engines.ray_cluster import ray
-from core.engines.spill import Cut, chunks, prepared, shards_of, split
+from core.engines.spill import Cut, Told, chunks, prepared, shards_of, split
 
 STALL_S = 600.0  # for one block of a frame, the contract's default for a unit
 END = object()
@@ -31,10 +31,11 @@ END = object()
 
 @dataclass
 class Fact:
-    """What a finished task says to the driver: the size of each of its tables, and the rows that a cap cut."""
+    """What a finished task says to the driver: the size of each of its tables, the rows that a cap cut, the largest key."""
 
     sizes: list[int] = field(default_factory=list)
     lost: int = 0
+    told: Told = field(default_factory=Told)
     peak_memory_bytes: int = 0
     value: Any = None
 
@@ -137,12 +138,13 @@ def reduced(
     fn: ChunkFn, schema_in: pa.Schema, schema: pa.Schema, cut: Cut, size: int, fact: Fact, passes: int, *slices: Any
 ) -> Iterator[pa.Table]:
     """`fn` over whole keys of one partition, in `passes` shares of its keys."""
-    fact.lost = 0
+    fact.lost, fact.told = 0, Told()
 
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
             table, lost = _gathered(_share(slices, cut, turn, passes), schema_in, cut, size)
             fact.lost += lost
+            fact.told.large(table, cut, size)
             for piece in chunks(table, cut.by) if table.num_rows else ():
                 yield fn(piece)
                 del piece
@@ -165,11 +167,13 @@ def joined(
 ) -> Iterator[pa.Table]:
     """Slices of the left side, `count` of them, then those of the right."""
     every = opened(slices)
+    fact.told = Told()
 
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
             a = pa.concat_tables([left.empty_table(), *_share(every[:count], cut, turn, passes)])
             b = pa.concat_tables([right.empty_table(), *_share(every[count:], cut, turn, passes)])
+            fact.told.large(b, cut, size, is_sorted=False)
             if a.num_rows:
                 yield join_tables(a.combine_chunks(), b.combine_chunks(), cut.by, how)
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from core.engines import spark_session, spark_tasks, spark_types, spark_units
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
-from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Unit, UnitFn
+from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Skew, Unit, UnitFn
+from core.engines.skew import Skews
 from core.engines.spill import Cut, align_partitions, partitions_for
 from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
@@ -70,10 +71,11 @@ class SparkEngine:
         self._watch = spark_units.Watch(self._session.sparkContext)
         self._frees: list[Any] = []
         self._dropped: dict[str, int] = {}
+        self._skews = Skews()
         self.peak_memory_bytes = 0
 
     def begin(self, scratch: str | Path) -> None:
-        self._dropped, self.peak_memory_bytes = {}, 0
+        self._dropped, self._skews, self.peak_memory_bytes = {}, Skews(), 0
 
     def clear(self) -> None:
         for free in self._frees:
@@ -139,7 +141,7 @@ class SparkEngine:
             rows = rows.unionByName(other.rows)
         rows = rows.repartition(partitions, *[_column(given, k) for k in by])
         rows = rows.sortWithinPartitions(*[_column(given, k).asc_nulls_last() for k in keys])
-        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key)
+        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key, self.partition_bytes)
         return self._frame(rows, partial(spark_tasks.reduced, fn, given, cut), schema, label)
 
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> SparkFrame:
@@ -188,6 +190,9 @@ class SparkEngine:
         self._bytes(_of(frame))
         return frame
 
+    def release(self, frame: Frame) -> None:
+        """Rows go when nothing refers to the frame any more."""
+
     def collect(self, frame: Frame) -> pa.Table:
         source = _of(frame)
         table = spark_types.known(self._driver(source.rows.toArrow, "collect"), source.schema)
@@ -195,6 +200,9 @@ class SparkEngine:
 
     def dropped_rows(self) -> dict[str, int]:
         return dict(self._dropped)
+
+    def skewed(self) -> dict[str, Skew]:
+        return self._skews.by_label()
 
     def close(self) -> None:
         self.clear()
@@ -214,6 +222,7 @@ class SparkEngine:
             advance(0, 0, 1)
         if lost := sum(fact.lost for fact in told):
             self._dropped[label] = self._dropped.get(label, 0) + lost
+        self._skews.add(label, (fact.told.skew for fact in told), self.partition_bytes)
         frame.rows = made.filter(facts.isNull()).drop(_name(whole, spark_tasks.FACTS))
         frame.bytes = sum(fact.bytes for fact in told)
         return frame

@@ -12,7 +12,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from core.engines.columns import capped, key_starts, sorted_table
 from core.engines.contract import Align, ChunkFn, Note, Report, Unit, key_aligned
 from core.engines.pool import FIRST_WAIT_S, attempted, failed_unit
 from core.engines.spark_types import for_spark, out, tables
-from core.engines.spill import CHUNK_ROWS, Cut
+from core.engines.spill import CHUNK_ROWS, Cut, Told
 from core.errors import ConfigError, RetryableError, StageError, StepwellError
 from core.rows import shard_of
 
@@ -45,6 +45,7 @@ class Facts:
 
     bytes: int = 0
     lost: int = 0
+    told: Told = field(default_factory=Told)  # the largest key
 
 
 Work = Callable[[Facts, Batches], Tables]
@@ -130,13 +131,16 @@ def reduced(fn: ChunkFn, given: pa.Schema, cut: Cut, facts: Facts, batches: Batc
         stream = tables(batches, given)
         if cut.max_rows_per_key is not None:
             stream = first_rows(stream, cut.by, cut.max_rows_per_key, facts)
-        yield from map(fn, whole_keys(stream, cut.by))
+        for piece in whole_keys(stream, cut.by):
+            facts.told.large(piece, cut, cut.partition_bytes)
+            yield fn(piece)
         return
     for piece in whole_keys(combined(cut.combine, given, keys, facts, batches), cut.by):
         table = sorted_table(cut.combine(sorted_table(piece, keys)), keys)
         if cut.max_rows_per_key is not None:
             table, lost = capped(table, cut.by, cut.max_rows_per_key)
             facts.lost += lost
+        facts.told.large(table, cut, cut.partition_bytes)
         yield fn(table)
 
 

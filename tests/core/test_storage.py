@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import ConfigError, StageError
 from core.storage import Root
-from pipelines.runner import preflight
+from pipelines.preflight import preflight
 from tests.builders import strays
 
 TABLE = pa.table({"a": [1, 2, 3], "s": pa.array(["x", None, "z"], pa.large_string())})

@@ -9,7 +9,7 @@ import pytest
 from core import object_store
 from core.errors import ConfigError
 from core.storage import Root
-from pipelines.runner import preflight
+from pipelines.preflight import preflight
 from tests.pipelines.small_pipeline import pipelines, texts, write_config, write_jsonl
 from tests.store.seaweed import READER_KEY, READER_SECRET, SECRET, free_ports
 
