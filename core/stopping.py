@@ -48,7 +48,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _Request.listening = False
+        _Request.number, _Request.listening = 0, False  # what was asked of one command is not asked of the next
         faulthandler.unregister(signal.SIGUSR1)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -62,7 +62,7 @@ def reclaim() -> None:
 
 
 def asked() -> int:
-    """The number of the signal that asked to stop, or 0."""
+    """The number of the signal that asked to stop while this process listens, or 0."""
     return _Request.number
 
 

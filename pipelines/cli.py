@@ -305,23 +305,26 @@ def _run(
         known_dataset(pipeline, dataset)
     options = RunOptions(run_id or new_run_id(), dataset, shards, force)
     runner = Runner(pipeline, options, terminal(), typer.echo)
-    try:
-        with stopping.listening():
-            try:
-                return runner.run(chosen)
-            except Exception as e:
-                if not stopping.asked():
-                    raise
-                # The signal may have ended processes that the stage needs; what is truly broken will break again.
-                raise stopping.Stopped(str(e).partition("\n")[0]) from e
-    except KeyboardInterrupt as e:  # said here: typer turns it into a silent exit before `main` would see it
-        typer.echo(_stopped_line(stopping.asked() or signal.SIGINT, runner.position(), str(e)), err=True)
-        raise typer.Exit(128 + (stopping.asked() or signal.SIGINT)) from None
+    with stopping.listening():
+        try:
+            return runner.run(chosen)
+        except KeyboardInterrupt as e:  # said here: typer turns it into a silent exit before `main` would see it
+            raise _stopped(runner.position(), str(e)) from None
+        except Exception as e:
+            if not stopping.asked():
+                raise
+            raise _stopped(runner.position(), str(e).partition("\n")[0]) from None  # its processes got the signal too
 
 
-def _stopped_line(number: int, position: str, units: str) -> str:
+def _stopped(position: str, units: str) -> typer.Exit:
+    """The way out of a run that was asked to stop, once a line has said how far it was."""
+    from core import stopping
+
+    number = stopping.asked() or signal.SIGINT
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return f"stopped by {by}: {position}" + (f" ({units})" if units else "") + "; the same command goes on from there"
+    more = f" ({units})" if units else ""
+    typer.echo(f"stopped by {by}: {position}{more}; the same command goes on from there", err=True)
+    return typer.Exit(128 + number)
 
 
 def _print_plan(planned: Any) -> None:

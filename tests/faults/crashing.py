@@ -21,5 +21,5 @@ def signals(state, batch):
 
 if __name__ == "__main__":
     main()
-else:
+elif __name__ == "__mp_main__":  # a worker that multiprocessing spawned
     classifiers.signals.signals = signals

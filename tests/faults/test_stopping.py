@@ -30,10 +30,11 @@ if __name__ == "__main__":
     engine = LocalEngine(sys.argv[1], 2)
     try:
         with stopping.listening():
-            engine.run_units(lingers, [Unit(str(i), sys.argv[1]) for i in range(6)], "linger")
-    except stopping.Stopped as e:
-        print(e)
-        sys.exit(128 + stopping.asked())
+            try:
+                engine.run_units(lingers, [Unit(str(i), sys.argv[1]) for i in range(6)], "linger")
+            except stopping.Stopped as e:
+                print(e)
+                sys.exit(128 + stopping.asked())
     finally:
         engine.close()
 """
