@@ -44,11 +44,11 @@ def fetched(root: Root, names: Sequence[str], content: str) -> list[Path]:
         return [root.local_path(name) for name in names]
     folder = cache_folder() / "fetched" / content[:2] / content
     paths = [folder / name.rsplit("/", 1)[-1] for name in names]
-    for name, path in zip(names, paths, strict=True):
-        if path.exists():
-            continue
-        make_room(root.size(name), name)
-        fetch(root, name, path, None)
+    if not all(path.exists() for path in paths):
+        make_room(sum(root.size(name) for name in names), names[0])  # for all at once: it may take this very folder
+        for name, path in zip(names, paths, strict=True):
+            if not path.exists():
+                fetch(root, name, path, None)
     with contextlib.suppress(FileNotFoundError):  # another process may just have made room
         os.utime(folder)
     return paths

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from core.errors import StageError, StepwellError
+from core.errors import StageError
 from core.storage import Root
 
 LEASE_S = 90.0
@@ -41,8 +41,8 @@ def held(root: Root, name: str, run_id: str) -> Iterator[None]:
         beat.stop()
         try:
             root.remove_version(path, beat.version)
-        except (OSError, StepwellError) as e:  # said, not raised: what the block raised matters more
-            log.warning("%s: not released (%s); it ends with its lease", path, e)
+        except Exception as e:  # noqa: BLE001 - said, not raised: what the block raised matters more
+            log.warning("%s: not released (%s: %s); it ends with its lease", path, type(e).__name__, e)
 
 
 def _acquire(root: Root, path: str, run_id: str) -> str:
@@ -90,13 +90,15 @@ class _Beat:
         while not self._stop.wait(HEARTBEAT_S):
             # The same bytes until they are known to be there: a renewal whose answer was lost is then found to be ours.
             entry = entry or _entry(self._run_id)
-            # A missed beat shortens the lease; the work itself will meet the fault.
-            with contextlib.suppress(OSError, StepwellError):
+            try:
                 version = self._root.replace(self._path, entry, self.version, HEARTBEAT_S)
-                if version is None:
-                    log.warning("%s: taken over by another run; two runs may now do the same work", self._path)
-                    return
-                self.version, entry = version, None
+            except Exception as e:  # noqa: BLE001 - a missed beat shortens the lease; the work itself will meet the fault
+                log.warning("%s: not renewed (%s: %s)", self._path, type(e).__name__, e)
+                continue
+            if version is None:
+                log.warning("%s: taken over by another run; two runs may now do the same work", self._path)
+                return
+            self.version, entry = version, None
 
 
 def _gone(owner: dict[str, Any]) -> bool:

@@ -258,9 +258,9 @@ def _given_up(error: Exception, where: str, client: Any, tries: int, waited_s: f
 
     tried = f"{tries} tries in {waited_s:.0f} s"
     if isinstance(error, Unreached):
-        return ConfigError(
+        return StageError(
             f"root: {where}: got no connection to {endpoint_of(client)} ({tried}), expected an S3 server; "
-            "check AWS_ENDPOINT_URL and that the server is up"
+            "check AWS_ENDPOINT_URL and that the server is up; what is committed stays"
         )
     return StageError(
         f"root: {where}: no whole answer from {endpoint_of(client)} ({tried}), got {_said(error)}; what is committed "

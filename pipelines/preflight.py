@@ -19,6 +19,8 @@ def preflight(root: Root) -> None:
     try:
         root.probe()
     except (OSError, StageError) as e:
+        if isinstance(e, StageError) and not root.is_local:
+            raise  # a store that cannot be reached now may be later: schedulers try again what is no mistake in the config
         raise ConfigError(
             f"root: cannot write below {root.url}: {e}; name another root or change its permissions"
         ) from e

@@ -216,7 +216,9 @@ class LocalEngine:
         schema = frames[0].schema
         parts = [part for frame in frames for part in _parts(frame)]
         units = [Unit(str(i), part, part.bytes) for i, part in enumerate(parts)]
-        return self._make(partial(_cut, schema, cut, self.block_bytes), units, schema, label, cut_by=label)
+        # The size of a frame, and so the number of partitions, may move by some bytes with the blocks it was made in.
+        name = f"{label} {cut.partitions}"
+        return self._make(partial(_cut, schema, cut, self.block_bytes), units, schema, name, cut_by=label)
 
     def _partition_units(self, exchanged: LocalFrame, cut: Cut) -> list[Unit]:
         share = exchanged.bytes // max(1, cut.partitions)
@@ -226,7 +228,7 @@ class LocalEngine:
         self, work: Any, units: Sequence[Unit], schema: pa.Schema, label: str, cut_by: str | None = None
     ) -> LocalFrame:
         """Run `work(path, unit, note) -> Part` for units whose part is not committed yet."""
-        folder = self._folder(label)
+        folder = self._folder(f"{len(units)} {label}")
         paths = [str(folder / f"{i:06d}.arrow") for i in range(len(units))]
         found = [committed_part(path) for path in paths]
         todo = [replace(u, payload=(paths[i], u.payload)) for i, u in enumerate(units) if found[i] is None]
@@ -241,7 +243,8 @@ class LocalEngine:
     def _folder(self, label: str) -> Path:
         self._step += 1
         words = "".join(c if c.isalnum() else "-" for c in label.lower())
-        return self.scratch / f"{self._step:03d}-{words[:40]}"
+        # Parts that were cut for partitions of another size hold other keys: a stage that goes on with them must not find these.
+        return self.scratch / str(self.partition_bytes) / f"{self._step:03d}-{words[:40]}"
 
 
 def _parts(frame: Frame) -> tuple[Part, ...]:

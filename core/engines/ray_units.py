@@ -7,6 +7,7 @@ the place that the worker left.
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ DEATHS = (
 QUEUED = 2  # tasks asked for per place: the second one's worker is ready when the first ends; untested
 FALSE_STARTS = 3  # actors in a row that ended before they began
 WAKE_S = 2.0  # the longest time without a look at signals and nodes: chosen, untested
+IDLE_S = 0.2
 
 log = logging.getLogger("stepwell")
 
@@ -93,6 +95,8 @@ class UnitRun:
             self._assign()
             self._make_way()
             expected = [*self.running, *(self.crew.starting if self.crew else ())]
+            if not expected:
+                time.sleep(IDLE_S)  # no worker is there or on its way: until `room` has lost its patience
             for ref in ray.wait(expected, timeout=WAKE_S)[0] if expected else ():
                 if ref in self.running:
                     self._ended(ref)

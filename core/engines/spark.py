@@ -9,6 +9,7 @@ refers to it any more. Functions with more than 1 MB of state are broadcast, by 
 starts again; what `run_units` and `align` commit stays committed.
 """
 
+import contextlib
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ from core.rows import ROW_BITS, SHARD_BITS
 from core.stage import Resources
 
 # pyspark itself is imported above all by spark_session, which says what to do where it is missing
+from py4j.protocol import Py4JError  # isort: skip
 from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
 
@@ -229,7 +231,7 @@ class SparkEngine:
 
     def _cached(self, frame: SparkFrame) -> SparkFrame:
         """The frame, whose rows are kept once they are computed, as long as somebody holds it."""
-        free = weakref.finalize(frame, frame.rows.persist().unpersist)
+        free = weakref.finalize(frame, _free, frame.rows.persist())
         free.atexit = False
         self._frees = [f for f in self._frees if f.alive] + [free]
         return frame
@@ -262,7 +264,6 @@ class SparkEngine:
 
     def _driver(self, call: Callable[[], Any], label: str, units: Sequence[Unit] = ()) -> Any:
         """`call()`, with Spark's exceptions turned into ours."""
-        from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
 
         try:
@@ -275,6 +276,11 @@ class SparkEngine:
                 raise lost from e
             lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(e).__name__]
             raise StageError(f"{label}: Spark gave up: {lines[0][:500]}; run with --debug for its whole message") from e
+
+
+def _free(rows: DataFrame) -> None:
+    with contextlib.suppress(Py4JError):  # Java has ended, and the rows with it
+        rows.unpersist()
 
 
 def _mapped(rows: DataFrame, work: Any, schema: pa.Schema) -> DataFrame:

@@ -22,6 +22,7 @@ from core.errors import ConfigError
 warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
 
 try:
+    from py4j.protocol import Py4JError
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkException
     from pyspark.java_gateway import launch_gateway
@@ -63,8 +64,6 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
             gateway = launch_gateway(conf, {"stdout": out, "stderr": out})
             context = SparkContext(conf=_defaults(SparkConf(_jvm=gateway.jvm), conf), gateway=gateway)
     except Exception as e:
-        from py4j.protocol import Py4JError
-
         if not isinstance(e, PySparkException | Py4JError | OSError):
             raise
         reason = str(e).splitlines()[0][:300]
@@ -80,11 +79,13 @@ def end_session(session: SparkSession) -> None:
     """Stop the session, and the Java that `start_session` started for it: it would live as long as this process."""
     context: Any = session.sparkContext
     gateway = context._gateway
-    session.stop()
+    with contextlib.suppress(Py4JError):  # Java may have ended by itself
+        session.stop()
     java: subprocess.Popen[bytes] | None = getattr(gateway, "proc", None)
     if java is None:
         return  # spark-submit's
-    gateway.shutdown()
+    with contextlib.suppress(Py4JError):
+        gateway.shutdown()
     SparkContext._gateway = SparkContext._jvm = None
     assert java.stdin is not None
     with contextlib.suppress(BrokenPipeError):

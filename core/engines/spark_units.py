@@ -5,6 +5,7 @@ own Python worker (`guard.watched`), any later one in a child of it (`guard.alon
 rejected as on `local`. Errors of ours come back as values, or Spark would try again what can only fail again.
 """
 
+import contextlib
 import math
 import pickle
 import re
@@ -159,5 +160,6 @@ class Watch:
             without_s = 0.0 if alive else without_s + POLL_S
             if without_s >= self.patience_s:
                 self.gave_up = True
-                self.context.cancelAllJobs()
+                with contextlib.suppress(Py4JError, OSError):
+                    self.context.cancelAllJobs()
                 without_s = 0.0

@@ -72,7 +72,7 @@ def committed_part(path: str) -> Part | None:
     except FileNotFoundError:
         return None
     cuts = {int(p): [tuple(c) for c in where] for p, where in stored.pop("cuts").items()}
-    skew = stored.pop("skew")
+    skew = stored.pop("skew", None)
     return Part(path, cuts=cuts, skew=Skew(**{**skew, "key": tuple(skew["key"])}) if skew else None, **stored)
 
 

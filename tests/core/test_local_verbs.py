@@ -197,11 +197,28 @@ def test_a_stage_that_begins_again_finds_its_parts(here):
     # `identity` would fail on the schema: nothing is computed again, and what the cap cut is still known
     assert got(engine, stage(identity)) == first
     assert engine.dropped_rows() == {"rank": 35}
+    engine.begin(engine.scratch)
+    engine.partition_bytes = 1600  # fewer partitions: parts of the first cut hold other keys
+    assert got(engine, stage(ranked)) == first
+    assert engine.dropped_rows() == {"rank": 35}
     engine.clear()
     assert not engine.scratch.exists()
     engine.begin(engine.scratch)
     with pytest.raises(StageError, match="rank"):
         stage(identity)
+
+
+def test_a_stage_killed_in_its_reduction_goes_on_with_other_partitions(here):
+    rows = [(i % 17, "s", i) for i in range(200)]
+    engine = arranged(here, {"cut": 2, "partition": 300, "block": 200})
+    with pytest.raises(StageError):
+        engine.shuffle(
+            frame_of(engine, rows, 2), ["k", "s"], identity, RANKED, ["v"]
+        )  # the wrong schema: parts are cut
+    engine.begin(engine.scratch)
+    engine.partition_bytes = 2400
+    out = engine.shuffle(frame_of(engine, rows, 2), ["k", "s"], ranked, RANKED, ["v"])
+    assert got(engine, out) == expected_ranks(rows)[0]
 
 
 def test_join_refuses_columns_of_one_name(here):

@@ -1,8 +1,8 @@
 """The command `pipelines` on disks smaller than those it agrees to begin on."""
 
-import pipelines.runner
+import pipelines.preflight
 from pipelines.cli import main
 
 if __name__ == "__main__":  # workers import this file too
-    pipelines.runner.FREE_BYTES = 0
+    pipelines.preflight.FREE_BYTES = 0
     main()
