@@ -44,7 +44,7 @@ ROWS = {
     "exact": Row("datasets/notes/manifests/exact.json", ("datasets/*/layers/exact/*.parquet",), ("computed",)),
     "minhash": Row(
         "datasets/notes/manifests/minhash.json",
-        ("relations/minhash/edges.parquet", "datasets/*/layers/minhash/*.parquet"),
+        ("relations/minhash/edges/*.parquet", "datasets/*/layers/minhash/*.parquet"),
         ("computed",),
     ),
     "embedder": Row("manifests/embedder.json", ("models/embedder/*",), ("tokens",)),

@@ -100,7 +100,7 @@ def test_files_that_are_missing_or_too_many(roots):
         ("models/pretrain-01/evaluation.json", "evaluate"),
         ("models/train_raters/cards.json", "train_raters"),
         ("indexes/decontaminate/grams.parquet", "decontaminate"),
-        ("relations/minhash/edges.parquet", "minhash"),
+        ("relations/minhash/edges/00000.parquet", "minhash"),
     ],
 )
 def test_files_are_known_by_their_stage(name, stage):

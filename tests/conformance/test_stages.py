@@ -84,7 +84,7 @@ def test_the_pipeline_of_a_row_runs_its_stage_on_something(stage, reference):
 def test_duplicates_cross_files_and_datasets(reference):
     """Or equality of dedup would be about nothing."""
     root = reference / "root"
-    edges = pq.read_table(root / "relations/minhash/edges.parquet")
+    edges = pq.read_table(root / "relations/minhash/edges")
     assert edges.num_rows > 15
     assert sum(len(m["outputs"]) > 2 for name, m in manifests(root).items() if name.endswith("/documents.json")) >= 2
 

@@ -186,7 +186,10 @@ def submitted(folder, master, *arguments):
     return subprocess.run([str(x) for x in line], env=env, capture_output=True, text=True, timeout=RUN_S)
 
 
-def test_spark_submit_runs_the_command_on_a_cluster(cluster, source, expected, tmp_path):
+@pytest.mark.soak
+def test_spark_submit_runs_the_command_on_a_cluster(cluster, source, expected, tmp_path, soak):
+    if soak <= 1:
+        pytest.skip("two minutes; `make soak` runs it, and the next test is the same on a local master")
     config = configured(tmp_path, source)
     done = submitted(tmp_path, cluster.address, "run", "all", "-c", config, "--engine", "spark")
     assert done.returncode == 0, done.stderr[-2000:]
