@@ -298,9 +298,17 @@ def disk_faults(target: str) -> Iterator[None]:
 def _alone(path: str) -> Iterator[None]:
     """One process at a time for this file on this machine's disks."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".guard", "wb") as guard:
+    try:
+        guard = os.open(path + ".guard", os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        guard = os.open(os.path.dirname(path), os.O_RDONLY)  # on a full disk a lock can still be released
+    try:
         fcntl.flock(guard, fcntl.LOCK_EX)  # the kernel drops it when this process ends, however that happens
         yield
+    finally:
+        os.close(guard)
 
 
 def _sync(path: str) -> None:

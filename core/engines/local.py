@@ -217,18 +217,24 @@ class LocalEngine:
         parts = [part for frame in frames for part in _parts(frame)]
         units = [Unit(str(i), part, part.bytes) for i, part in enumerate(parts)]
         # The size of a frame, and so the number of partitions, may move by some bytes with the blocks it was made in.
-        name = f"{label} {cut.partitions}"
-        return self._make(partial(_cut, schema, cut, self.block_bytes), units, schema, name, cut_by=label)
+        place = f"{cut.partitions} {label}"
+        return self._make(partial(_cut, schema, cut, self.block_bytes), units, schema, label, label, place)
 
     def _partition_units(self, exchanged: LocalFrame, cut: Cut) -> list[Unit]:
         share = exchanged.bytes // max(1, cut.partitions)
         return [Unit(str(p), (slices(exchanged.parts, p), p), share) for p in range(cut.partitions)]
 
     def _make(
-        self, work: Any, units: Sequence[Unit], schema: pa.Schema, label: str, cut_by: str | None = None
+        self,
+        work: Any,
+        units: Sequence[Unit],
+        schema: pa.Schema,
+        label: str,
+        cut_by: str | None = None,
+        place: str | None = None,
     ) -> LocalFrame:
         """Run `work(path, unit, note) -> Part` for units whose part is not committed yet."""
-        folder = self._folder(f"{len(units)} {label}")
+        folder = self._folder(place or f"{len(units)} {label}")
         paths = [str(folder / f"{i:06d}.arrow") for i in range(len(units))]
         found = [committed_part(path) for path in paths]
         todo = [replace(u, payload=(paths[i], u.payload)) for i, u in enumerate(units) if found[i] is None]

@@ -172,6 +172,18 @@ def test_a_cap_counts_what_combine_left(engine, tmp_path):
     assert engine.dropped_rows() == {"cap": lost}
 
 
+def test_a_key_larger_than_a_partition_is_told_unless_a_cap_makes_it_small(engine, tmp_path):
+    rows = table_of([(1 if i % 3 else i, "a", i) for i in range(300)])
+    bench = Bench(engine, tmp_path, MANY)
+    engine.shuffle(bench.frame(rows), ["k"], identity, SCHEMA, ["v"], label="hot")
+    told = engine.skewed()
+    assert {label: (skew.key, skew.rows) for label, skew in told.items()} == {"hot": ((1,), 200)}
+    assert told["hot"].bytes > engine.partition_bytes
+    bench = Bench(engine, tmp_path, MANY)
+    engine.shuffle(bench.frame(rows), ["k"], identity, SCHEMA, ["v"], max_rows_per_key=3, label="capped")
+    assert engine.skewed() == {}
+
+
 @pytest.mark.parametrize(
     ("shards", "used", "how"), [(7, (0, 2, 5), WHOLE), (3, (), MANY), (0, (), MANY), (40, tuple(range(0, 40, 3)), MANY)]
 )
