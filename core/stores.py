@@ -132,22 +132,16 @@ class FsspecStore:
         return data, digest(data.hex())
 
     def replace(self, path: str, data: bytes, version: str, patience_s: float) -> str | None:
-        if not self._is(path, version):
+        if not _is_still(self, path, version):
             return None
         self._fs.pipe_file(path, data)
         return digest(data.hex())
 
     def remove_version(self, path: str, version: str) -> bool:
-        if not self._is(path, version):
+        if not _is_still(self, path, version):
             return False
         self.remove(path)
         return True
-
-    def _is(self, path: str, version: str) -> bool:
-        try:
-            return self.versioned(path)[1] == version
-        except FileNotFoundError:
-            return False
 
     def rename(self, source: str, target: str) -> None:
         self._fs.makedirs(self._fs._parent(target), exist_ok=True)
@@ -218,7 +212,7 @@ class LocalDisk:
 
     def replace(self, path: str, data: bytes, version: str, patience_s: float) -> str | None:
         with _alone(path):
-            if not self._is(path, version):
+            if not _is_still(self, path, version):
                 return None
             temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
             try:
@@ -231,16 +225,10 @@ class LocalDisk:
 
     def remove_version(self, path: str, version: str) -> bool:
         with _alone(path):
-            if not self._is(path, version):
+            if not _is_still(self, path, version):
                 return False
             os.unlink(path)
         return True
-
-    def _is(self, path: str, version: str) -> bool:
-        try:
-            return self.versioned(path)[1] == version
-        except FileNotFoundError:
-            return False
 
     def rename(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -292,6 +280,14 @@ def disk_faults(target: str) -> Iterator[None]:
         if e.errno not in DISK_FAULTS:
             raise
         raise StageError(f"root: cannot write {target}: {e}; mend the disk or make room, then run again") from e
+
+
+def _is_still(store: "LocalDisk | FsspecStore", path: str, version: str) -> bool:
+    """Whether a file is there and of this version."""
+    try:
+        return store.versioned(path)[1] == version
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -100,6 +100,14 @@ def write_shards(target: Align, table: pa.Table, shards: Sequence[int], note: No
     return reports
 
 
+def merged(values: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+    """`merge` over `values` in a tree, as every engine's `fold` ends; None if there are none."""
+    while len(values) > 1:
+        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+        values = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return values[0] if values else None
+
+
 class Engine(Protocol):
     """The verbs."""
 

@@ -26,6 +26,7 @@ from core.engines.contract import (
     Skew,
     Unit,
     UnitFn,
+    merged,
     write_shards,
 )
 from core.engines.pool import Pool, run_here
@@ -178,12 +179,7 @@ class LocalEngine:
     ) -> Any:
         units = [Unit(str(i), part, part.bytes) for i, part in enumerate(_parts(frame)) if part.rows]
         values = [r.value for r in self.run_units(partial(_fold, fn, merge), units, label)]
-        while len(values) > 1:
-            values = [
-                merge(*pair) if len(pair) == 2 else pair[0]
-                for pair in (values[i : i + 2] for i in range(0, len(values), 2))
-            ]
-        return values[0] if values else None
+        return merged(values, merge)
 
     def persist(self, frame: Frame) -> Frame:
         return frame  # parts are files already

@@ -19,7 +19,18 @@ from typing import Any
 import pyarrow as pa
 
 from core.engines.columns import joined_schema, sortable, sorted_table
-from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Skew, Unit, UnitFn
+from core.engines.contract import (
+    BATCH_BYTES,
+    PARTITION_BYTES,
+    Align,
+    ChunkFn,
+    Frame,
+    Report,
+    Skew,
+    Unit,
+    UnitFn,
+    merged,
+)
 from core.engines.ray_calls import STREAM, called, fetched
 from core.engines.ray_cluster import Place, Room, block_bytes, check, place_for, places, ray, start
 from core.engines.ray_tasks import Fact, aligned, cut_up, folded, handed, joined, mapped, reduced, scanned
@@ -182,10 +193,7 @@ class RayEngine:
         calls = ((str(i), group) for i, group in enumerate(self._groups([_of(frame)])))
         done, _ = self._called(partial(folded, fn, merge), calls, label)
         values = [fact.value for _, fact in done]
-        while len(values) > 1:
-            pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-            values = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        return values[0] if values else None
+        return merged(values, merge)
 
     def persist(self, frame: Frame) -> Frame:
         return frame  # tables stay in the object store as long as the frame lives

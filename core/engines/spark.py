@@ -22,7 +22,18 @@ import pyarrow as pa
 
 from core.engines import spark_session, spark_tasks, spark_types, spark_units
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
-from core.engines.contract import BATCH_BYTES, PARTITION_BYTES, Align, ChunkFn, Frame, Report, Skew, Unit, UnitFn
+from core.engines.contract import (
+    BATCH_BYTES,
+    PARTITION_BYTES,
+    Align,
+    ChunkFn,
+    Frame,
+    Report,
+    Skew,
+    Unit,
+    UnitFn,
+    merged,
+)
 from core.engines.skew import Skews
 from core.engines.spill import Cut, align_partitions, partitions_for
 from core.errors import StageError, StepwellError
@@ -183,10 +194,7 @@ class SparkEngine:
     ) -> Any:
         source = _of(frame)
         values = self._replies(source.rows, partial(spark_tasks.folded, fn, merge, source.schema), label)
-        while len(values) > 1:
-            pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-            values = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        return values[0] if values else None
+        return merged(values, merge)
 
     def persist(self, frame: Frame) -> Frame:
         self._bytes(_of(frame))
