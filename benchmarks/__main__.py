@@ -53,7 +53,7 @@ BENCHMARKS = (
     Benchmark(
         "engines",
         "the same jobs on local, ray, spark, and on datatrove's executors",
-        full=("--sizes", "200", "2000"),
+        full=("--sizes", "200", "2000", "--rounds", "3", "1"),
         toy=("--sizes", "1", "--rounds", "1", "--only", "local"),
     ),
     Benchmark(

@@ -1,6 +1,6 @@
 """The same jobs on every engine, and beside datatrove's executors: start-up apart from work, CPU seconds, memory.
 
-    python -m benchmarks.engines [--sizes 200 2000] [--rounds 3] [--only local ray ...]
+    python -m benchmarks.engines [--sizes 200 2000] [--rounds 3 1] [--only local ray ...]
 
 Each measured run is a new process in a session of its own; `benchmarks.engine_jobs` says what it does. Memory is the
 proportional set size (PSS) of all its processes together, so what they share counts once; CPU seconds are the sum of what each of
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,11 @@ def _end(group: int) -> None:
     time.sleep(1)
 
 
-def contest(names: Sequence[str], job: str, data: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def contest(job: str, data: Path, rounds: int, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Runs by contender, in turns whose order is reversed each time."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(args.rounds):
-        for name in names if turn % 2 == 0 else list(names)[::-1]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
+    for turn in range(rounds):
+        for name in args.only if turn % 2 == 0 else list(args.only)[::-1]:
             if name in PEERS and turn >= args.peer_rounds:
                 continue
             found[name].append(one(name, job, data, args.workers, args.memory_gb))
@@ -154,17 +154,17 @@ def table(title: str, found: dict[str, list[dict[str, Any]]], mb: float) -> Tabl
 def measure(args: argparse.Namespace) -> Result:
     settings = {
         "MB": ", ".join(f"{mb:g}" for mb in args.sizes),
-        "rounds": args.rounds,
+        "rounds": ", ".join(map(str, args.rounds)),
         "rounds of peers": args.peer_rounds,
     }
     result = Result("engines", {**settings, "workers": args.workers, "memory_gb": args.memory_gb}, [])
     with tempfile.TemporaryDirectory(prefix="stepwell-engines-data-") as folder:
-        for mb in args.sizes:
+        for mb, rounds in zip_longest(args.sizes, args.rounds[: len(args.sizes)], fillvalue=args.rounds[-1]):
             data = Path(folder, f"{mb:g}")
             made = corpus.make(Root(str(data)), mb, args.folder, args.shard_mb)
             size = made.dataset.text_bytes / 1e6
             for job in args.jobs:
-                found = contest(args.only, job, data, args)
+                found = contest(job, data, rounds, args)
                 result.tables.append(table(f"`{job}` over {made.summary()}", found, size))
                 result.checks += _checks(f"{job}, {mb:g} MB", found)
                 result.figures[f"{job} {mb:g}"] = found
@@ -194,7 +194,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[*ENGINES, *PEERS], choices=[*ENGINES, *PEERS])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory-gb", type=float, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="of each size; the last holds for the rest")
     parser.add_argument("--peer-rounds", type=int, default=1, help="runs of the peers (default 1)")
 
 
