@@ -60,7 +60,8 @@ def train(job: Job) -> Outcome:
     """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
     from mixtures.reader import MixtureSource
     from moe.checkpoint import weights_digest
-    from moe.config import OptimConfig, TrainConfig, preset
+    from moe.config import OptimConfig, TrainConfig
+    from moe.presets import preset
     from moe.trainer import train as train_model
 
     config: TrainStageConfig = job.config

@@ -171,7 +171,8 @@ def _problems(config: AblationConfig, base: Pipeline, lines: Lines) -> list[str]
 
 def _moe_problems(train: TrialConfig, part: str) -> tuple[str, ...]:
     """What the model's own config says of its overrides."""
-    from moe.config import OptimConfig, from_json, preset
+    from moe.config import OptimConfig, from_json
+    from moe.presets import preset
 
     shape = asdict(preset(train.preset, vocab_size=2, eos=0))
     values = {"model": shape | (train.model if part == "model" else {}), "optim": asdict(OptimConfig())}

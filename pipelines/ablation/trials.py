@@ -35,7 +35,8 @@ from mixtures.compare import LEAST_DOCS
 from mixtures.mix import phase_path
 from mixtures.phases import HELD_OUT
 from mixtures.reader import MixtureSource
-from moe.config import TrainConfig, from_json, preset, to_json
+from moe.config import TrainConfig, from_json, to_json
+from moe.presets import preset
 from pipelines.ablation.config import AA, TrialConfig
 
 VERSION = 1

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe.config import ModelConfig, OptimConfig, TrainConfig, preset
+from moe.config import ModelConfig, OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
+from moe.presets import preset
 
 VOCAB, EOS = 64, 0
 

@@ -9,9 +9,10 @@ import torch
 
 from core.errors import ConfigError
 from moe import optim
-from moe.config import ModelConfig, OptimConfig, TrainConfig, differences, from_json, preset, to_json
+from moe.config import ModelConfig, OptimConfig, TrainConfig, differences, from_json, to_json
 from moe.loss import CHUNK, next_token_loss, token_losses
 from moe.model import Decoder, KVCache, RMSNorm, rope_tables, rotate
+from moe.presets import preset
 
 
 def _tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,11 +15,12 @@ from tokenizers.trainers import BpeTrainer
 
 from core.errors import ConfigError
 from moe import checkpoint
-from moe.config import OptimConfig, TrainConfig, preset
+from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
 from moe.evaluate import by_domain, document_losses, evaluate, windows
 from moe.generate import generate, generate_text, sample
 from moe.model import Decoder
+from moe.presets import preset
 from moe.trainer import read_metrics, train
 
 
