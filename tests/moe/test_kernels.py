@@ -75,7 +75,8 @@ def test_expert_order_by_hand():
     order, place, ends = kernels.expert_order(torch.tensor([2, 0, 2, 3, 0]), 5)
     assert order.tolist() == [1, 4, 0, 2, 3]
     assert place.tolist() == [2, 0, 3, 4, 1]
-    assert ends.tolist() == [2, 2, 4, 5, 5] and ends.dtype == torch.int32
+    assert ends.tolist() == [2, 2, 4, 5, 5]
+    assert ends.dtype == torch.int32
 
 
 @given(st.lists(st.integers(0, 6), max_size=60))
@@ -129,4 +130,5 @@ def test_expert_order_kernel(triton_kernels, rows, experts):
     chosen = torch.where(chosen == 1, 0, chosen)  # an expert without tokens
     got, want = triton_kernels.expert_order(chosen, experts), kernels.expert_order_reference(chosen, experts)
     for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b) and a.dtype == b.dtype
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
