@@ -5,8 +5,6 @@ writes its outputs once; products and sums are fp32. Sizes of tiles: chosen for 
 measurements are in docs/benchmarks.md.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,14 @@ ORDER_ROWS = 256  # routed copies a program counts; with 64 experts its one-hot 
 
 @triton.jit
 def _swiglu_kernel(
-    h: Any, weight: Any, y: Any, R: Any, F: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    h: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    R: tl.tensor,
+    F: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -37,12 +42,12 @@ def _swiglu_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    dy: Any,
-    h: Any,
-    weight: Any,
-    dh: Any,
-    dweight: Any,
-    R: Any,
+    dy: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    dh: tl.tensor,
+    dweight: tl.tensor,
+    R: tl.tensor,
     F: tl.constexpr,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -78,7 +83,13 @@ def _swiglu_backward_kernel(
 
 @triton.jit
 def _top_kernel(
-    score: Any, chosen: Any, S: Any, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    score: tl.tensor,
+    chosen: tl.tensor,
+    S: tl.tensor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -94,7 +105,9 @@ def _top_kernel(
 
 
 @triton.jit
-def _count_kernel(chosen: Any, counts: Any, R: Any, blocks: Any, ROWS: tl.constexpr, E: tl.constexpr) -> None:
+def _count_kernel(
+    chosen: tl.tensor, counts: tl.tensor, R: tl.tensor, blocks: tl.tensor, ROWS: tl.constexpr, E: tl.constexpr
+) -> None:
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.load(chosen + row, mask=row < R, other=E).to(tl.int32)
@@ -105,7 +118,14 @@ def _count_kernel(chosen: Any, counts: Any, R: Any, blocks: Any, ROWS: tl.conste
 
 @triton.jit
 def _place_kernel(
-    chosen: Any, ends: Any, order: Any, place: Any, R: Any, blocks: Any, ROWS: tl.constexpr, E: tl.constexpr
+    chosen: tl.tensor,
+    ends: tl.tensor,
+    order: tl.tensor,
+    place: tl.tensor,
+    R: tl.tensor,
+    blocks: tl.tensor,
+    ROWS: tl.constexpr,
+    E: tl.constexpr,
 ) -> None:
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)

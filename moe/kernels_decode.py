@@ -1,0 +1,328 @@
+"""Triton kernels of a decode step: at most 16 tokens at a time, every weight read once, eight launches a layer.
+
+In: bf16 (or fp32) weights and M = B * T tokens, T new ones of each of B rows. Out: what the same layers of moe/layers.py
+compute, from fp32 sums. moe/decode.py puts them together and captures them in a CUDA graph.
+
+A token's bits do not depend on M: tiles, chunks of keys and the order of sums are fixed by the shapes of the weights and
+of the cache. So a step that verifies four drafted tokens gives the bits of four steps of one token.
+
+Legend: M tokens, D model width, N outputs, E experts, K chosen, J = K + 1 with the shared expert, F expert width, H
+query heads, G key/value heads, C head width, P slots of a cache, S chunks of slots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS = 16  # rows of a matrix tile, the least that tensor cores take
+BLOCK_IN = 256  # inputs a program reads at a time; fp32, which is there for exact comparisons, has smaller tiles
+EXACT_BLOCK_IN = 64
+HEAD_ROWS = 64  # outputs a program makes where there are many (LM head); elsewhere 16, to have work for every SM
+MANY = 8192
+
+
+@triton.jit
+def _norm_scale(
+    x: tl.tensor, m: tl.tensor, M: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, eps: tl.tensor, tokens: tl.constexpr
+) -> tl.tensor:
+    """1 / rms of each row, [tokens]."""
+    square = tl.zeros([tokens], tl.float32)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        part = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        part = part.to(tl.float32)
+        square += tl.sum(part * part, axis=1)
+    return 1 / tl.sqrt(square / D + eps)
+
+
+@triton.jit
+def _linear_kernel(
+    x: tl.tensor,
+    gain: tl.tensor,
+    weight: tl.tensor,
+    add: tl.tensor,
+    out: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    stride: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> None:
+    m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    if NORM:
+        scale = _norm_scale(x, m, M, D, BLOCK, eps, TOKENS)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        w = tl.load(
+            weight + n.to(tl.int64)[:, None] * stride + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+        )
+        h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        if NORM:
+            g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
+            h = (h.to(tl.float32) * scale[:, None] * (1 + g)[None, :]).to(w.dtype)
+        total += tl.dot(h, tl.trans(w), input_precision="ieee")
+    at = m[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if ADD:
+        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_linear_kernel(
+    x: tl.tensor,
+    gain: tl.tensor,
+    gate_weight: tl.tensor,
+    up_weight: tl.tensor,
+    out: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> None:
+    m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    gate, up = tl.zeros([TOKENS, ROWS], tl.float32), tl.zeros([TOKENS, ROWS], tl.float32)
+    scale = _norm_scale(x, m, M, D, BLOCK, eps, TOKENS)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        at = n.to(tl.int64)[:, None] * D + d[None, :]
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        wg, wu = tl.load(gate_weight + at, mask=inside, other=0.0), tl.load(up_weight + at, mask=inside, other=0.0)
+        h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
+        h = (h.to(tl.float32) * scale[:, None] * (1 + g)[None, :]).to(wg.dtype)
+        gate += tl.dot(h, tl.trans(wg), input_precision="ieee")
+        up += tl.dot(h, tl.trans(wu), input_precision="ieee")
+    gate = gate * tl.sigmoid(gate)
+    if LIMIT > 0:
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], (gate * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _route_kernel(
+    x: tl.tensor,
+    gain: tl.tensor,
+    router: tl.tensor,
+    bias: tl.tensor,
+    normed: tl.tensor,
+    chosen: tl.tensor,
+    weight: tl.tensor,
+    eps: tl.tensor,
+    routed_scale: tl.tensor,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BINS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    m = tl.program_id(0)
+    square = tl.zeros([BLOCK], tl.float32)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        part = tl.load(x + m * D + d, mask=d < D, other=0.0).to(tl.float32)
+        square += part * part
+    scale = 1 / tl.sqrt(tl.sum(square, axis=0) / D + eps)
+    e, kept = tl.arange(0, BINS), tl.arange(0, KEPT)
+    total = tl.zeros([BINS, BLOCK], tl.float32)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        part = tl.load(x + m * D + d, mask=d < D, other=0.0).to(tl.float32)
+        h = (part * scale * (1 + tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32))).to(normed.dtype.element_ty)
+        tl.store(normed + m * D + d, h, mask=d < D)
+        w = tl.load(router + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
+        total += w.to(tl.float32) * h.to(tl.float32)[None, :]
+    score = tl.sigmoid(tl.sum(total, axis=1))
+    left = tl.where(e < E, score + tl.load(bias + e, mask=e < E, other=0.0), float("-inf"))
+    experts, weights = tl.zeros([KEPT], tl.int32), tl.zeros([KEPT], tl.float32)
+    for k in tl.static_range(K):
+        best = tl.max(left, axis=0)
+        first = tl.minimum(tl.min(tl.where(left == best, e, BINS), axis=0), E - 1)
+        experts = tl.where(kept == k, first, experts)
+        weights = tl.where(kept == k, tl.sum(tl.where(e == first, score, 0.0), axis=0), weights)
+        left = tl.where(e == first, float("-inf"), left)
+    weights = weights / (tl.sum(weights, axis=0) + 1e-20) * routed_scale
+    tl.store(chosen + m * K + kept, experts, mask=kept < K)
+    tl.store(weight + m * K + kept, weights, mask=kept < K)
+
+
+@triton.jit
+def _expert_in_kernel(
+    h: tl.tensor,
+    chosen: tl.tensor,
+    weight: tl.tensor,
+    routed: tl.tensor,
+    shared_gate: tl.tensor,
+    shared_up: tl.tensor,
+    hidden: tl.tensor,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    FS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHARED_LIMIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    m, j = tl.program_id(0), tl.program_id(1)
+    n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    if j < K:
+        expert = tl.load(chosen + m * K + j).to(tl.int64)
+        scale = tl.load(weight + m * K + j)
+        gate_weight = routed + expert * (2 * F * D)
+        up_weight = gate_weight + F * D
+        width, limit = F, LIMIT
+    else:
+        scale = 1.0
+        gate_weight, up_weight = shared_gate, shared_up
+        width, limit = FS, SHARED_LIMIT
+    gate, up = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    for low in range(0, D, BLOCK):
+        d = low + tl.arange(0, BLOCK)
+        at, inside = n[:, None] * D + d[None, :], (n < width)[:, None] & (d < D)[None, :]
+        x = tl.load(h + m * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(gate_weight + at, mask=inside, other=0.0).to(tl.float32) * x
+        up += tl.load(up_weight + at, mask=inside, other=0.0).to(tl.float32) * x
+    g, u = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+    g = g * tl.sigmoid(g)
+    if limit > 0:
+        g, u = tl.minimum(g, limit), tl.minimum(tl.maximum(u, -limit), limit)
+    tl.store(hidden + (m * (K + 1) + j) * WIDTH + n, g * u * scale, mask=n < width)
+
+
+@triton.jit
+def _expert_out_kernel(
+    hidden: tl.tensor,
+    chosen: tl.tensor,
+    routed: tl.tensor,
+    shared: tl.tensor,
+    add: tl.tensor,
+    out: tl.tensor,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    FS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    m, n = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for j in tl.static_range(K):
+        expert = tl.load(chosen + m * K + j).to(tl.int64)
+        for low in tl.static_range(0, F, BLOCK):
+            f = low + tl.arange(0, BLOCK)
+            x = tl.load(hidden + (m * (K + 1) + j) * WIDTH + f, mask=f < F, other=0.0)
+            at, inside = n[:, None] * F + f[None, :], (n < D)[:, None] & (f < F)[None, :]
+            total += tl.load(routed + expert * (D * F) + at, mask=inside, other=0.0).to(tl.float32) * x[None, :]
+    for low in tl.static_range(0, FS, BLOCK):
+        f = low + tl.arange(0, BLOCK)
+        x = tl.load(hidden + (m * (K + 1) + K) * WIDTH + f, mask=f < FS, other=0.0)
+        at, inside = n[:, None] * FS + f[None, :], (n < D)[:, None] & (f < FS)[None, :]
+        total += tl.load(shared + at, mask=inside, other=0.0).to(tl.float32) * x[None, :]
+    y = tl.sum(total, axis=1) + tl.load(add + m * D + n, mask=n < D, other=0.0).to(tl.float32)
+    tl.store(out + m * D + n, y.to(out.dtype.element_ty), mask=n < D)
+
+
+def linear(
+    x_MD: Tensor,
+    weight_ND: Tensor,
+    *,
+    gain_D: Tensor | None = None,
+    eps: float = 0.0,
+    add_MN: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`norm(x) @ weight.T + add` [M, N]; without `gain_D` x is taken as it is. `weight` may be a slice of columns."""
+    tokens, width = x_MD.shape
+    outputs = weight_ND.shape[0]
+    out_MN = x_MD.new_empty(tokens, outputs, dtype=dtype or x_MD.dtype)
+    rows = HEAD_ROWS if outputs >= MANY and _half(x_MD) else 16
+    _linear_kernel[(triton.cdiv(outputs, rows),)](
+        x_MD, x_MD if gain_D is None else gain_D, weight_ND, x_MD if add_MN is None else add_MN, out_MN, tokens, outputs,
+        weight_ND.stride(0), eps, width, gain_D is not None, add_MN is not None, rows, _block(x_MD), TOKENS,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out_MN
+
+
+def swiglu_linear(
+    x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, *, gain_D: Tensor, eps: float, limit: float | None
+) -> Tensor:
+    """SwiGLU's inner activation [M, F] of norm(x)."""
+    tokens, width = x_MD.shape
+    out_MF = x_MD.new_empty(tokens, gate_FD.shape[0])
+    _swiglu_linear_kernel[(triton.cdiv(out_MF.shape[1], 16),)](
+        x_MD, gain_D, gate_FD, up_FD, out_MF, tokens, out_MF.shape[1], eps, width, limit or 0.0, 16, _block(x_MD), TOKENS,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out_MF
+
+
+def route(
+    x_MD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, *, gain_D: Tensor, eps: float, routed_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x) [M, D], its chosen experts [M, K], int32, and their fp32 weights [M, K]."""
+    tokens, width = x_MD.shape
+    normed_MD, experts = torch.empty_like(x_MD), router_ED.shape[0]
+    chosen_MK = torch.empty(tokens, top_k, dtype=torch.int32, device=x_MD.device)
+    weight_MK = torch.empty(tokens, top_k, dtype=torch.float32, device=x_MD.device)
+    _route_kernel[(tokens,)](
+        x_MD, gain_D, router_ED, bias_E, normed_MD, chosen_MK, weight_MK, eps, routed_scale, width, experts, top_k,
+        triton.next_power_of_2(experts), triton.next_power_of_2(top_k), BLOCK_IN, num_warps=8,
+    )  # fmt: skip
+    return normed_MD, chosen_MK, weight_MK
+
+
+def experts(
+    h_MD: Tensor,
+    chosen_MK: Tensor,
+    weight_MK: Tensor,
+    routed: tuple[Tensor, Tensor],
+    shared: tuple[Tensor, Tensor, Tensor],
+    add_MD: Tensor,
+    *,
+    limit: float | None,
+    shared_limit: float | None,
+) -> Tensor:
+    """`add` + the chosen experts' weighted outputs + the shared expert's, [M, D].
+
+    `routed`: gate and up rows [E, 2F, D], down [E, D, F]; `shared`: gate, up [FS, D], down [D, FS]. A weight row is
+    read once for each token that needs it.
+    """
+    (tokens, width), top_k = h_MD.shape, chosen_MK.shape[1]
+    inner, shared_inner = routed[1].shape[2], shared[2].shape[1]
+    widest = max(inner, shared_inner)
+    hidden_MJF = h_MD.new_empty(tokens, top_k + 1, widest, dtype=torch.float32)
+    _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, 16))](
+        h_MD, chosen_MK, weight_MK, routed[0], shared[0], shared[1], hidden_MJF, width, inner, shared_inner, widest,
+        top_k, limit or 0.0, shared_limit or 0.0, 16, BLOCK_IN, num_warps=4,
+    )  # fmt: skip
+    out_MD = torch.empty_like(add_MD)
+    _expert_out_kernel[(tokens, triton.cdiv(width, 8))](
+        hidden_MJF, chosen_MK, routed[1], shared[2], add_MD, out_MD, width, inner, shared_inner, widest, top_k, 8,
+        BLOCK_IN, num_warps=4,
+    )  # fmt: skip
+    return out_MD
+
+
+def _half(x: Tensor) -> bool:
+    return x.element_size() == 2
+
+
+def _block(x: Tensor) -> int:
+    return BLOCK_IN if _half(x) else EXACT_BLOCK_IN
