@@ -86,9 +86,9 @@ class Cache:
         """
         return Feed(self, rows, counts_B, reach)
 
-    def rollback(self, count_B: Tensor, rows: int | None = None) -> None:
-        """Takes back the last `count_B` tokens of the first `rows` rows, at most `slack` each since the last step."""
-        self.lengths_B[:rows] -= count_B
+    def rollback(self, count_B: Tensor, rows: int | Tensor | None = None) -> None:
+        """Takes back the last `count_B` tokens of each of some rows, at most `slack` since the last step."""
+        self.lengths_B[rows if isinstance(rows, Tensor) else slice(rows)] -= count_B
 
     def restart(self, row: Tensor, start: int | Tensor = 0, length: int | Tensor = 0) -> None:
         """Empties rows: the next token has position `length`, and positions below `start` count as never fed."""

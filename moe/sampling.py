@@ -95,12 +95,12 @@ class Settings:
         self.top_p_B[row] = sampling.top_p
         self.penalty_B[row] = sampling.repetition_penalty
 
-    def first(self, rows: int) -> "Settings":
-        """Views of the first rows."""
+    def part(self, rows: slice | Tensor) -> "Settings":
+        """Those of some rows."""
         part = object.__new__(Settings)
         part.vocab_size = self.vocab_size
-        part.temperature_B, part.top_k_B = self.temperature_B[:rows], self.top_k_B[:rows]
-        part.top_p_B, part.penalty_B = self.top_p_B[:rows], self.penalty_B[:rows]
+        part.temperature_B, part.top_k_B = self.temperature_B[rows], self.top_k_B[rows]
+        part.top_p_B, part.penalty_B = self.top_p_B[rows], self.penalty_B[rows]
         return part
 
     @classmethod
