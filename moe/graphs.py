@@ -21,7 +21,16 @@ from torch import Tensor
 from moe.cache import Cache
 from moe.model import Decoder
 from moe.sampling import (
-    CHOOSE, DRAFT, DRAWS, Mode, Sampling, Settings, choose, distribution, draws, log_probabilities,
+    CHOOSE,
+    DRAFT,
+    DRAWS,
+    Mode,
+    Sampling,
+    Settings,
+    choose,
+    distribution,
+    draws,
+    log_probabilities,
 )  # fmt: skip
 from moe.speculative import Drafter, Rows, row_at, verify, verify_greedy
 
@@ -110,7 +119,7 @@ class Decode:
         self.token_B, self.active_B, self.made_B = (self._zeros(rows) for _ in range(3))
         self.kept_B, self.out_BT = self._zeros(rows), self._zeros(rows, drafts + 1)
         self.draft_BK = self._zeros(rows, drafts)
-        self.q_BKV = torch.zeros(rows, drafts, vocab, device=self.device)
+        self.q_BKV = torch.ones(rows, drafts, vocab, device=self.device)
         self.seen_BV = self._zeros(rows, vocab, dtype=torch.bool)
         self.draw_BNW = self._zeros(rows, capacity + 1, DRAWS, dtype=torch.float64)
         self.replays: dict[tuple[Kind, int, Mode], Replay] = {}

@@ -85,7 +85,7 @@ class Drafter:
         tokens = state_BTD.shape[1]
         layout = self.caches[h].feed(rows, counts_B).step(tokens)
         head, embedded_BTD = self.model.mtp[h], self.model.model["embed_tokens"](tokens_BY[:, :tokens])
-        return head(head.merge(embedded_BTD, state_BTD), self.model.window_rope(layout.position_BT), layout)
+        return head(torch.cat((embedded_BTD, state_BTD), -1), self.model.tables(layout.position_BT), layout)
 
 
 def verify(p_BTV: Tensor, drafts_BK: Tensor, q_BKV: Tensor, draw_BTW: Tensor) -> tuple[Tensor, Tensor]:
