@@ -18,7 +18,6 @@ routed copies of tokens.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moe import kernels
 from moe.config import ModelConfig
 
 WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
@@ -142,17 +142,21 @@ class MoE(ExactBuffers):
         """Router logits [S, E], in fp32 at least."""
         if self.router_dtype == "bfloat16":
             return functional.linear(x_SD.bfloat16(), self.gate.weight.bfloat16()).float()
+        if self.backend == "triton":
+            return kernels.router_logits(x_SD, self.gate.weight)
         x_wide = wide(x_SD)
         return functional.linear(x_wide, self.gate.weight.to(x_wide.dtype))
 
     def choose(self, score_SE: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [S, K], int64, and their weights [S, K] in the scores' precision.
 
-        On CPU the lower of two equal experts wins; on a GPU, where a stable sort takes longer than the experts' own
-        glue, what `topk` finds first.
+        The lower of two equal experts wins, but on a GPU without Triton, where a stable sort takes longer than the
+        experts' own glue, what `topk` finds first.
         """
         biased_SE = (score_SE + self.router_bias).detach()
-        if biased_SE.is_cuda:
+        if self.backend == "triton":
+            chosen_SK = kernels.top_experts(biased_SE, self.top_k)
+        elif biased_SE.is_cuda:
             chosen_SK = biased_SE.topk(self.top_k, dim=-1).indices
         else:
             chosen_SK = biased_SE.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
@@ -168,7 +172,7 @@ class MoE(ExactBuffers):
         logit_SE = self.logits(x_SD)
         score_SE = logit_SE.sigmoid()
         chosen_SK, weight_SK = self.choose(score_SE)
-        order_R, inverse_R, load_E = sort_by_expert(chosen_SK, len(self.router_bias))
+        order_R, inverse_R, load_E = self._order(chosen_SK)
         if self.training:
             self.load += load_E
             self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
@@ -187,17 +191,25 @@ class MoE(ExactBuffers):
         """Rows sorted by expert through their experts; `weight_R1` scales each row's output."""
         grouped = self.backend != "loop" and x_RD.dtype != torch.float64
         h_RF = self.gate_up_proj(x_RD, load_E, grouped)
-        if self.backend == "triton":
-            # Imported on use: needs a GPU.
-            a_RF = import_module("moe.kernels").swiglu(h_RF, weight_R1, self.limit)
-            return self.down_proj(a_RF, load_E, grouped)
         gate_RF, up_RF = h_RF.chunk(2, dim=-1)
+        watched = self.training and self.watch
+        if self.backend == "triton":
+            if watched:
+                a_RF = gated(gate_RF.detach(), up_RF.detach(), self.limit)
+                self.seen["square"], self.seen["rows"] = _mean_squares(a_RF, load_E), load_E
+            return self.down_proj(kernels.swiglu(h_RF, weight_R1, self.limit), load_E, grouped)
         a_RF = gated(gate_RF, up_RF, self.limit)
-        if self.training and self.watch:
+        if watched:
             self.seen["square"], self.seen["rows"] = _mean_squares(a_RF.detach(), load_E), load_E
         if weight_R1 is not None:
             a_RF = (a_RF * weight_R1).to(x_RD.dtype)
         return self.down_proj(a_RF, load_E, grouped)
+
+    def _order(self, chosen_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.backend != "triton":
+            return sort_by_expert(chosen_SK, len(self.router_bias))
+        order_R, place_R, ends_E = kernels.expert_order(chosen_SK.flatten(), len(self.router_bias))
+        return order_R, place_R, functional.pad(ends_E.long(), (1, 0)).diff()
 
     def _see(self, logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> None:
         mass_SE = score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)

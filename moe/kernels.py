@@ -20,12 +20,15 @@ WEIGHT_PIECES = 3
 GRADIENT_PIECES = 2
 
 
-def swiglu(h_RH: Tensor, weight_R: Tensor, limit: float | None = None) -> Tensor:
+def swiglu(h_RH: Tensor, weight_R: Tensor | None, limit: float | None = None) -> Tensor:
     """`min(silu(gate), limit) * clip(up, -limit, limit) * weight` [R, F]; fp32 inside, `h`'s type outside.
 
-    `h` holds the gate columns, then the up columns; `weight` [R] is fp32. Differentiable in both.
+    `h` holds the gate columns, then the up columns; `weight` [R] (or [R, 1]) is fp32, None for
+    ones. Differentiable in both.
     """
-    return _swiglu(h_RH, weight_R, limit or 0.0)
+    if weight_R is None:
+        weight_R = h_RH.new_ones(h_RH.shape[0], dtype=_wide(h_RH))
+    return _swiglu(h_RH, weight_R.flatten(), limit or 0.0)
 
 
 def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:

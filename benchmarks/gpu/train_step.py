@@ -72,8 +72,8 @@ def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: b
     return step
 
 
-def hf_qwen(config: ModelConfig, tokens_BT: Tensor) -> Step:
-    """Hugging Face's Qwen3-MoE, experts by grouped_mm, each layer compiled: its fastest setting."""
+def hf_qwen_model(config: ModelConfig) -> Any:
+    """Hugging Face's Qwen3-MoE of our shape in bf16, experts by grouped_mm."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     c = config
@@ -81,18 +81,23 @@ def hf_qwen(config: ModelConfig, tokens_BT: Tensor) -> Step:
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.dense_dim, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, num_experts=c.experts,
         num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_dim, max_position_embeddings=CONTEXT,
-        norm_topk_prob=True, tie_word_embeddings=False, use_cache=False,
+        norm_topk_prob=True, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("cuda"):
         model = Qwen3MoeForCausalLM._from_config(hf, attn_implementation="sdpa", dtype=torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
-    model.train()
+    return model
+
+
+def hf_qwen(config: ModelConfig, tokens_BT: Tensor) -> Step:
+    """Each layer compiled: its fastest setting."""
+    model = hf_qwen_model(config).train()
     for layer in model.model.layers:
         layer.compile()
     update = _adamw(model)
 
     def step() -> Tensor:
-        loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
+        loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
         loss.backward()
         update()
         return loss.detach()

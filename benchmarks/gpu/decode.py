@@ -1,0 +1,167 @@
+"""Decoding of the preset `1b` at random weights: tokens a second of one row, plain and with drafts, beside Hugging Face.
+
+`fused`: moe/decode.py, one CUDA graph a token. `round`: one step that verifies K drafts and makes new ones, as a graph; with
+random weights drafts are hardly ever right, so the speed-up at an acceptance length A is A x plain ms / round ms, which
+is shown for A from 1 to K + 1. `hf_static`: Qwen3-MoE of `train_step.qwen_shape` through generate with a static cache.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import common
+from benchmarks.gpu.train_step import qwen_shape, step_shape
+from moe import decode
+from moe.cache import Cache
+from moe.config import ModelConfig
+
+PROMPT, NEW = 128, 256
+
+
+def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+    """Logits of fused steps beside those of the model's own cached forward, and bits of T at once beside one by one."""
+    torch.manual_seed(0)
+    model = common.drawn(config, dtype).eval()
+    caches = [_cache(config, 1, dtype, 600 + PROMPT, 3) for _ in range(3)]
+    fused = decode.FusedDecoder(model, caches[0])
+    prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
+    worst, same, flips = 0.0, True, 0
+    with torch.inference_mode():
+        for cache in caches:
+            model.states(prompt, cache=cache)
+        for _ in range(520 // tokens):  # past the window
+            new = torch.randint(1, config.vocab_size, (1, tokens), device="cuda")
+            got = fused.logits(fused.states(new, caches[0]).flatten(0, -2))
+            want = model.lm_head(model.norm(model.states(new, cache=caches[1])))[0]
+            single = torch.cat([fused.logits(fused.states(t, caches[2]).flatten(0, -2)) for t in new.split(1, 1)])
+            worst, same = max(worst, common.relative(got, want)), same and torch.equal(got, single)
+            flips += int((got.argmax(-1) != want.argmax(-1)).sum())
+    return {"error": worst, "same_bits_at_once": same, "argmax_flips_of_520": flips}
+
+
+def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, Any]:
+    """Greedy decoding by one graph a token."""
+    torch.manual_seed(0)
+    model = common.drawn(config).eval()
+    cache = _cache(config, rows, torch.bfloat16, context, 3)
+    fused = decode.FusedDecoder(model, cache)
+    with torch.inference_mode():
+        model.states(torch.randint(1, config.vocab_size, (rows, PROMPT), device="cuda"), cache=cache)
+    replay = decode.Replay(fused, cache, rows, 1, greedy=True)
+    replay(torch.ones(rows, 1, dtype=torch.int64, device="cuda"))
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(NEW):
+        replay()
+    torch.cuda.synchronize()
+    ms = (time.perf_counter() - begin) / NEW * 1000
+    return {"rows": rows, "ms": ms, "tokens_per_s": rows / ms * 1000, "kernels": _kernels(replay), **_memory()}
+
+
+def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
+    """A step of T tokens of one row: what a verification costs."""
+    torch.manual_seed(0)
+    model = common.drawn(config).eval()
+    cache = _cache(config, 1, torch.bfloat16, 4096, 3)
+    fused = decode.FusedDecoder(model, cache)
+    with torch.inference_mode():
+        model.states(torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda"), cache=cache)
+    replay = decode.Replay(fused, cache, 1, tokens)
+    return {"tokens": tokens, "ms": common.median_ms(lambda: replay(None), 50)}
+
+
+def _kernels(replay: decode.Replay) -> list[tuple[str, float, int]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(10):
+            replay()
+        torch.cuda.synchronize()
+    rows = [(e.key[:70], e.self_device_time_total / 10, e.count // 10) for e in seen.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:16]
+
+
+def rounds(config: ModelConfig, drafts: int, fused: bool) -> dict[str, Any]:
+    """moe/graphs.py's greedy steps: plain, and verifying `drafts` drafts."""
+    from moe.graphs import Decode
+    from moe.sampling import Sampling
+
+    torch.manual_seed(0)
+    model = common.drawn(dataclasses.replace(config, mtp_heads=drafts)).eval()
+    state = Decode(model, rows=1, context=2048, drafts=drafts)
+    prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
+    state.admit(0, prompt, Sampling(temperature=0.0))
+    state.prefill([0], [prompt], [None], PROMPT, "greedy")
+    figures: dict[str, Any] = {}
+    for kind in ("plain", "round"):
+        for _ in range(3):
+            state.step(kind, 1, "greedy")
+        state.wait()
+        begin = time.perf_counter()
+        for _ in range(100):
+            state.step(kind, 1, "greedy")
+        state.wait()
+        figures[f"{kind}_ms"] = (time.perf_counter() - begin) * 10
+    ratio = figures["plain_ms"] / figures["round_ms"]
+    return figures | {f"speedup_at_{a}": a * ratio for a in range(1, drafts + 2)} | _memory()
+
+
+def hf_static(config: ModelConfig) -> dict[str, Any]:
+    """Hugging Face's generate with a static cache, which compiles by itself."""
+    from benchmarks.gpu.train_step import hf_qwen_model
+
+    model = hf_qwen_model(config).eval()
+    prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
+
+    def run() -> None:
+        model.generate(
+            prompt,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            cache_implementation="static",
+            pad_token_id=0,
+        )
+
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    ms = (time.perf_counter() - begin) / NEW * 1000
+    return {"ms": ms, "tokens_per_s": 1000 / ms}
+
+
+def _cache(config: ModelConfig, rows: int, dtype: torch.dtype, capacity: int, slack: int) -> Cache:
+    return Cache(config, range(config.layers), rows=rows, capacity=capacity, slack=slack, device="cuda", dtype=dtype)
+
+
+def _memory() -> dict[str, float]:
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def main() -> None:
+    """All, or the parts named."""
+    args = common.arguments(only={"nargs": "*", "default": ["error", "plain", "several", "rounds", "hf"]})
+    results = common.Results("decode", args.out)
+    small, large, tiny = step_shape(32_768), step_shape(128_896), step_shape(512, layers=5)
+    if "error" in args.only:
+        results.attempt("error_fp32", lambda: error(tiny, torch.float32, 4))
+        results.attempt("error_bf16", lambda: error(tiny, torch.bfloat16, 4))
+    if "plain" in args.only:
+        results.attempt("plain_v32k", lambda: plain(small))
+        results.attempt("plain_v129k", lambda: plain(large))
+        results.attempt("plain_v32k_rows8", lambda: plain(small, rows=8))
+    if "several" in args.only:
+        for tokens in (2, 4):
+            results.attempt(f"several_{tokens}", lambda t=tokens: several(small, t))  # type: ignore[misc]
+    if "rounds" in args.only:
+        for drafts in (1, 3):
+            results.attempt(f"rounds_{drafts}", lambda d=drafts: rounds(small, d, False))  # type: ignore[misc]
+    if "hf" in args.only:
+        results.attempt("hf_static", lambda: hf_static(qwen_shape(32_768)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The MoE layer and attention alone, forward and backward at 32k tokens.
+
+`moe`: router, experts and glue of one layer (no shared expert), D 1024, by backend and shape, compiled; the grouped
+products alone beside it are the floor. `attention`: the kernels that could do a full or windowed layer, by shape: the race
+that `attention_backend: auto` follows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.gpu import common
+from benchmarks.gpu.train_step import E64, step_shape
+from moe import attention
+from moe.config import ModelConfig
+from moe.experts import MoE
+
+TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
+
+
+def moe_layer(config: ModelConfig, compiled: bool = True) -> dict[str, Any]:
+    """Milliseconds of the layer, and of its six grouped products with the same loads."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        moe = MoE(config, 1).to(torch.bfloat16)
+        for p in moe.parameters():
+            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
+        x = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16, requires_grad=True)
+        dy = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16)
+    moe.train()
+    moe.watch = False
+    run = torch.compile(moe, fullgraph=True, dynamic=False) if compiled else moe
+    forward = common.median_ms(lambda: run(x))
+    held = torch.cuda.memory_allocated()
+    y = run(x)
+    held = torch.cuda.memory_allocated() - held
+    y.backward(dy)
+
+    def both() -> None:
+        run(x).backward(dy)
+        x.grad = None
+        for p in moe.parameters():
+            p.grad = None
+
+    ms = common.median_ms(both)
+    moe.load.zero_()
+    run(x)
+    products = _products(config, moe, moe.load.clone())
+    flops = 18 * TOKENS * config.top_k * config.dim * config.expert_dim
+    return {
+        "forward_ms": forward, "ms": ms, "products_ms": products, "layer_tflops": flops / ms / 1e9,
+        "held_gib": held / 2**30, "load_most_over_mean": float(moe.load.max() / moe.load.float().mean()),
+    }  # fmt: skip
+
+
+def _products(config: ModelConfig, moe: MoE, load_E: Tensor) -> float:
+    ends = load_E.cumsum(0).to(torch.int32)
+    rows, c = TOKENS * config.top_k, config
+    x, h, a = (
+        torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (c.dim, 2 * c.expert_dim, c.expert_dim)
+    )
+    w13, w2 = moe.gate_up_proj.weight.detach(), moe.down_proj.weight.detach()
+
+    def run() -> None:
+        functional.grouped_mm(x, w13.mT, offs=ends)
+        functional.grouped_mm(a, w2.mT, offs=ends)
+        functional.grouped_mm(h, w13, offs=ends)
+        functional.grouped_mm(x, w2, offs=ends)
+        functional.grouped_mm(h.T, x, offs=ends)
+        functional.grouped_mm(x.T, a, offs=ends)
+
+    return common.median_ms(run)
+
+
+def race(heads: int, groups: int, width: int, window: int | None, backend: str, **options: Any) -> dict[str, Any]:
+    """One attention kernel: milliseconds, rates counted by the pairs that are seen, error beside fp32 math."""
+    torch.manual_seed(0)
+    q, k, v, dy = (
+        torch.randn(ROWS, CONTEXT, h, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for h in (heads, groups, groups, heads)
+    )
+    spans = attention.Spans(None, (ROWS, CONTEXT), window or CONTEXT, q.device)
+    layout: Any = {"sdpa": attention.Sdpa, "flex": attention.Flex, "varlen": attention.Varlen}[backend](spans)
+    full = window is None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if options:
+            mask = layout.full_mask if full else layout.window_mask
+            return torch.nn.attention.flex_attention.flex_attention(
+                q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options
+            )
+        return layout.attend(0, full, q, k, v)
+
+    run: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=False)
+    pairs = sum(min(t + 1, window or CONTEXT) for t in range(CONTEXT)) * ROWS
+    flops = 4 * heads * width * pairs
+
+    def both() -> None:
+        torch.autograd.grad(run(q, k, v), (q, k, v), dy.detach())
+
+    forward = common.median_ms(lambda: run(q, k, v))
+    ms = common.median_ms(both)
+    return {
+        "forward_ms": forward, "ms": ms, "forward_tflops": flops / forward / 1e9, "tflops": 3.5 * flops / ms / 1e9,
+        "error": _error(heads, groups, width, window, run, q, k, v),
+    }  # fmt: skip
+
+
+def _error(
+    heads: int, groups: int, width: int, window: int | None, run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> float:
+    got = run(q, k, v)[:1, :, :1024]
+    spans = attention.Spans(None, (1, 1024), window or CONTEXT, q.device)
+    want = attention.masked_attention(*(x[:1, :, :1024].float() for x in (q, k, v)), spans.mask(window is None))
+    return common.relative(got, want)
+
+
+def main() -> None:
+    """All shapes."""
+    args = common.arguments(
+        part={"default": "all", "choices": ("all", "moe", "attention", "tune")},
+    )
+    results = common.Results("layer", args.out)
+    shapes = {"e32_k4_f512": step_shape(64), "e64_k8_f256": step_shape(64, **E64)}
+    if args.part in ("all", "moe"):
+        for shape, config in shapes.items():
+            for backend in ("grouped", "triton"):
+                for router in ("float32", "bfloat16") if backend == "grouped" else ("float32",):
+                    import dataclasses
+
+                    c = dataclasses.replace(config, experts_backend=backend, router_dtype=router)
+                    results.attempt(f"moe_{shape}_{backend}_{router}", lambda c=c: moe_layer(c))
+    if args.part in ("all", "attention"):
+        for heads, groups, width, window in ((8, 2, 128, None), (12, 2, 128, 512)):
+            for backend in ("sdpa", "flex", "varlen"):
+                name = (
+                    f"attention_h{heads}_g{groups}_c{width}_{'full' if window is None else f'window{window}'}_{backend}"
+                )
+                results.attempt(name, lambda a=(heads, groups, width, window, backend): race(*a))
+    if args.part == "tune":
+        for number, options in enumerate(TUNED):
+            results.attempt(f"flex_{number}_{options}", lambda o=options: race(12, 2, 128, 512, "flex", **o))
+
+
+# Tiles of the windowed flex kernel: forward M x N, backward M1 x N1 (dk, dv) and M2 x N2 (dq).
+TUNED: tuple[dict[str, Any], ...] = (
+    {
+        "bwd_BLOCK_M1": 64,
+        "bwd_BLOCK_N1": 128,
+        "bwd_BLOCK_M2": 128,
+        "bwd_BLOCK_N2": 64,
+        "bwd_num_warps": 8,
+        "bwd_num_stages": 2,
+    },
+    {
+        "bwd_BLOCK_M1": 64,
+        "bwd_BLOCK_N1": 64,
+        "bwd_BLOCK_M2": 64,
+        "bwd_BLOCK_N2": 64,
+        "bwd_num_warps": 4,
+        "bwd_num_stages": 3,
+    },
+    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
+    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 2},
+)
+
+
+if __name__ == "__main__":
+    main()
