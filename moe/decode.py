@@ -117,7 +117,7 @@ class Replay:
         x_MD = fused.states(self.tokens_BT, cache)
         logits_MV = fused.logits(x_MD)
         if greedy:
-            self.tokens_BT.copy_(logits_MV.argmax(-1, keepdim=True))
+            self.tokens_BT.copy_(kernels_decode.greedy(logits_MV).unsqueeze(1))
         return x_MD, logits_MV
 
     def __call__(self, tokens_BT: Tensor | None = None) -> Tensor:

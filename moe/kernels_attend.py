@@ -4,7 +4,7 @@ In: the projections of M = B * T new tokens and the buffers of moe/cache.py. Out
 read its keys chunk by chunk in parallel, and a second kernel weighs the chunks; chunks are cut by slot, so that a
 query's bits depend neither on T nor on the other rows.
 
-Legend: as in moe/kernels_decode.py; Q = T * (H / G) queries that share a key head.
+Legend: as in moe/kernels_decode.py.
 """
 
 import torch
@@ -91,44 +91,43 @@ def _score_kernel(
     QUERIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    row, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    last = tl.load(lengths + row) + T - 1
+    m, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = m // T
+    place_q = tl.load(lengths + row) + m % T
+    last = place_q + T - 1 - m % T
     first = tl.load(starts + row)
     r, c = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     shared: tl.constexpr = H // G
-    t, used = r // shared, r < T * shared
-    m, head = row * T + t, group * shared + r % shared
-    inside = used[:, None] & (c < C)[None, :]
+    head = group * shared + r
+    inside = (r < shared)[:, None] & (c < C)[None, :]
     query = tl.load(q + (m * H + head)[:, None] * C + c[None, :], mask=inside, other=0.0)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     y = tl.zeros([QUERIES, WIDTH], tl.float32)
-    place_q = last - (T - 1) + t
     base = row * row_stride + group * head_stride
     high = tl.minimum(chunk * CHUNK + CHUNK, tl.minimum(P, last + 1))
     for low in range(chunk * CHUNK, high, KEYS):
         slot = low + tl.arange(0, KEYS)
         # The newest position that the slot can hold; one before `first` was never written.
         place = last - (last - slot + P) % P
-        held = (slot < high) & (place >= first) & (place >= 0)
-        at, there = base + slot[:, None] * C + c[None, :], held[:, None] & (c < C)[None, :]
-        k = tl.load(keys + at, mask=there, other=0.0)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        seen = held[None, :] & (place[None, :] <= place_q[:, None])
+        seen = (slot < high) & (place >= first) & (place >= 0) & (place <= place_q)
         if WINDOW > 0:
-            seen = seen & (place[None, :] > place_q[:, None] - WINDOW)
-        score = tl.where(seen, score, float("-inf"))
+            seen = seen & (place > place_q - WINDOW)
+        at, there = base + slot[:, None] * C + c[None, :], seen[:, None] & (c < C)[None, :]
+        k = tl.load(keys + at, mask=there, other=0.0)
+        v = tl.load(values + at, mask=there, other=0.0)
+        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
         peak = tl.maximum(best, tl.max(score, axis=1))
         origin = tl.where(peak == float("-inf"), 0.0, peak)
         weight = tl.exp(score - origin[:, None])
         kept = tl.exp(best - origin)
-        v = tl.load(values + at, mask=there, other=0.0)
         y = y * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         total = total * kept + tl.sum(weight, axis=1)
         best = peak
     at = (m * H + head) * S + chunk
-    tl.store(top + at, best, mask=used)
-    tl.store(mass + at, total, mask=used)
+    tl.store(top + at, best, mask=r < shared)
+    tl.store(mass + at, total, mask=r < shared)
     tl.store(part + at[:, None] * C + c[None, :], y, mask=inside)
 
 
@@ -194,12 +193,12 @@ def attend(
     )  # fmt: skip
     chunk = KEYS * triton.cdiv(slots, KEYS * CHUNKS)
     block = KEYS if joined_MN.element_size() == 2 else EXACT_KEYS
-    chunks, queries = triton.cdiv(slots, chunk), max(16, triton.next_power_of_2(tokens * (H // G)))
+    chunks, queries = triton.cdiv(slots, chunk), max(16, triton.next_power_of_2(H // G))
     part = torch.empty(M, H, chunks, C, dtype=torch.float32, device=q_MHC.device)
     top, mass = part.new_empty(M, H, chunks), part.new_empty(M, H, chunks)
-    _score_kernel[(M // tokens, G, chunks)](
+    _score_kernel[(M, G, chunks)](
         q_MHC, keys, values, lengths_B, starts_B, part, top, mass, C**-0.5, *strides, slots, tokens, H, G, C, window or 0,
-        chunks, chunk, block, queries, width, num_warps=4, num_stages=2,
+        chunks, chunk, block, queries, width, num_warps=8, num_stages=2,
     )  # fmt: skip
     y_MX = joined_MN.new_empty(M, H * C)
     gated = N > (H + 2 * G) * C

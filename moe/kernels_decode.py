@@ -20,20 +20,11 @@ BLOCK_IN = 256  # inputs a program reads at a time; fp32, which is there for exa
 EXACT_BLOCK_IN = 64
 HEAD_ROWS = 64  # outputs a program makes where there are many (LM head); elsewhere 16, to have work for every SM
 MANY = 8192
-
-
-@triton.jit
-def _norm_scale(
-    x: tl.tensor, m: tl.tensor, M: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, eps: tl.tensor, tokens: tl.constexpr
-) -> tl.tensor:
-    """1 / rms of each row, [tokens]."""
-    square = tl.zeros([tokens], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        part = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        part = part.to(tl.float32)
-        square += tl.sum(part * part, axis=1)
-    return 1 / tl.sqrt(square / D + eps)
+BEST_BLOCK = 1024
+# A decode step waits for memory, not for arithmetic, so an expert's program asks for all its weights before it uses any.
+EXPERT_ROWS = 8
+EXPERT_BLOCK_IN = 1024
+EXPERT_BLOCK_OUT = 512
 
 
 @triton.jit
@@ -56,8 +47,7 @@ def _linear_kernel(
 ) -> None:
     m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([TOKENS, ROWS], tl.float32)
-    if NORM:
-        scale = _norm_scale(x, m, M, D, BLOCK, eps, TOKENS)
+    square = tl.zeros([TOKENS], tl.float32)
     for low in range(0, D, BLOCK):
         d = low + tl.arange(0, BLOCK)
         w = tl.load(
@@ -65,9 +55,13 @@ def _linear_kernel(
         )
         h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
         if NORM:
+            wide = h.to(tl.float32)
+            square += tl.sum(wide * wide, axis=1)
             g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
-            h = (h.to(tl.float32) * scale[:, None] * (1 + g)[None, :]).to(w.dtype)
+            h = (wide * (1 + g)[None, :]).to(w.dtype)
         total += tl.dot(h, tl.trans(w), input_precision="ieee")
+    if NORM:  # 1 / rms is one number a token, so it may come last: no pass over x before the product
+        total = total / tl.sqrt(square / D + eps)[:, None]
     at = m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
@@ -93,7 +87,7 @@ def _swiglu_linear_kernel(
 ) -> None:
     m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gate, up = tl.zeros([TOKENS, ROWS], tl.float32), tl.zeros([TOKENS, ROWS], tl.float32)
-    scale = _norm_scale(x, m, M, D, BLOCK, eps, TOKENS)
+    square = tl.zeros([TOKENS], tl.float32)
     for low in range(0, D, BLOCK):
         d = low + tl.arange(0, BLOCK)
         at = n.to(tl.int64)[:, None] * D + d[None, :]
@@ -101,9 +95,13 @@ def _swiglu_linear_kernel(
         wg, wu = tl.load(gate_weight + at, mask=inside, other=0.0), tl.load(up_weight + at, mask=inside, other=0.0)
         h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
         g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
-        h = (h.to(tl.float32) * scale[:, None] * (1 + g)[None, :]).to(wg.dtype)
+        wide = h.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+        h = (wide * (1 + g)[None, :]).to(wg.dtype)
         gate += tl.dot(h, tl.trans(wg), input_precision="ieee")
         up += tl.dot(h, tl.trans(wu), input_precision="ieee")
+    scale = 1 / tl.sqrt(square / D + eps)[:, None]
+    gate, up = gate * scale, up * scale
     gate = gate * tl.sigmoid(gate)
     if LIMIT > 0:
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -130,22 +128,15 @@ def _route_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     m = tl.program_id(0)
-    square = tl.zeros([BLOCK], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        part = tl.load(x + m * D + d, mask=d < D, other=0.0).to(tl.float32)
-        square += part * part
-    scale = 1 / tl.sqrt(tl.sum(square, axis=0) / D + eps)
-    e, kept = tl.arange(0, BINS), tl.arange(0, KEPT)
-    total = tl.zeros([BINS, BLOCK], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        part = tl.load(x + m * D + d, mask=d < D, other=0.0).to(tl.float32)
-        h = (part * scale * (1 + tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32))).to(normed.dtype.element_ty)
-        tl.store(normed + m * D + d, h, mask=d < D)
-        w = tl.load(router + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
-        total += w.to(tl.float32) * h.to(tl.float32)[None, :]
-    score = tl.sigmoid(tl.sum(total, axis=1))
+    d, e, kept = tl.arange(0, BLOCK), tl.arange(0, BINS), tl.arange(0, KEPT)
+    # One program sees a whole token, and all its loads are under way at once: time here is latency.
+    w = tl.load(router + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
+    part = tl.load(x + m * D + d, mask=d < D, other=0.0).to(tl.float32)
+    g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(part * part, axis=0) / D + eps)
+    h = (part * scale * (1 + g)).to(normed.dtype.element_ty)
+    tl.store(normed + m * D + d, h, mask=d < D)
+    score = tl.sigmoid(tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], axis=1))
     left = tl.where(e < E, score + tl.load(bias + e, mask=e < E, other=0.0), float("-inf"))
     experts, weights = tl.zeros([KEPT], tl.int32), tl.zeros([KEPT], tl.float32)
     for k in tl.static_range(K):
@@ -238,6 +229,41 @@ def _expert_out_kernel(
     tl.store(out + m * D + n, y.to(out.dtype.element_ty), mask=n < D)
 
 
+@triton.jit
+def _best_kernel(
+    logits: tl.tensor, value: tl.tensor, index: tl.tensor, V: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    m, part = tl.program_id(0), tl.program_id(1)
+    v = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + m * V + v, mask=v < V, other=float("-inf"))
+    best = tl.max(x, axis=0)
+    tl.store(value + m * parts + part, best)
+    tl.store(index + m * parts + part, tl.min(tl.where(x == best, v, V), axis=0))
+
+
+@triton.jit
+def _best_of_kernel(
+    value: tl.tensor, index: tl.tensor, token: tl.tensor, parts: tl.tensor, V: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    m, part = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(value + m * parts + part, mask=part < parts, other=float("-inf"))
+    v = tl.load(index + m * parts + part, mask=part < parts, other=V)
+    best = tl.min(tl.where(x == tl.max(x, axis=0), v, V), axis=0)
+    tl.store(token + m, tl.minimum(best, V - 1).to(tl.int64))
+
+
+def greedy(logits_MV: Tensor) -> Tensor:
+    """The likeliest token of each row, int64 [M]; of equal ones the lowest."""
+    tokens, vocab = logits_MV.shape
+    parts = triton.cdiv(vocab, BEST_BLOCK)
+    value = logits_MV.new_empty(tokens, parts)
+    index = torch.empty(tokens, parts, dtype=torch.int32, device=logits_MV.device)
+    token_M = torch.empty(tokens, dtype=torch.int64, device=logits_MV.device)
+    _best_kernel[(tokens, parts)](logits_MV, value, index, vocab, parts, BEST_BLOCK, num_warps=4)
+    _best_of_kernel[(tokens,)](value, index, token_M, parts, vocab, triton.next_power_of_2(parts), num_warps=4)
+    return token_M
+
+
 def linear(
     x_MD: Tensor,
     weight_ND: Tensor,
@@ -283,7 +309,7 @@ def route(
     weight_MK = torch.empty(tokens, top_k, dtype=torch.float32, device=x_MD.device)
     _route_kernel[(tokens,)](
         x_MD, gain_D, router_ED, bias_E, normed_MD, chosen_MK, weight_MK, eps, routed_scale, width, experts, top_k,
-        triton.next_power_of_2(experts), triton.next_power_of_2(top_k), BLOCK_IN, num_warps=8,
+        triton.next_power_of_2(experts), triton.next_power_of_2(top_k), triton.next_power_of_2(width), num_warps=16,
     )  # fmt: skip
     return normed_MD, chosen_MK, weight_MK
 
@@ -308,14 +334,16 @@ def experts(
     inner, shared_inner = routed[1].shape[2], shared[2].shape[1]
     widest = max(inner, shared_inner)
     hidden_MJF = h_MD.new_empty(tokens, top_k + 1, widest, dtype=torch.float32)
-    _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, 16))](
+    block = min(EXPERT_BLOCK_IN, triton.next_power_of_2(width))
+    _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, EXPERT_ROWS))](
         h_MD, chosen_MK, weight_MK, routed[0], shared[0], shared[1], hidden_MJF, width, inner, shared_inner, widest,
-        top_k, limit or 0.0, shared_limit or 0.0, 16, BLOCK_IN, num_warps=4,
+        top_k, limit or 0.0, shared_limit or 0.0, EXPERT_ROWS, block, num_warps=8,
     )  # fmt: skip
     out_MD = torch.empty_like(add_MD)
-    _expert_out_kernel[(tokens, triton.cdiv(width, 8))](
-        hidden_MJF, chosen_MK, routed[1], shared[2], add_MD, out_MD, width, inner, shared_inner, widest, top_k, 8,
-        BLOCK_IN, num_warps=4,
+    block = min(EXPERT_BLOCK_OUT, triton.next_power_of_2(inner))
+    _expert_out_kernel[(tokens, triton.cdiv(width, EXPERT_ROWS))](
+        hidden_MJF, chosen_MK, routed[1], shared[2], add_MD, out_MD, width, inner, shared_inner, widest, top_k,
+        EXPERT_ROWS, block, num_warps=8,
     )  # fmt: skip
     return out_MD
 
