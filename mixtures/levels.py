@@ -1,8 +1,8 @@
 """What of a document a phase may leave out of its loss, byte by byte and token by token.
 
 In: a document's text and metadata. Out: uint8 levels: `ANSWER` 0, `PROMPT` 1, `SCAFFOLD` 2, or None where the document is no
-dialogue. A phase learns every token up to a level (`mixtures.token_files.LEARN`); after Step 3.5 Flash (arXiv 2602.10604, appendix C) annealing
-leaves out a template's own words, `content`, and mid-training what the user says, `answers`.
+dialogue. A phase learns every token up to a level (`mixtures.token_files.LEARN`); after Step 3.5 Flash (arXiv 2602.10604,
+appendix C) annealing leaves out a template's own words, `content`, and mid-training what the user says, `answers`.
 
 - A dialogue of a change (`crawl.harvest.templates`) has its segments in its metadata: the user's scaffold is SCAFFOLD, the
   rest of what the user says PROMPT.

@@ -50,7 +50,15 @@ def mix(job: Job) -> Outcome:
         entries = _ordered(job, parts, seed)
         outputs[phase] = write_index(job.root, folder, entries, {**about, "learn": learn}, contents)
         rows = [part.report for part in parts]
-        reports[phase] = {"phase": phase, "seed": seed, "learn": learn, **about, **outputs[phase], **report, "components": rows}
+        reports[phase] = {
+            "phase": phase,
+            "seed": seed,
+            "learn": learn,
+            **about,
+            **outputs[phase],
+            **report,
+            "components": rows,
+        }
         job.root.write_json(f"mixtures/{folder}/report.json", reports[phase])
     accounts = {
         f"{phase}_{key}": out[name]
@@ -92,7 +100,7 @@ def _shard_contents(job: Job) -> dict[str, str]:
 def _check_levels(job: Job) -> None:
     """A phase that learns a part only needs token shards that know which; a mask of nothing would be noticed by nobody."""
     manifest = read_manifest(job.root, job.config.tokenize, None)
-    known = manifest is not None and any(out["levels"] for out in manifest.outputs.values())
+    known = manifest is not None and any(out.get("levels") for out in manifest.outputs.values())
     partial = [name for name, phase in job.config.phases.items() if phase.learn != "all"]
     if partial and not known:
         raise StageError(

@@ -33,7 +33,7 @@ class MixtureSource:
         self.domains: Sequence[str] = note["domains"]
         self.tokenizer: str = note["tokenizer"]  # fingerprint
         self.content: str = note["content"]  # of the index and of every token shard it reads
-        self.learn: str = note["learn"]  # what counts in the loss, one of `LEARN`
+        self.learn: str = note.get("learn", "all")  # what counts in the loss, one of `LEARN`
         self._tokenizer_name: str = note["tokenizer_name"]
         self._contents: dict[str, str] = note["shards"]
         self._mapped: dict[int, TokenShard] = {}
@@ -92,11 +92,11 @@ class MixtureSource:
     def _open(self, ordinal: int) -> TokenShard:
         name, note = self._checked(ordinal)
         try:
-            levels = [f"{name}.levels"] if note["levels"] else []
+            levels = [f"{name}.levels"] if note.get("levels", False) else []
             index, *_ = fetched(self._root, [f"{name}.idx", f"{name}.bin", *levels], note["content"])
         except FileNotFoundError as e:
             raise _missing(f"{self._root.url}/{name}.bin or .idx") from e
-        return open_shard(index.with_suffix(""), note["levels"])
+        return open_shard(index.with_suffix(""), note.get("levels", False))
 
     def _checked(self, ordinal: int) -> tuple[str, dict[str, Any]]:
         """A shard's name and what is stored beside it. In an object store its size is compared as well: opening it would fetch
@@ -116,6 +116,8 @@ class MixtureSource:
         shard = shard_name(self._tokenizer_name, dataset, name)
         if not self._root.is_local:
             self._check_size(f"{shard}.bin", note["tokens"] * token_dtype(self.vocab_size).itemsize)
+            if note.get("levels", False):
+                self._check_size(f"{shard}.levels", note["tokens"])
         return shard, note
 
     def _check_size(self, name: str, expected: int) -> None:

@@ -1,8 +1,8 @@
 """Token shards: every document that stays, encoded once, spans applied, EOS between documents.
 
 In: documents for which `where` holds, span columns, `models/<tokenizer>`. Out, below `tokens/<tokenizer>/<dataset>/`, for each
-shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` and `.levels` (see `mixtures.token_files`), and `.docs.parquet` with the
-columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
+shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` and `.levels` (see `mixtures.token_files`), and
+`.docs.parquet` with the columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
 from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
 
 With `decontaminate` the text is held against that stage's index once more, as it is after spans: a document that still holds a
@@ -46,7 +46,16 @@ DOCS = pa.schema(
 )
 ABOUT = ("doc_id", "source", "kind")
 DATA = {"megatron": "bin", "ds": "ds"}  # format -> suffix of its tokens
-STORED = ("content", "rows", "tokens", "bytes", "words", "contaminated", "levels", "unmatched")  # in manifests, by shard
+STORED = (
+    "content",
+    "rows",
+    "tokens",
+    "bytes",
+    "words",
+    "contaminated",
+    "levels",
+    "unmatched",
+)  # in manifests, by shard
 INDEXES = {"megatron": "idx", "ds": "ds.index"}
 
 
