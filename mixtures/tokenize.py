@@ -2,8 +2,8 @@
 
 In: documents for which `where` holds, span columns, `models/<tokenizer>`. Out, below `tokens/<tokenizer>/<dataset>/`, for each
 shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` and `.levels` (see `mixtures.token_files`), and
-`.docs.parquet` with the columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
-from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
+`.docs.parquet` with the columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so
+a killed run goes on from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
 
 With `decontaminate` the text is held against that stage's index once more, as it is after spans: a document that still holds a
 benchmark item is left out and counted. What the policy let pass, or a replacement put together, goes no further.
