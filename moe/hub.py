@@ -13,7 +13,6 @@ A folder is written beside its place and renamed, one shard in memory at a time;
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, StageError
 from moe.config import ModelConfig
-from moe.hub_config import from_hub, to_hub
+from moe.hub_config import ROUTER_BIAS, from_hub, shapes, to_hub
 
 if TYPE_CHECKING:
     from moe.model import Decoder
@@ -37,13 +36,8 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers wrote shards of this size for years; hubs take files of up to 50 GB
 TEMPORARY, REPLACED = ".writing", ".replaced"
-ROUTER_BIAS = "moe.router_bias"  # float32 at every precision: bfloat16 would round steps of 0.001 away
 OTHER_TOWERS = ("vision_model.", "vit_large_projector.")  # of Step 3.7, whose text trunk is this decoder
-MTP_NAMES = (
-    (re.compile(r"^layer\."), ""),
-    (re.compile(r"^shared_head_norm\."), "transformer.shared_head.norm."),
-    (re.compile(r"^output\."), "transformer.shared_head.output."),
-)
+MTP_NAMES = {"shared_head_norm.": "transformer.shared_head.norm.", "output.": "transformer.shared_head.output."}
 LISTED_PROBLEMS = 20
 
 
@@ -52,25 +46,18 @@ def hub_name(name: str, layers: int) -> str:
     if not name.startswith("mtp."):
         return name
     _, head, rest = name.split(".", 2)
-    for pattern, replacement in MTP_NAMES:
-        rest = pattern.sub(replacement, rest)
+    for ours, theirs in MTP_NAMES.items():
+        if rest.startswith(ours):
+            rest = theirs + rest.removeprefix(ours)
     return f"model.layers.{layers + int(head)}.{rest}"
 
 
 def named_tensors(model: "Decoder") -> dict[str, Tensor]:
-    """The decoder's parameters and router biases by their hub names, in order, sharing its memory."""
-    return {hub_name(name, model.config.layers): tensor for name, tensor in model.state_dict().items()}
+    """The decoder's parameters and router biases by their hub names, in order, as views of its memory."""
+    from moe.experts import halves
 
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a hub folder: what a model of this config must have, known before any is allocated."""
-    c = config
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.dim)}
-    for i in range(c.layers + c.mtp_heads):
-        found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in _block_shapes(c, i).items()}
-        if c.dense_layers <= i < c.layers:
-            found[f"model.layers.{i}.{ROUTER_BIAS}"] = (c.experts,)
-    return found | {"model.norm.weight": (c.dim,), "lm_head.weight": (c.vocab_size, c.dim)}
+    parts = {n: view for name, tensor in model.state_dict().items() for n, view in halves(name, tensor).items()}
+    return {hub_name(name, model.config.layers): tensor for name, tensor in parts.items()}
 
 
 def export(
@@ -120,8 +107,6 @@ def load(folder: str | Path, *, context: int | None = None, dtype: torch.dtype =
     stored = _Stored(folder)
     stored.check(shapes(config))
     model = Decoder(config).to(dtype)
-    for layer in model.routed:
-        layer.router_bias = layer.router_bias.float()
     for name, tensor in named_tensors(model).items():
         tensor.copy_(stored.read(name))
     return model.eval()
@@ -182,42 +167,23 @@ class _Stored:
             for name in [*wanted, *sorted(got.keys() - wanted.keys())]
             if got.get(name) != wanted.get(name)
         ]
-        if problems:
-            more = [f"and {len(problems) - LISTED_PROBLEMS} more"] if len(problems) > LISTED_PROBLEMS else []
-            raise StageError(
-                f"hub: {self.folder.name} holds another model than its {CONFIG}; use the config that belongs to it\n"
-                + "\n".join([*problems[:LISTED_PROBLEMS], *more])
-            )
+        if not problems:
+            return
+        heads = {name for name in wanted if "enorm" in name}
+        advice = "use the config that belongs to it"
+        if heads and not heads & got.keys():
+            advice += "; transformers drops MTP heads, for such a folder set num_nextn_predict_layers to 0"
+        more = [f"and {len(problems) - LISTED_PROBLEMS} more"] if len(problems) > LISTED_PROBLEMS else []
+        raise StageError(
+            f"hub: {self.folder.name} holds another model than its {CONFIG}; {advice}\n"
+            + "\n".join([*problems[:LISTED_PROBLEMS], *more])
+        )
 
     def _slice(self, name: str) -> Any:
         return self.files[self.where[name]].get_slice(name)
 
     def read(self, name: str) -> Tensor:
         return self.files[self.where[name]].get_tensor(name)
-
-
-def _block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer or MTP head by their names below it."""
-    c, heads = config, config.heads_of(layer)
-    q, kv = heads * c.head_dim, c.kv_heads * c.head_dim
-    found: dict[str, tuple[int, ...]] = {"input_layernorm": (c.dim,), "post_attention_layernorm": (c.dim,)}
-    found |= {"self_attn.q_proj": (q, c.dim), "self_attn.k_proj": (kv, c.dim), "self_attn.v_proj": (kv, c.dim)}
-    found |= {"self_attn.o_proj": (c.dim, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,)}
-    if c.gate:
-        found["self_attn.g_proj"] = (heads, c.dim)
-    if layer >= c.layers:
-        found |= {"enorm": (c.dim,), "hnorm": (c.dim,), "eh_proj": (c.dim, 2 * c.dim)}
-        found["transformer.shared_head.norm"] = (c.dim,)
-        found["transformer.shared_head.output"] = (c.vocab_size, c.dim)
-    if c.dense_layers <= layer < c.layers:
-        found |= {"moe.gate": (c.experts, c.dim), **_glu("moe", (c.experts,), c.dim, c.expert_dim)}
-        return found | _glu("share_expert", (), c.dim, c.shared_dim)
-    return found | _glu("mlp", (), c.dim, c.dense_dim)
-
-
-def _glu(prefix: str, stack: tuple[int, ...], dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    wide, narrow = (*stack, hidden, dim), (*stack, dim, hidden)
-    return {f"{prefix}.gate_proj": wide, f"{prefix}.up_proj": wide, f"{prefix}.down_proj": narrow}
 
 
 def _of_run(folder: Path, tokenizer: str | Path | None) -> "tuple[Decoder, str | Path | None]":

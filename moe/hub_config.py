@@ -15,6 +15,7 @@ from moe.config import ModelConfig, RopeScaling
 
 MODEL_TYPE, ARCHITECTURE = "step3p5", "Step3p5ForCausalLM"
 FULL, WINDOWED = "full_attention", "sliding_attention"
+ROUTER_BIAS = "moe.router_bias"  # float32 at every precision: bfloat16 would round steps of 0.001 away
 # The one value of each key that this decoder computes. A key left out means that value: it is the default of the
 # released modelling code, or of transformers 5.23.
 FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -53,6 +54,17 @@ SIZES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a hub folder: what a model of this config must have, known before any is allocated."""
+    c = config
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.dim)}
+    for i in range(c.layers + c.mtp_heads):
+        found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in _block_shapes(c, i).items()}
+        if c.dense_layers <= i < c.layers:
+            found[f"model.layers.{i}.{ROUTER_BIAS}"] = (c.experts,)
+    return found | {"model.norm.weight": (c.dim,), "lm_head.weight": (c.vocab_size, c.dim)}
+
+
 def to_hub(config: ModelConfig) -> dict[str, Any]:
     """The values of `config.json`: the released file's keys, and those of generation that transformers wants beside."""
     c = config
@@ -85,7 +97,7 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
         "swiglu_limits_shared": [float(c.shared_limit(i) or 0) if i < c.layers else 0.0 for i in layers],
         "num_nextn_predict_layers": c.mtp_heads,
         # transformers never trains the embedding of the pad token, and takes token 1 where none is named.
-        **{name: c.eos for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
+        **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), c.eos),
     }
     return values | {name: only[0] for name, only in FIXED.items() if only != (None,) and name not in values}
 
@@ -99,12 +111,11 @@ def from_hub(values: Mapping[str, Any], context: int | None = None) -> ModelConf
     text = values.get("text_config", values)
     reader = Reader(text)
     fields: dict[str, Any] = {ours: reader.size(names) for ours, names in SIZES.items()}
-    if "use_moe" in text and not text["use_moe"]:
-        fields["dense_layers"] = fields["layers"]
     reader.fixed()
     if not reader.problems:
         reader.layers, reader.mtp_heads = fields["layers"], text.get("num_nextn_predict_layers") or 0
-        fields |= {"mtp_heads": reader.mtp_heads, "context": context or reader.context(), "eos": reader.eos(values)}
+        fields |= {"mtp_heads": reader.mtp_heads, "norm_eps": text.get("rms_norm_eps", 1e-5)}
+        fields |= {"context": context or reader.context(), "eos": reader.eos(values)}
         fields |= reader.attention(fields) | reader.rotary() | reader.feed_forward()
     _raise(reader.problems)
     return ModelConfig(**fields)
@@ -119,13 +130,17 @@ class Reader:
         self.layers = self.mtp_heads = 0
 
     def wrong(self, key: str, got: object, expected: str) -> None:
-        self.problems.append(f"hub: config.json {key} is not what this decoder computes, got {got}, expected {expected}")
+        self.problems.append(
+            f"hub: config.json {key} is not what this decoder computes, got {got}, expected {expected}"
+        )
 
     def size(self, names: Sequence[str]) -> Any:
         """The value of the first of the names that the file has."""
         found = next((self.values[n] for n in names if self.values.get(n) is not None), None)
         if found is None:
-            self.problems.append(f"hub: config.json has no {names[0]}, got {' or '.join(names)} absent, expected a number")
+            self.problems.append(
+                f"hub: config.json has no {names[0]}, got {' or '.join(names)} absent, expected a number"
+            )
         elif not isinstance(found, int | float) or isinstance(found, bool):
             self.wrong(names[0], repr(found), "one number for all layers")
         return found
@@ -158,11 +173,19 @@ class Reader:
         kinds = self.per_layer("layer_types", FULL, WINDOWED)
         full = [kind == FULL for kind in kinds[: self.layers]]
         # Where only layer 0 is full, several distances say the same: the paper's 4 if it is one of them.
-        every = next((n for n in (4, *range(1, self.layers + 1)) if full == [i % n == 0 for i in range(self.layers)]), 0)
+        every = next(
+            (n for n in (4, *range(1, self.layers + 1)) if full == [i % n == 0 for i in range(self.layers)]), 0
+        )
         if not every or set(kinds) - {FULL, WINDOWED} or FULL in kinds[self.layers :]:
-            self.wrong("layer_types", kinds, f"{FULL} in layer 0 and then in every n-th, {WINDOWED} in all others and MTP")
+            self.wrong(
+                "layer_types", kinds, f"{FULL} in layer 0 and then in every n-th, {WINDOWED} in all others and MTP"
+            )
         other = self.values.get("attention_other_setting") or {}
-        for key, ours in (("num_attention_groups", "kv_heads"), ("head_dim", "head_dim"), ("true_head_dim", "head_dim")):
+        for key, ours in (
+            ("num_attention_groups", "kv_heads"),
+            ("head_dim", "head_dim"),
+            ("true_head_dim", "head_dim"),
+        ):
             if other.get(key, fields[ours]) != fields[ours]:
                 self.wrong(f"attention_other_setting.{key}", other[key], f"{fields[ours]} as in full layers")
         heads = other.get("num_attention_heads") or self.values.get("num_sliding_attention_heads") or fields["heads"]
@@ -264,6 +287,30 @@ class Reader:
                 self.wrong(key, seen, f"one value for all layers of {kind}")
             values.append(seen[0] if seen else default)
         return values[0], values[1]
+
+
+def _block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer or MTP head by their names below it."""
+    c, heads = config, config.heads_of(layer)
+    q, kv = heads * c.head_dim, c.kv_heads * c.head_dim
+    found: dict[str, tuple[int, ...]] = {"input_layernorm": (c.dim,), "post_attention_layernorm": (c.dim,)}
+    found |= {"self_attn.q_proj": (q, c.dim), "self_attn.k_proj": (kv, c.dim), "self_attn.v_proj": (kv, c.dim)}
+    found |= {"self_attn.o_proj": (c.dim, q), "self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,)}
+    if c.gate:
+        found["self_attn.g_proj"] = (heads, c.dim)
+    if layer >= c.layers:
+        found |= {"enorm": (c.dim,), "hnorm": (c.dim,), "eh_proj": (c.dim, 2 * c.dim)}
+        found["transformer.shared_head.norm"] = (c.dim,)
+        found["transformer.shared_head.output"] = (c.vocab_size, c.dim)
+    if c.dense_layers <= layer < c.layers:
+        found |= {"moe.gate": (c.experts, c.dim), **_glu("moe", (c.experts,), c.dim, c.expert_dim)}
+        return found | _glu("share_expert", (), c.dim, c.shared_dim)
+    return found | _glu("mlp", (), c.dim, c.dense_dim)
+
+
+def _glu(prefix: str, stack: tuple[int, ...], dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    wide, narrow = (*stack, hidden, dim), (*stack, dim, hidden)
+    return {f"{prefix}.gate_proj": wide, f"{prefix}.up_proj": wide, f"{prefix}.down_proj": narrow}
 
 
 def _scaling_to_hub(scaling: RopeScaling) -> dict[str, Any]:
