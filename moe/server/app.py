@@ -30,9 +30,9 @@ from core.errors import ConfigError
 from moe.batching import Full
 from moe.server.answers import Choice, Writer
 from moe.server.chat import ChatTemplate, TemplateError
-from moe.server.protocol import Ask, Refusal, read
+from moe.server.protocol import Ask, RefusedError, read
 from moe.server.runs import Run, finished, streamed
-from moe.server.service import Service, Stopped
+from moe.server.service import Service, StoppedError
 
 RETRY_S = 1  # said with a 429
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies would hold tokens back
@@ -95,14 +95,14 @@ class Serving:
         try:
             self._check_key(request)
             response: Response = await answer(request)
-        except Refusal as e:
+        except RefusedError as e:
             response = _refused(e)
         except (TemplateError, ConfigError) as e:
-            response = _refused(Refusal(str(e)))
+            response = _refused(RefusedError(str(e)))
         except Full as e:
-            response = _refused(Refusal(f"{e}; try again", code="queue_full", status=429))
-        except Stopped as e:
-            response = _refused(Refusal(str(e), code="stopped", status=503))
+            response = _refused(RefusedError(f"{e}; try again", code="queue_full", status=429))
+        except StoppedError as e:
+            response = _refused(RefusedError(str(e), code="stopped", status=503))
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; counted as nginx counts it
         self.answered[response.status_code] += 1
@@ -111,7 +111,7 @@ class Serving:
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
-            raise Refusal("wrong or missing API key", code="invalid_api_key", status=401)
+            raise RefusedError("wrong or missing API key", code="invalid_api_key", status=401)
 
     async def _list(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -125,7 +125,7 @@ class Serving:
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
-            raise Refusal(f"no model {name!r} here, expected {self.name!r}", "model", "model_not_found", 404)
+            raise RefusedError(f"no model {name!r} here, expected {self.name!r}", "model", "model_not_found", 404)
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         ask = read(await self._json(request), chat)
@@ -156,11 +156,11 @@ class Serving:
         async for part in request.stream():
             body += part
             if len(body) > self.max_body_bytes:
-                raise Refusal(f"the body exceeds {self.max_body_bytes:,} bytes", code="too_large", status=413)
+                raise RefusedError(f"the body exceeds {self.max_body_bytes:,} bytes", code="too_large", status=413)
         try:
             return json.loads(bytes(body))
         except (ValueError, RecursionError) as e:
-            raise Refusal(f"the body is not JSON: {e}", code="invalid_json") from e
+            raise RefusedError(f"the body is not JSON: {e}", code="invalid_json") from e
 
     def _token_ids(self, ask: Ask) -> list[list[int]]:
         if ask.chat:
@@ -192,11 +192,11 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _refused(refusal: Refusal) -> JSONResponse:
+def _refused(refusal: RefusedError) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_S)} if refusal.status == 429 else None
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return _refused(Refusal(f"no route for {request.method} {request.url.path}", code="not_found", status=status))
+    return _refused(RefusedError(f"no route for {request.method} {request.url.path}", code="not_found", status=status))

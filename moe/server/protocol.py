@@ -1,6 +1,6 @@
 """What a client may ask, and how it is told what is wrong: the request bodies of OpenAI's completions and chat completions.
 
-In: the JSON of a request. Out: an `Ask` with every value checked, or a `Refusal`, which is the error body that OpenAI's
+In: the JSON of a request. Out: an `Ask` with every value checked, or a `RefusedError`, which is the error body that OpenAI's
 clients turn into their exceptions. Fields that this server cannot honour are refused rather than ignored, as an ignored
 field gives an answer to another question; fields that only label a request are let through. Two fields are not OpenAI's:
 `top_k` and `repetition_penalty`, under the names that other servers use. Without a seed each request draws its own.
@@ -18,7 +18,7 @@ MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = 16, 128, 128  # chosen; OpenAI: 4 stops, 1
 MAX_LOGPROBS = {False: 20, True: 20}  # OpenAI: 5 of completions, 20 of chats
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """An answer that is an error: HTTP status and OpenAI's error object."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
@@ -120,20 +120,22 @@ CHAT = {
 
 
 def read(body: Any, chat: bool) -> Ask:
-    """The request, or a `Refusal` that names its first wrong field."""
+    """The request, or a `RefusedError` that names its first wrong field."""
     if not isinstance(body, dict):
-        raise Refusal("the body is not a JSON object", code="invalid_json")
+        raise RefusedError("the body is not a JSON object", code="invalid_json")
     fields = SHARED | (CHAT if chat else COMPLETION)
     unknown = sorted(body.keys() - fields.keys() - set(LABELS))
     if unknown:
-        raise Refusal(f"unknown field {unknown[0]!r}; known: {', '.join(fields)}", unknown[0], "unknown_parameter")
+        raise RefusedError(f"unknown field {unknown[0]!r}; known: {', '.join(fields)}", unknown[0], "unknown_parameter")
     got = {name: _checked(name, field, body.get(name)) for name, field in fields.items()}
     if chat:
         prompt, longest, logprobs = _messages(got["messages"]), got["max_completion_tokens"], _chat_logprobs(got)
     else:
         prompt, longest, logprobs = _prompts(got["prompt"]), None, got["logprobs"]
         if got["best_of"] not in (None, got["n"]):
-            raise Refusal(f"best_of: got {got['best_of']}, expected n, {got['n']}: no choices are ranked", "best_of")
+            raise RefusedError(
+                f"best_of: got {got['best_of']}, expected n, {got['n']}: no choices are ranked", "best_of"
+            )
     return Ask(
         model=got["model"],
         chat=chat,
@@ -150,7 +152,7 @@ def _checked(name: str, field: _Field, value: Any) -> Any:
     if value is None:
         return field.default
     if not field.fits(value):
-        raise Refusal(f"{name}: got {_short(value)}, expected {field.expected}", name, "invalid_value")
+        raise RefusedError(f"{name}: got {_short(value)}, expected {field.expected}", name, "invalid_value")
     return value
 
 
@@ -170,7 +172,7 @@ def _sampling(got: Mapping[str, Any], max_tokens: int | None, logprobs: int | No
 
 def _chat_logprobs(got: Mapping[str, Any]) -> int | None:
     if got["top_logprobs"] is not None and not got["logprobs"]:
-        raise Refusal("top_logprobs: set without logprobs, expected logprobs true as well", "top_logprobs")
+        raise RefusedError("top_logprobs: set without logprobs, expected logprobs true as well", "top_logprobs")
     return (got["top_logprobs"] or 0) if got["logprobs"] else None
 
 
@@ -182,7 +184,7 @@ def _prompts(value: Any) -> list[Any]:
         isinstance(v, str) or (isinstance(v, list) and all(_whole(0, LARGE)(t) for t in v)) for v in value
     )
     if not good or not value or len(value) > MAX_PROMPTS:
-        raise Refusal(
+        raise RefusedError(
             f"prompt: got {_short(value)}, expected a text, token ids, or a list of 1 to {MAX_PROMPTS} of either",
             "prompt",
             "invalid_value",
@@ -193,12 +195,14 @@ def _prompts(value: Any) -> list[Any]:
 def _messages(value: Any) -> list[dict[str, Any]]:
     """Messages with a role and a text; parts of type text are joined."""
     if value is None:
-        raise Refusal("messages: missing, expected a list of messages", "messages", "missing_required_parameter")
+        raise RefusedError("messages: missing, expected a list of messages", "messages", "missing_required_parameter")
     out = []
     for i, message in enumerate(value):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refusal(f"{where}: got {_short(message)}, expected an object with a role", where, "invalid_value")
+            raise RefusedError(
+                f"{where}: got {_short(message)}, expected an object with a role", where, "invalid_value"
+            )
         out.append({"role": message["role"], "content": _content(message.get("content"), f"{where}.content")})
     return out
 
@@ -210,7 +214,7 @@ def _content(value: Any, where: str) -> str:
         texts = [p.get("text") for p in value]
         if all(isinstance(t, str) for t in texts):
             return "".join(t for t in texts if isinstance(t, str))
-    raise Refusal(f"{where}: got {_short(value)}, expected a text or parts of type text", where, "invalid_value")
+    raise RefusedError(f"{where}: got {_short(value)}, expected a text or parts of type text", where, "invalid_value")
 
 
 def _short(value: Any) -> str:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from moe.batching import Event
 from moe.server.answers import DONE, Choice, Writer, data
-from moe.server.protocol import Ask, Refusal
-from moe.server.service import Service, Stopped, Stream
+from moe.server.protocol import Ask, RefusedError
+from moe.server.service import Service, StoppedError, Stream
 
 
 class Run:
@@ -84,8 +84,8 @@ async def streamed(runs: Sequence[Run], writer: Writer) -> AsyncIterator[str]:
         while open_runs:
             part = await ready.get()
             if isinstance(part, Exception):
-                status = 503 if isinstance(part, Stopped) else 500
-                yield data(Refusal(str(part), code="stopped", status=status).body())
+                status = 503 if isinstance(part, StoppedError) else 500
+                yield data(RefusedError(str(part), code="stopped", status=status).body())
                 return
             if part is None:
                 open_runs -= 1

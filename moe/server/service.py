@@ -24,7 +24,7 @@ SCORED = 512  # prompt positions whose logits exist at a time
 Answer = TypeVar("Answer")
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """The server is going down, or its model's thread has failed."""
 
 
@@ -39,7 +39,7 @@ class Scored:
 class Stream:
     """Events of one request until it finishes; `close` cancels what is left of it and may be called at any time."""
 
-    def __init__(self, events: "asyncio.Queue[Event | Stopped]", cancel: Callable[[], Any]) -> None:
+    def __init__(self, events: "asyncio.Queue[Event | StoppedError]", cancel: Callable[[], Any]) -> None:
         self._events, self._cancel, self._open = events, cancel, True
 
     def __aiter__(self) -> "Stream":
@@ -49,7 +49,7 @@ class Stream:
         if not self._open:
             raise StopAsyncIteration
         event = await self._events.get()
-        if isinstance(event, Stopped):
+        if isinstance(event, StoppedError):
             self._open = False
             raise event
         self._open = event.finished is None
@@ -67,7 +67,7 @@ class Service:
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._streams: dict[int, Callable[[Event | Stopped], None]] = {}
+        self._streams: dict[int, Callable[[Event | StoppedError], None]] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moe-model", daemon=True)
         self.failure: BaseException | None = None
@@ -78,7 +78,7 @@ class Service:
             self._thread.start()
 
     def stop(self, wait_s: float = 10.0) -> None:
-        """No further step; open streams end with `Stopped`."""
+        """No further step; open streams end with `StoppedError`."""
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join(wait_s)
@@ -90,9 +90,9 @@ class Service:
 
     async def open(self, prompt: Sequence[int], sampling: Sampling) -> "Stream":
         """Hands a request to the batcher. `Full` when its queue is, `ConfigError` when the request cannot be served."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | Stopped]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | StoppedError]()
 
-        def deliver(event: Event | Stopped) -> None:
+        def deliver(event: Event | StoppedError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         number = await self._call(lambda: self._submit(prompt, sampling, deliver))
@@ -122,7 +122,7 @@ class Service:
                 if self._streams:
                     for event in self.batcher.step():
                         self._deliver(event)
-        except BaseException as e:  # whatever it is, every waiting client must hear of it
+        except BaseException as e:  # noqa: BLE001 - whatever it is, every waiting client must hear of it
             self.failure = e
         finally:
             self._abandon()
@@ -142,7 +142,9 @@ class Service:
             except Exception as e:  # noqa: BLE001 - handed to the one who asked
                 future.set_exception(e)
 
-    def _submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Callable[[Event | Stopped], None]) -> int:
+    def _submit(
+        self, prompt: Sequence[int], sampling: Sampling, deliver: Callable[[Event | StoppedError], None]
+    ) -> int:
         number = self.batcher.submit(list(prompt), sampling)
         self._streams[number] = deliver
         return number
@@ -170,8 +172,8 @@ class Service:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._stopped())
 
-    def _stopped(self) -> Stopped:
-        return Stopped(
+    def _stopped(self) -> StoppedError:
+        return StoppedError(
             f"the model stopped: {self.failure!r}" if self.failure is not None else "the server is going down"
         )
 
