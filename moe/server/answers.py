@@ -16,7 +16,7 @@ class Choice:
     prompt_tokens: int
     text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[tuple[int, float | None, Mapping[int, float]]] = field(default_factory=list)  # id, its own, the top
+    logprobs: list[tuple[int, float, Mapping[int, float]]] = field(default_factory=list)  # id, its own, the top
     finish: str | None = None
 
 
@@ -69,23 +69,20 @@ class Writer:
             return ends | {"message": {"role": "assistant", "content": text, "refusal": None}}
         return ends | {"text": text}
 
-    def _logprobs(
-        self, rows: Sequence[tuple[int, float | None, Mapping[int, float]]], offset: int
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, rows: Sequence[tuple[int, float, Mapping[int, float]]], offset: int) -> dict[str, Any] | None:
         if self.ask.sampling.logprobs is None:
             return None
         if self.ask.chat:
             return {"content": [self._chat_row(*row) for row in rows], "refusal": None}
         texts = [self._text(t) for t, _, _ in rows]
         offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-        top = [{self._text(i): p for i, p in best.items()} if own is not None else None for _, own, best in rows]
-        own = [p for _, p, _ in rows]
-        return {"tokens": texts, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
+        top = [{self._text(i): p for i, p in best.items()} for _, _, best in rows]
+        return {"tokens": texts, "token_logprobs": [p for _, p, _ in rows], "top_logprobs": top, "text_offset": offsets}
 
-    def _chat_row(self, token: int, own: float | None, best: Mapping[int, float]) -> dict[str, Any]:
+    def _chat_row(self, token: int, own: float, best: Mapping[int, float]) -> dict[str, Any]:
         return self._named(token, own) | {"top_logprobs": [self._named(i, p) for i, p in best.items()]}
 
-    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
         # A token that is part of a character has no text of its own, and its bytes cannot be had from the tokenizer.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

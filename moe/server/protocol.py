@@ -41,6 +41,7 @@ class Ask:
     prompt: list[Any]
     choices: int
     sampling: Sampling
+    writes: bool  # False where max_tokens is 0: a prompt is only echoed, or scored
     stream: bool
     usage: bool  # a last chunk with token counts
     echo: bool
@@ -136,12 +137,14 @@ def read(body: Any, chat: bool) -> Ask:
             raise RefusedError(
                 f"best_of: got {got['best_of']}, expected n, {got['n']}: no choices are ranked", "best_of"
             )
+    most = got["max_tokens"] if longest is None else longest
     return Ask(
         model=got["model"],
         chat=chat,
         prompt=prompt,
         choices=got["n"],
-        sampling=_sampling(got, got["max_tokens"] if longest is None else longest, logprobs),
+        sampling=_sampling(got, most or None, logprobs),
+        writes=most != 0,
         stream=got["stream"],
         usage=bool(got["stream_options"].get("include_usage")),
         echo=bool(got.get("echo")),

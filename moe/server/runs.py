@@ -22,7 +22,7 @@ class Run:
         """Scores an echoed prompt, then hands the request to the model unless it asks for no new token."""
         if self.ask.echo:
             await self._echo()
-        if self.sampling.max_tokens == 0:
+        if not self.ask.writes:
             self.choice.finish = "length"
         else:
             self._stream = await self.service.open(self.prompt, self.sampling)
@@ -33,7 +33,8 @@ class Run:
             return
         async for event in self._stream:
             self.choice.tokens += event.tokens
-            self.choice.logprobs += event.logprobs
+            for token, found in zip(event.tokens, event.logprobs or (), strict=event.logprobs is not None):
+                self.choice.logprobs.append((token, found.logprob, dict(found.top[: self.ask.sampling.logprobs])))
             if event.text:
                 self.choice.text.append(event.text)
             self.choice.finish = event.finished
