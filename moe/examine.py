@@ -22,8 +22,8 @@ from core.errors import ConfigError, StepwellError
 def examine(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Figures by file name."""
     import moe
-    from moe.checkpoint import load_tokenizer
     from moe.choices import answer, difference, read_questions, summary
+    from moe.generate import load_tokenizer
     from moe.solve import read_problems, share, solve
 
     models = [(moe.load(f).to(args.device), load_tokenizer(f)) for f in (folder, args.against) if f is not None]

@@ -16,14 +16,13 @@ from lm_eval.api.model import TemplateLM
 
 import moe
 from core.errors import ConfigError, StepwellError
-from moe.batching import Batcher
-from moe.checkpoint import load_tokenizer
 from moe.evaluate import windows
+from moe.generate import generate_batch, load_tokenizer
 from moe.sampling import Sampling
 from moe.score import continuation, score
 
 
-class Harness(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+class Harness(TemplateLM):
     """What the harness asks of a model: likelihoods of continuations, of whole texts, and generated text."""
 
     def __init__(self, folder: str | Path, device: str = "cpu", slots: int = 8) -> None:
@@ -69,26 +68,12 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Greedy unless the task says otherwise; the text ends before the first stop string."""
         asked = [_sampling(request.args[1]) for request in requests]
         prompts = [self._prompt(r.args[0], s) for r, s in zip(requests, asked, strict=True)]
-        return answers(self.model, self.tokenizer, prompts, asked, self.slots)
+        written = generate_batch(self.model, prompts, asked, tokenizer=self.tokenizer, slots=self.slots)
+        return [answer.text for answer in written]
 
     def _prompt(self, text: str, sampling: Sampling) -> list[int]:
         ids, room = self.tok_encode(text), self.model.config.context - (sampling.max_tokens or 0)
         return ids[-room:] if room > 0 else ids[-1:]
-
-
-def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sequence[Sampling], slots: int
-) -> list[str]:
-    """Generated texts in the order of the prompts."""
-    batcher = Batcher(model, tokenizer, slots=slots, queue=len(prompts))
-    numbers = {batcher.submit(p, s): i for i, (p, s) in enumerate(zip(prompts, sampling, strict=True))}
-    texts = [""] * len(prompts)
-    waiting = len(prompts)
-    while waiting:
-        for event in batcher.step():
-            texts[numbers[event.id]] += event.text
-            waiting -= event.finished is not None
-    return texts
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

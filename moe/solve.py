@@ -15,7 +15,7 @@ from typing import Any
 from core.errors import ConfigError, InputError
 from core.statistics import wilson
 from moe.choices import CALCULATION, records
-from moe.generate import texts
+from moe.generate import generate_batch
 from moe.model import Decoder
 from moe.sampling import Sampling
 
@@ -72,8 +72,8 @@ def solve(
             f"evaluate: {len(examples)} examples and a question take {longest} tokens and an answer {max_tokens}, "
             f"expected at most the context, {model.config.context}; give fewer examples or a shorter answer"
         )
-    written = texts(model, tokenizer, prompts, [sampling] * len(prompts))
-    found = [(text, number(text)) for text in written]
+    written = generate_batch(model, prompts, sampling, tokenizer=tokenizer)
+    found = [(a.text, number(a.text)) for a in written]
     return [Solved(text, n, n == p.result) for (text, n), p in zip(found, problems, strict=True)]
 
 

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
@@ -16,7 +17,26 @@ from core.errors import ConfigError, StepwellError
 KEY = "MOE_API_KEY"
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What is served, and how; the command line's options in their order."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    slots: int = 8
+    queue: int = 64
+    context: int | None = None
+    speculate: bool = False
+    device: str = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGINT or SIGTERM. The API key, if any, comes from the environment: MOE_API_KEY."""
+    parser = argparse.ArgumentParser(
+        prog="moe.server", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a run folder of training, or a hub folder with tokenizer.json")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
@@ -26,28 +46,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="tokens a request may have (default: the model's context)")
     parser.add_argument("--speculate", action="store_true", help="draft with the MTP heads")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM. The API key, if any, comes from the environment: MOE_API_KEY."""
-    parser = argparse.ArgumentParser(
-        prog="moe.server", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    options(parser)
-    args = parser.parse_args(argv)
     try:
-        serve(args)
-    except ConfigError as e:
-        print(f"serve: {e}", file=sys.stderr)
-        return 2
+        serve(Options(**vars(parser.parse_args(argv))))
     except StepwellError as e:
         print(f"serve: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, ConfigError) else 1
     return 0
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Loads the model and listens. The address is printed once the server answers."""
+def serve(options: Options) -> None:
+    """Loads the model and listens; the server says its address once it answers."""
     try:
         import uvicorn
 
@@ -56,20 +64,29 @@ def serve(args: argparse.Namespace) -> None:
         raise ConfigError(f"{e.name} is not installed; install the extra: pip install 'stepwell[serve]'") from e
     import moe
     from moe.batching import Batcher
-    from moe.checkpoint import load_tokenizer
-    from moe.devices import pick
+    from moe.generate import load_tokenizer
     from moe.server.chat import chat_template
     from moe.server.service import Service
 
-    model = moe.load(args.folder).to(pick(args.device))
-    tokenizer = load_tokenizer(args.folder)
+    model = moe.load(options.folder).to(_device(options.device))
+    tokenizer = load_tokenizer(options.folder)
     batcher = Batcher(
-        model, tokenizer, slots=args.slots, queue=args.queue, context=args.context, speculate=args.speculate
+        model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate
     )
-    name = args.name or args.folder.resolve().name
-    serving = Serving(Service(batcher), tokenizer, chat_template(args.folder), name, os.environ.get(KEY))
-    config = uvicorn.Config(serving.app(), host=args.host, port=args.port, log_level="info")
+    name = options.name or options.folder.resolve().name
+    serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY))
+    config = uvicorn.Config(serving.app(), host=options.host, port=options.port, log_level="info")
     uvicorn.Server(config).run()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"no GPU here, got device {name!r}, expected one that torch sees; use --device cpu")
+    return name
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class Service:
         try:
             while not self._ending.is_set():
                 self._answer_calls()
-                if self._streams:
+                if not self.batcher.idle:
                     for event in self.batcher.step():
                         self._deliver(event)
         except BaseException as e:  # noqa: BLE001 - whatever it is, every waiting client must hear of it
@@ -128,7 +128,7 @@ class Service:
             self._abandon()
 
     def _answer_calls(self) -> None:
-        wait = not self._streams
+        wait = self.batcher.idle
         while True:
             try:
                 call, future = self._calls.get(timeout=IDLE_S) if wait else self._calls.get_nowait()
@@ -150,7 +150,7 @@ class Service:
         return number
 
     def _cancel(self, number: int) -> None:
-        if self._streams.pop(number, None) is not None:
+        if number in self._streams:  # until the batcher says that it has ended, so that `running` tells the truth
             self.batcher.cancel(number)
 
     def _deliver(self, event: Event) -> None:

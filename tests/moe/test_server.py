@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +32,7 @@ from moe.server.protocol import RefusedError, read
 from moe.server.service import Service
 from tests.moe.texts import tokenizer_of
 
+REPO = Path(__file__).resolve().parents[2]
 NAME = "toy"
 TEXT = "Unless required by applicable law or agreed to in writing, software is distributed on an AS IS basis"
 
@@ -297,3 +302,32 @@ def test_fields_that_only_label_are_let_through() -> None:
     assert read({"prompt": "x"}, chat=False).sampling.seed != read({"prompt": "x"}, chat=False).sampling.seed
     with pytest.raises(RefusedError, match="not a JSON object"):
         read([], chat=True)
+
+
+def test_the_command_serves_a_hub_folder(model: Decoder, tokenizer: Any, tmp_path: Path) -> None:
+    """As a user starts it: a process, a port that it names, an answer, and SIGTERM."""
+    from moe.hub import export
+
+    export(model, tmp_path / "toy")
+    tokenizer.save(str(tmp_path / "toy" / "tokenizer.json"))
+    command = [sys.executable, "-m", "moe.server", str(tmp_path / "toy"), "--port", "0", "--slots", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
+        assert process.stderr is not None
+        try:
+            address = next(
+                found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line))
+            )
+            client = OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
+            found = client.completions.create(model="toy", prompt="law", max_tokens=3, temperature=0)
+            assert found.choices[0].text == greedy(model, tokenizer, "law", 3)
+        finally:
+            process.terminate()
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe.server", str(tmp_path / "absent")]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=120, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith("serve: ")
+    assert told.stderr.count("\n") == 1

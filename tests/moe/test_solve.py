@@ -20,7 +20,7 @@ APPLES = Problem("How many apples?", "2 + 2 = 4", Decimal(4))
         (" so it is $1,234.50 in all", "1234.50"),
         (" first 3, then -7", -7),
         (" #### 12 and then 99", 12),
-        (" #### none, though 5 before", None),
+        (" 5 apples #### none", None),
         (" no idea", None),
         ("", None),
     ],
