@@ -199,7 +199,7 @@ def _of_run(folder: Path, tokenizer: str | Path | None) -> "tuple[Decoder, str |
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> None:
     """The tensors in order, in files of at most `max_bytes` (or one tensor), and the index."""
     plan = list(_plan(tensors, dtype, max_bytes))
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", _stored_type(name, tensors[name], dtype)) for name in names}
