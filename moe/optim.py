@@ -132,7 +132,9 @@ class Optimizer:
         grad, slab.grad = grad.to(wide) * scale.to(wide), None
         weights = self._weights()
         weight = state["master"] if "master" in state else slab.own(weights, wide)
-        if slab.shape:
+        if not slab.units:
+            pass  # nothing of it is this rank's
+        elif slab.shape:
             self._muon(weight, state["momentum"], grad, rates[0], rates[1], slab.kind.decay)
         else:
             c = self.config
@@ -141,7 +143,7 @@ class Optimizer:
                 [torch.full((), float(self.updates), device=weight.device)], fused=True, amsgrad=False, beta1=c.beta1,
                 beta2=c.beta2, lr=float(rates[0]), weight_decay=slab.kind.decay, eps=c.eps, maximize=False,
             )  # fmt: skip
-        slab.spread(weight, weights)
+        slab.unpack(slab.whole(weight), weights)
 
     def _start(self, slab: Slab) -> None:
         for key, dtype in _state_keys(slab).items():
@@ -151,7 +153,7 @@ class Optimizer:
     def _gather(self, slab: Slab, key: str, own: Tensor, out: dict[str, Tensor]) -> None:
         """Adds the slab's part of whole tensors to `out` on rank 0."""
         team = self.world.experts
-        whole = slab.kind.team.join_parts(own.flatten())
+        whole = slab.whole(own)
         parts = team.join_parts(whole[None]) if slab.kind.sharded else whole[None]
         if self.world.rank > 0:
             return

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,8 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], folder: Pa
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        work(folder, rank)
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        sys.exit(1)
+    os.dup2(os.open(folder / f"error-{rank}", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    work(folder, rank)
 
 
 def train_steps(world: World, dtype: torch.dtype, config: OptimConfig = OPTIM, start: Any = None) -> dict[str, Any]:
