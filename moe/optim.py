@@ -55,7 +55,12 @@ class Optimizer:
     ) -> None:
         self.parameters, self.config, self.world, self.updates = dict(parameters), config, world, 0
         self.slabs = list(_slabs(self.parameters, sharded, config, world))
-        self._muon: Callable[..., None] = torch.compile(muon.update, dynamic=False) if compiled else muon.update
+        self._muon: Callable[..., None] = muon.update
+        if compiled:
+            # One graph a slab's shape; past the limit torch would go on uncompiled without a word.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, len(self.slabs) + 8)
+            self._muon = torch.compile(muon.update, fullgraph=True, dynamic=False)
         self._norm: Tensor | None = None
 
     @torch.no_grad()

@@ -101,9 +101,10 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_ranks(folder: Path, rank: int) -> None:
-    """Data parallel in fp32, fp64 and bf16, a resume of one rank's run, then expert parallel over the same two."""
+    """Data parallel in fp32, fp64 and bf16, and a resume of one rank's run; then the same two split the experts."""
     slab.SLAB_ELEMENTS = 5000
-    world = World.from_env(timeout_s=60)
+    split = World.from_env(expert_ranks=2, timeout_s=60)
+    world = World(split.device, split.everyone)
     found = {
         "fp32": train_steps(world, torch.float32),
         "fp64": train_steps(world, torch.float64),
@@ -111,6 +112,7 @@ def two_ranks(folder: Path, rank: int) -> None:
         "adamw": train_steps(world, torch.float64, OptimConfig(optimizer="adamw", grad_clip=0.3)),
     }
     found["resumed"] = train_steps(world, torch.float64, start=torch.load(folder / "one.pt"))
+    found["split"] = train_steps(split, torch.float32)
     found["values"] = world.gather(rank * 10)
     world.wait()
     world.close()
@@ -122,7 +124,7 @@ def four_ranks(folder: Path, rank: int) -> None:
     """Two teams of two ranks that split the experts, resumed from one rank's file; and four plain replicas."""
     world = World.from_env(expert_ranks=2, timeout_s=60)
     found = {"places": world.gather((world.experts.rank, world.replicas.rank))}
-    found |= {"fp32": train_steps(world, torch.float32), "fp64": train_steps(world, torch.float64)}
+    found["fp64"] = train_steps(world, torch.float64)
     found["resumed"] = train_steps(world, torch.float64, start=torch.load(folder / "one.pt"))
     plain = World(world.device, world.everyone)
     found["plain"] = train_steps(plain, torch.float64)
