@@ -275,10 +275,11 @@ def sort_by_expert(chosen_SK: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 def _mean_squares(a_RF: Tensor, load_E: Tensor) -> Tensor:
     """Mean square of each expert's rows, fp32 [E]; NaN for an expert without rows."""
-    # A running sum in fp64 and its differences: sums over blocks without atomic additions or a loop.
-    total_R = functional.pad(wide(a_RF).square().mean(-1).double().cumsum(0), (1, 0))
-    ends_E = load_E.cumsum(0)
-    return ((total_R[ends_E] - total_R[ends_E - load_E]) / load_E).float()
+    # Every row against every expert, as running sums of floats and atomic additions depend on the run on a GPU.
+    square_R1, ends_E = wide(a_RF).square().mean(-1, keepdim=True), load_E.cumsum(0)
+    index_R1 = torch.arange(len(a_RF), device=a_RF.device).unsqueeze(1)
+    own_RE = (index_R1 >= ends_E - load_E) & (index_R1 < ends_E)
+    return (torch.where(own_RE, square_R1, 0).sum(0) / load_E).float()
 
 
 class _Dispatch(torch.autograd.Function):
