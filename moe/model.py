@@ -40,7 +40,7 @@ class Cache(Protocol):
 class Decoder(nn.Module):
     """`hidden` gives the normed states, for a loss that never holds all logits; calling the model gives the logits.
 
-    The weights are a function of config and seed: they are drawn on the CPU whatever the default device, and the
+    The weights are a function of config and seed: they are drawn on the CPU in fp32, whatever the defaults, and the
     trunk's do not depend on the number of MTP heads.
     """
 
@@ -136,4 +136,5 @@ class Decoder(nn.Module):
                     std /= math.sqrt(2 * self.config.layers)
             else:
                 continue
-            module.weight.copy_(torch.empty(module.weight.shape, device="cpu").normal_(0, std, generator=generator))
+            drawn = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
+            module.weight.copy_(drawn.normal_(0, std, generator=generator))
