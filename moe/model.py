@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moe import attention
+from moe import attention, flops
 from moe.attention import Layout
 from moe.config import ModelConfig
 from moe.experts import ExpertLinear, MoE
@@ -32,7 +32,7 @@ EMBEDDING_STD = 0.02  # GPT-2's; the paper does not publish its initialisation
 class Cache(Protocol):
     """Keys and values of earlier positions (moe/cache.py)."""
 
-    def step(self, positions: int) -> Layout:
+    def step(self, positions: int, /) -> Layout:
         """The layout of that many new positions, which go on where the cache ends."""
         ...
 
@@ -119,6 +119,10 @@ class Decoder(nn.Module):
         idle = (c.layers - c.dense_layers) * (c.experts - c.top_k) * 3 * c.dim * c.expert_dim
         ahead = sum(p.numel() for p in self.mtp.parameters())
         return total, total - ahead - idle - (c.vocab_size - 1) * c.dim
+
+    def flops_per_token(self, context: int) -> float:
+        """Operations of training on one token, on average over a row of `context` (moe/flops.py); MTP heads count."""
+        return flops.training_flops(self.config, context, mtp=bool(self.mtp))
 
     def _layout(self, x_BTD: Tensor, segments_BT: Tensor | None) -> Layout:
         rows, positions, _ = x_BTD.shape
