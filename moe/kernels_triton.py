@@ -155,7 +155,8 @@ def swiglu_backward(dy_RF: Tensor, h_RH: Tensor, weight_R: Tensor, limit: float)
     """`kernels.swiglu_backward_reference` in one pass."""
     rows, width = dy_RF.shape
     dh_RH, dweight_R = torch.empty_like(h_RH), torch.empty_like(weight_R)
-    cols = min(512, triton.next_power_of_2(width))
+    # 256 columns of a row lie in one warp, so that its sum needs no exchange between warps.
+    cols = min(256, triton.next_power_of_2(width))
     tile = max(1, SWIGLU_ELEMENTS // 2 // cols)
     _swiglu_backward_kernel[(triton.cdiv(rows, tile),)](
         dy_RF.contiguous(), h_RH, weight_R, dh_RH, dweight_R, rows, width, limit, tile, cols, num_warps=4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe.attention import Layout
 from moe.config import ModelConfig, RopeScaling
-from moe.experts import ExactBuffers, MoE, SwiGLU, wide
+from moe.experts import ExactBuffers, MoE, SwiGLU, side_by_side, wide
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 
@@ -109,15 +109,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x_BTD: Tensor, tables: Mapping[bool, Tables], layout: Layout) -> Tensor:
-        q_BTHC, k_BTGC, v_BTGC = (
-            proj(x_BTD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        gates = () if self.g_proj is None else (self.g_proj,)
+        *heads, gate_BTH = (*side_by_side(x_BTD, self.q_proj, self.k_proj, self.v_proj, *gates), None)[:4]
+        q_BTHC, k_BTGC, v_BTGC = (h.unflatten(-1, (-1, self.head_dim)) for h in heads)
         turn = tables[self.full]
         q_BTHC, k_BTGC = rotate(self.q_norm(q_BTHC), turn), rotate(self.k_norm(k_BTGC), turn)
         q_BHTC, k_BGTC, v_BGTC = (h.transpose(1, 2) for h in (q_BTHC, k_BTGC, v_BTGC))
         y_BTHC = layout.attend(self.layer, self.full, q_BHTC, k_BGTC, v_BGTC).transpose(1, 2)
-        if self.g_proj is not None:
-            y_BTHC = y_BTHC * self.g_proj(x_BTD).sigmoid().unsqueeze(-1)
+        if gate_BTH is not None:
+            y_BTHC = y_BTHC * gate_BTH.sigmoid().unsqueeze(-1)
         return self.o_proj(y_BTHC.flatten(2))
 
 

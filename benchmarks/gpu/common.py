@@ -120,6 +120,19 @@ def median_ms(body: Callable[[], Any], repeats: int = 20, warm: int = 5) -> floa
     return statistics.median(timed_ms(body, repeats, warm))
 
 
+def kernels(body: Callable[[], Any], runs: int = 3, most: int = 45) -> list[tuple[str, float, int]]:
+    """The device's kernels of one call by time: name, milliseconds, launches."""
+    for _ in range(3):
+        body()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(runs):
+            body()
+        torch.cuda.synchronize()
+    rows = [(e.key[:110], e.self_device_time_total / 1000 / runs, e.count // runs) for e in seen.key_averages()]
+    return [(n, float(f"{t:.4g}"), c) for n, t, c in sorted(rows, key=lambda row: -row[1])[:most]]
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||, in fp64."""
     return float((got.double() - want.double()).norm() / want.double().norm())

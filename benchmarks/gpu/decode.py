@@ -21,24 +21,35 @@ PROMPT, NEW = 128, 256
 
 
 def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
-    """Logits of fused steps beside those of the model's own cached forward, and bits of T at once beside one by one."""
+    """Logits of fused steps and of the model's own cached forward beside those in fp32; T at once beside one by one."""
     torch.manual_seed(0)
     model = common.drawn(config, dtype).eval()
-    caches = [_cache(config, 1, dtype, 600 + PROMPT, 3) for _ in range(3)]
+    exact = common.drawn(config, torch.float32).eval()
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    caches = [_cache(config, 1, t, 600 + PROMPT, 3) for t in (dtype, dtype, dtype, torch.float32)]
     fused = decode.FusedDecoder(model, caches[0])
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
-    worst, same, flips = 0.0, True, 0
+    errors: list[tuple[float, float]] = []
+    same, flips = True, [0, 0]
     with torch.inference_mode():
-        for cache in caches:
-            model.states(prompt, cache=cache)
+        for m, cache in zip((model, model, model, exact), caches, strict=True):
+            m.states(prompt, cache=cache)
         for _ in range(520 // tokens):  # past the window
             new = torch.randint(1, config.vocab_size, (1, tokens), device="cuda")
-            got = fused.logits(fused.states(new, caches[0]).flatten(0, -2))
-            want = model.lm_head(model.norm(model.states(new, cache=caches[1])))[0]
-            single = torch.cat([fused.logits(fused.states(t, caches[2]).flatten(0, -2)) for t in new.split(1, 1)])
-            worst, same = max(worst, common.relative(got, want)), same and torch.equal(got, single)
-            flips += int((got.argmax(-1) != want.argmax(-1)).sum())
-    return {"error": worst, "same_bits_at_once": same, "argmax_flips_of_520": flips}
+            got = fused.logits(fused.states(new, caches[0]))
+            own, want = (
+                m.lm_head(m.norm(m.states(new, cache=c)))[0] for m, c in ((model, caches[1]), (exact, caches[3]))
+            )
+            single = torch.cat([fused.logits(fused.states(t, caches[2])) for t in new.split(1, 1)])
+            errors.append((common.relative(got, want), common.relative(own, want)))
+            same = same and torch.equal(got, single)
+            for i, logits in enumerate((got, own)):
+                flips[i] += int((logits.argmax(-1) != want.argmax(-1)).sum())
+    medians = [sorted(e)[len(e) // 2] for e in zip(*errors, strict=True)]
+    return {
+        "error_fused": medians[0], "error_model": medians[1], "same_bits_at_once": same,
+        "argmax_flips_fused": flips[0], "argmax_flips_model": flips[1],
+    }  # fmt: skip
 
 
 def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, Any]:
@@ -57,7 +68,13 @@ def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, 
         replay()
     torch.cuda.synchronize()
     ms = (time.perf_counter() - begin) / NEW * 1000
-    return {"rows": rows, "ms": ms, "tokens_per_s": rows / ms * 1000, "kernels": _kernels(replay), **_memory()}
+    return {
+        "rows": rows,
+        "ms": ms,
+        "tokens_per_s": rows / ms * 1000,
+        "kernels": common.kernels(replay, 10, 16),
+        **_memory(),
+    }
 
 
 def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
@@ -70,15 +87,6 @@ def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
         model.states(torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda"), cache=cache)
     replay = decode.Replay(fused, cache, 1, tokens)
     return {"tokens": tokens, "ms": common.median_ms(lambda: replay(None), 50)}
-
-
-def _kernels(replay: decode.Replay) -> list[tuple[str, float, int]]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(10):
-            replay()
-        torch.cuda.synchronize()
-    rows = [(e.key[:70], e.self_device_time_total / 10, e.count // 10) for e in seen.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])[:16]
 
 
 def rounds(config: ModelConfig, drafts: int, fused: bool) -> dict[str, Any]:

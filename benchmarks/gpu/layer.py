@@ -5,6 +5,7 @@ products alone beside it are the floor. `attention`: the kernels that could do a
 that `attention_backend: auto` follows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch.nn import functional
 
 from benchmarks.gpu import common
 from benchmarks.gpu.train_step import E64, step_shape
-from moe import attention
+from moe import attention, kernels, kernels_triton
 from moe.config import ModelConfig
-from moe.experts import MoE
+from moe.experts import MoE, sort_by_expert
 
 TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
 
@@ -54,6 +55,51 @@ def moe_layer(config: ModelConfig, compiled: bool = True) -> dict[str, Any]:
         "forward_ms": forward, "ms": ms, "products_ms": products, "layer_tflops": flops / ms / 1e9,
         "held_gib": held / 2**30, "load_most_over_mean": float(moe.load.max() / moe.load.float().mean()),
     }  # fmt: skip
+
+
+def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
+    """Milliseconds and GB/s of what stands around the products, each piece alone."""
+    torch.manual_seed(0)
+    rows, dim = TOKENS * top_k, 1024
+    with torch.device("cuda"):
+        h, dy = torch.randn(rows, 2 * inner, dtype=torch.bfloat16), torch.randn(rows, inner, dtype=torch.bfloat16)
+        x, weight = torch.randn(TOKENS, dim, dtype=torch.bfloat16), torch.rand(rows)
+        router, dlogits = torch.randn(experts, dim, dtype=torch.bfloat16), torch.randn(TOKENS, experts)
+        score = torch.rand(TOKENS, experts)
+    chosen = kernels.top_experts(score, top_k).flatten()
+    moved = {
+        "swiglu": (lambda: kernels_triton.swiglu(h, weight, 0.0), 6 * rows * inner),
+        "swiglu_backward": (lambda: kernels_triton.swiglu_backward(dy, h, weight, 0.0), 10 * rows * inner),
+        "router_logits": (lambda: kernels._router_logits(x, router), 2 * TOKENS * dim),
+        "router_logits_backward": (lambda: kernels._router_logits_backward(dlogits, x, router), 4 * TOKENS * dim),
+        "top_experts": (lambda: kernels_triton.top_experts(score, top_k), 4 * TOKENS * experts),
+        "topk": (lambda: score.topk(top_k, dim=-1), 4 * TOKENS * experts),
+        "expert_order": (lambda: kernels_triton.expert_order(chosen, experts), 24 * rows),
+        "sort_by_expert": (lambda: sort_by_expert(chosen, experts), 24 * rows),
+    }
+    figures: dict[str, Any] = {}
+    for name, (body, size) in moved.items():
+        graph = torch.cuda.CUDAGraph()  # as in a compiled layer, whose launches do not wait for Python
+        body()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            body()
+        ms = common.median_ms(graph.replay)
+        figures[name] = [ms, size / ms / 1e6]
+    return figures
+
+
+def kernels_of(config: ModelConfig) -> list[tuple[str, float, int]]:
+    """The kernels of the compiled layer, forward and backward: name, milliseconds, launches."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        moe = MoE(config, 1).to(torch.bfloat16).train()
+        for p in moe.parameters():
+            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
+        x, dy = (torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    moe.watch = False
+    run = torch.compile(moe, fullgraph=True, dynamic=False)
+    return common.kernels(lambda: run(x).backward(dy.detach()))
 
 
 def _products(config: ModelConfig, moe: MoE, load_E: Tensor) -> float:
@@ -121,7 +167,7 @@ def _error(
 def main() -> None:
     """All shapes."""
     args = common.arguments(
-        part={"default": "all", "choices": ("all", "moe", "attention", "tune")},
+        part={"default": "all", "choices": ("all", "moe", "glue", "attention", "tune")},
     )
     results = common.Results("layer", args.out)
     shapes = {"e32_k4_f512": step_shape(64), "e64_k8_f256": step_shape(64, **E64)}
@@ -129,10 +175,14 @@ def main() -> None:
         for shape, config in shapes.items():
             for backend in ("grouped", "triton"):
                 for router in ("float32", "bfloat16") if backend == "grouped" else ("float32",):
-                    import dataclasses
-
                     c = dataclasses.replace(config, experts_backend=backend, router_dtype=router)
                     results.attempt(f"moe_{shape}_{backend}_{router}", lambda c=c: moe_layer(c))
+    if args.part in ("all", "glue"):
+        results.attempt("glue_e32", lambda: glue(32, 4, 512))
+        results.attempt("glue_e64", lambda: glue(64, 8, 256))
+        for backend in ("grouped", "triton"):
+            c = dataclasses.replace(shapes["e32_k4_f512"], experts_backend=backend)
+            results.attempt(f"kernels_{backend}", lambda c=c: {"kernels": kernels_of(c)})
     if args.part in ("all", "attention"):
         for heads, groups, width, window in ((8, 2, 128, None), (12, 2, 128, 512)):
             for backend in ("sdpa", "flex", "varlen"):

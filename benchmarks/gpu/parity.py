@@ -90,7 +90,7 @@ def _cast(config: ModelConfig, source: MoE, dtype: torch.dtype) -> MoE:
 def _gradients(moe: MoE, x: Tensor, dy: Tensor, run: Any = None) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
     moe.zero_grad(set_to_none=True)
-    y = (run or moe)(x)
+    y = (moe if run is None else run)(x)
     y.backward(dy)
     assert x.grad is not None
     return {"y": y.detach(), "dx": x.grad} | {f"d_{n}": p.grad for n, p in moe.named_parameters() if p.grad is not None}

@@ -172,8 +172,10 @@ def _muon(model: nn.Module) -> Callable[[], None]:
     return update
 
 
-def measure(build: Callable[[Tensor], Step], flops: float, rows: int, steps: int, vocab: int) -> dict[str, Any]:
-    """Builds a contender, warms it up, times its steps."""
+def measure(
+    build: Callable[[Tensor], Step], flops: float, rows: int, steps: int, vocab: int, profile: bool
+) -> dict[str, Any]:
+    """Builds a contender, warms it up, times its steps; `profile` lists one step's kernels."""
     torch.manual_seed(0)
     tokens_BT = torch.randint(1, vocab, (rows, CONTEXT), device="cuda")
     begin = time.perf_counter()
@@ -184,7 +186,8 @@ def measure(build: Callable[[Tensor], Step], flops: float, rows: int, steps: int
     losses.append(float(step()))
     ms = times[len(times) // 2]
     rate = rows * CONTEXT / ms * 1000
-    return {
+    listed = {"kernels": common.kernels(step, runs=1, most=60)} if profile else {}
+    return listed | {
         "rows": rows, "ms": ms, "ms_least": times[0], "ms_most": times[-1], "tokens_per_s": rate,
         "mfu": flops * rate / common.PEAK_FLOPS, "gflop_per_token": flops / 1e9, "first_step_s": first_s,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "loss_first": losses[0], "loss_last": losses[-1],
@@ -210,36 +213,22 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
     }
 
 
-def profile(build: Callable[[Tensor], Step], rows: int, vocab: int) -> list[tuple[str, float, int]]:
-    """The kernels of one step by time: name, milliseconds, launches."""
-    torch.manual_seed(0)
-    step = build(torch.randint(1, vocab, (rows, CONTEXT), device="cuda"))
-    for _ in range(WARM):
-        step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    rows_of = [(e.key[:110], e.self_device_time_total / 1000, e.count) for e in seen.key_averages()]
-    return sorted(rows_of, key=lambda row: -row[1])[:60]
-
-
 def main() -> None:
     """Runs the contenders named, or all."""
     args = common.arguments(
         only={"nargs": "*", "help": "names of contenders"},
         steps={"type": int, "default": 12},
-        profile={"action": "store_true", "help": "list kernels instead of timing"},
+        profile={"action": "store_true", "help": "list the kernels of a step too"},
     )
     torch._dynamo.config.recompile_limit = 64  # the patched Step class compiles each layer by itself
     results, known = common.Results("train_step", args.out), contenders()
     for name in args.only or known:
         build, shape, rows, shared = known[name]
         flops = common.flops_per_token(shape, CONTEXT, shared)
-        if args.profile:
-            results.attempt(f"profile_{name}", lambda: {"kernels": profile(build, rows, shape.vocab_size)})  # noqa: B023
-        else:
-            results.attempt(name, lambda: measure(build, flops, rows, args.steps, shape.vocab_size))  # noqa: B023
+        results.attempt(
+            name,
+            lambda: measure(build, flops, rows, args.steps, shape.vocab_size, args.profile),  # noqa: B023
+        )
 
 
 if __name__ == "__main__":
