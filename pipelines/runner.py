@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pipelines.config import EngineConfig, Pipeline
 from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_with, plan_step
 from pipelines.preflight import find_artifacts, preflight, scratch_folder
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
-from pipelines.shard_groups import part_summary, step_lock
+from pipelines.shard_groups import part_of, part_summary, step_lock
 
 Say = Callable[[str], None]
 
@@ -215,8 +215,7 @@ class Runner:
             dataset = dataset_at(self.pipeline, self.root, name)
             if dataset is None:
                 raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
-            first, last = self.options.shards or (0, None)
-            part = replace(dataset, shards=dataset.shards[first:last])
+            part = part_of(dataset, self.options.shards)
             for p in todo if not self.options.force else ():
                 locks.enter_context(self._held(p.step))
             self._annotate_dataset(dataset, part, todo)

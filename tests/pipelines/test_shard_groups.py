@@ -148,6 +148,17 @@ def test_options_without_a_meaning_are_refused(config, stage, shards, finish, fo
         check_options(load_pipeline(config).entry(stage), shards, finish, force)
 
 
+def test_a_part_begins_within_the_dataset_and_may_end_beyond_it(config):
+    go(config, "extract")
+    with pytest.raises(ConfigError, match=r"--shards: got 6:9, expected a range that begins below 6, the number of sh"):
+        go(config, "signals", (6, 9))
+    assert go(config, "signals", (5, 9)) == [
+        "signals [notes]: 1 of 6 shards are committed; `--finish` writes the manifest"
+    ]
+    ran = pipelines("run", "stage", "signals", "-c", config, "--dataset", "notes", "--shards", "500:600")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+
+
 def test_parts_that_cannot_be_listed_are_refused(config):
     pipeline = load_pipeline(config)
     for stage, message in (("exact", "works on whole datasets"), ("signals", "'notes' has no documents yet")):
