@@ -235,6 +235,8 @@ class Runner:
 
     def _annotate_dataset(self, dataset: Dataset, part: Dataset, todo: Sequence[Planned]) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
+        reset_peak_memory()
+        self.engine.begin(self._scratch / "units")  # a name only: units leave nothing there. Peaks count from here
         runs = []
         for p in todo:
             entry = p.step.entry
