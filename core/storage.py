@@ -102,9 +102,10 @@ class Root:
         """A local path to write to; on leaving without an exception the file appears under `name`, else it is gone.
         A full or failing disk is a StageError."""
         target = self.path(name)
-        with disk_faults(target), temporary(self._store, target) as path:
+        with temporary(self._store, target) as path:
             yield path
-            self._store.put_file(path, target)
+            with disk_faults(target):
+                self._store.put_file(path, target)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writing(name) as path, open(path, "wb") as f:

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from core.storage import Root
 from pipelines.preflight import preflight
 from tests.builders import strays
 
+SLOW_S = 280.0  # for a command of a second, on the slowest machine
 TABLE = pa.table({"a": [1, 2, 3], "s": pa.array(["x", None, "z"], pa.large_string())})
 
 
@@ -132,13 +134,34 @@ print(json.dumps(said))
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     Root(str(tmp_path)).write_bytes("t/old", b"before")
-    out = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=SLOW_S
+    )
     said = json.loads(out.stdout)
     assert set(said) == {"table", "bytes", "lock"}
     assert all("cannot write" in line and "make room" in line and "\n" not in line for line in said.values())
     assert Root(str(tmp_path)).names("t") == ["old"]
     assert (tmp_path / "t/old").read_bytes() == b"before"
     assert strays(Root(str(tmp_path))) == []
+
+
+def test_a_full_temporary_folder_is_named_and_not_the_store(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, "memory://a"], capture_output=True, text=True, check=True, env=env, timeout=SLOW_S
+    )
+    said = json.loads(out.stdout)
+    assert set(said) == {"table", "bytes"}  # a lock's few bytes go to the store as they are
+    for name, line in (("table", "/a/t/big.parquet"), ("bytes", "/a/t/old")):
+        assert said[name].startswith(f"root: cannot write {tmp_path}/stepwell-")
+        assert f", where TMPDIR points, on its way to {line}: " in said[name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_any_temporary_folder_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StageError, match=r"^root: cannot make a temporary file for /a/x: .*TMPDIR"):
+        Root("memory://a").write_bytes("x", b"")
 
 
 def test_no_space_left_on_a_real_device(tmp_path):
