@@ -20,7 +20,6 @@ machines, a file lock for this one. Nothing may write to the files while `commit
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -173,8 +172,7 @@ class Mirror:
 
     def _put(self, path: Path, name: str, stored: Stored) -> None:
         before = path.stat()
-        with self.root.writing(name) as temporary:
-            _link_or_copy(path, Path(temporary))
+        self.root.upload(path, name)
         after = path.stat()
         if (before.st_size, before.st_mtime_ns, after.st_size) != (stored.bytes, after.st_mtime_ns, stored.bytes):
             raise StageError(f"{self.folder}: {path} was written to while it was committed; run again")
@@ -322,14 +320,3 @@ def _remove_empty(folder: Path) -> None:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name where both lie on one disk, else a copy."""
-    target.unlink()
-    try:
-        os.link(source, target)
-    except OSError as e:
-        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target)

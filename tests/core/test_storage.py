@@ -51,6 +51,19 @@ def test_an_empty_table_keeps_its_schema(root):
     assert root.read_table("e.parquet").schema == root.read_table("f.parquet").schema == TABLE.schema
 
 
+def test_a_local_file_goes_from_where_it_lies(root, tmp_path_factory, monkeypatch):
+    source = tmp_path_factory.mktemp("elsewhere") / "source"
+    source.write_bytes(b"x" * 100_000)
+    monkeypatch.setattr("tempfile.tempdir", str(source.parent / "none"))  # not through a temporary file of this machine
+    for _ in range(2):  # also over what is there
+        root.upload(source, "a/b")
+        assert root.read_bytes("a/b") == source.read_bytes() == b"x" * 100_000
+    assert root.names("a") == ["b"]
+    with pytest.raises(FileNotFoundError):
+        root.upload(source.parent / "none", "a/c")
+    assert root.names("a") == ["b"]
+
+
 def test_an_exception_while_writing_leaves_nothing(root):
     root.write_bytes("t/old.parquet", b"before")
 

@@ -48,6 +48,10 @@ class Dying(Root):
         self._step()
         return super().writing(name)
 
+    def upload(self, source, name):
+        self._step()
+        super().upload(source, name)
+
     def rename(self, source, target):
         self._step()
         super().rename(source, target)
@@ -229,7 +233,12 @@ class Counting(Root):
         super().__init__(url)
         self.puts = puts
 
+    def upload(self, source, name):
+        self.puts.append(name)
+        super().upload(source, name)
+
     def writing(self, name):
+        assert STAGED not in name  # what lies on this disk is not written to it again
         self.puts.append(name)
         return super().writing(name)
 
