@@ -115,6 +115,8 @@ class Mirror:
         self._index = self._read_index() or self._adopt()
         if self._index.moves or self._index.gone:
             self._publish(again=True)
+        else:
+            self.root.remove(f"{self.folder}/{STAGED}")  # of a commit that was killed before it held
         state = self._state()
         if self._index.commit in state.get("bases", ()):
             self._released = set(state["released"])

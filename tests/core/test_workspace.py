@@ -226,6 +226,18 @@ def test_only_changed_files_cross_and_removed_ones_go(caches, root):
     assert below(root) == {"a": b"1", "b": b"two", "d": b"4"}
 
 
+def test_what_a_killed_commit_staged_goes_with_the_next_entry(caches, root):
+    dying = Dying(root.url)
+    with suppress(KilledError), workspace(dying, FOLDER) as folder:
+        write(folder.path, a="1")
+        dying.left = 1  # the file, and not the index
+        folder.commit()
+    assert list(below(root).values()) == [b"1"]
+    caches("two")
+    with workspace(root, FOLDER):
+        assert below(root) == {}
+
+
 class Counting(Root):
     """A root that says what is put into it."""
 
