@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from core.cache import fetched
+from core.cache import opened
 from core.errors import StageError
 from core.storage import Root
 from mixtures.index_file import Entries, read_index
@@ -81,10 +81,9 @@ class MixtureSource:
     def _open(self, ordinal: int) -> TokenShard:
         name, note = self._checked(ordinal)
         try:
-            index, _ = fetched(self._root, [f"{name}.idx", f"{name}.bin"], note["content"])
+            return opened(self._root, [f"{name}.idx", f"{name}.bin"], note["content"], lambda files: open_shard(*files))
         except FileNotFoundError as e:
-            raise _missing(f"{self._root.url}/{name}.bin or .idx") from e
-        return open_shard(index.with_suffix(""))
+            raise _missing(e.filename or f"{self._root.url}/{name}.bin or .idx") from e
 
     def _checked(self, ordinal: int) -> tuple[str, dict[str, Any]]:
         """A shard's name and what is stored beside it. In an object store its size is compared as well: opening it would fetch

@@ -69,13 +69,10 @@ class TokenShard:
     lengths: np.ndarray
 
 
-def open_shard(prefix: Path) -> TokenShard:
-    """Map `prefix.bin` and `prefix.idx`. Any other length than the index says is a StageError."""
-    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    try:
-        raw, size = index_path.read_bytes(), data_path.stat().st_size
-    except FileNotFoundError as e:
-        raise StageError(f"tokens: {e.filename} is missing; {AGAIN}") from e
+def open_shard(index_path: Path, data_path: Path) -> TokenShard:
+    """Map a `.bin` and read its `.idx`. Any other length than the index says is a StageError; a file that is not there is
+    FileNotFoundError."""
+    raw, size = index_path.read_bytes(), data_path.stat().st_size
     dtype, n = _header(index_path, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, dtype="<i4", count=n, offset=at)

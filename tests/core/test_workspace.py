@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from core import cache
-from core.cache import cache_folder, fetched, make_room
+from core.cache import TRIES, cache_folder, fetched, make_room, opened
 from core.errors import StageError
 from core.storage import Root
 from core.workspace import INDEX, STAGED, mirrored, workspace
@@ -345,3 +345,21 @@ def test_fetched_files_come_once_and_make_room(caches, root, tmp_path):
         make_room(1 << 60, "models/x")
     assert not paths[0].exists()
     assert fetched(Root(str(tmp_path)), ["a/b"], "abcdef") == [tmp_path / "a/b"]
+
+
+@pytest.mark.parametrize("evictions", [TRIES - 1, TRIES])
+def test_what_is_evicted_before_it_is_opened_is_fetched_again(caches, root, evictions):
+    root.write_bytes("tokens/s0.bin", b"bin")
+    left = [evictions]
+
+    def read(paths: list[Path]) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(paths[0].parent)  # what `make_room` of another process does
+        return paths[0].read_bytes()
+
+    if evictions < TRIES:
+        assert opened(root, ["tokens/s0.bin"], "abcdef", read) == b"bin"
+    else:
+        with pytest.raises(FileNotFoundError):
+            opened(root, ["tokens/s0.bin"], "abcdef", read)

@@ -45,7 +45,8 @@ def filled(house: House, cut: int = 14, texts: list[str] = TEXTS) -> House:
 
 
 def tokens_of(house: House, shard: str, dataset: str = "web") -> list[list[int]]:
-    opened = open_shard(Path(house.root.path(f"tokens/tokenizer/{dataset}/{shard}")))
+    prefix = house.root.path(f"tokens/tokenizer/{dataset}/{shard}")
+    opened = open_shard(Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
     return [opened.tokens[s : s + n].tolist() for s, n in zip(opened.starts, opened.lengths, strict=True)]
 
 
