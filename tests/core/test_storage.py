@@ -13,9 +13,9 @@ import pytest
 from core.errors import ConfigError, StageError
 from core.storage import Root
 from pipelines.preflight import preflight
+from tests.bounds import BOUND_S
 from tests.builders import strays
 
-SLOW_S = 280.0  # for a command of a second, on the slowest machine
 TABLE = pa.table({"a": [1, 2, 3], "s": pa.array(["x", None, "z"], pa.large_string())})
 
 
@@ -148,7 +148,7 @@ print(json.dumps(said))
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     Root(str(tmp_path)).write_bytes("t/old", b"before")
     out = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=SLOW_S
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=BOUND_S
     )
     said = json.loads(out.stdout)
     assert set(said) == {"table", "bytes", "lock"}
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_a_full_temporary_folder_is_named_and_not_the_store(tmp_path):
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     out = subprocess.run(
-        [sys.executable, "-c", FULL, "memory://a"], capture_output=True, text=True, check=True, env=env, timeout=SLOW_S
+        [sys.executable, "-c", FULL, "memory://a"], capture_output=True, text=True, check=True, env=env, timeout=BOUND_S
     )
     said = json.loads(out.stdout)
     assert set(said) == {"table", "bytes"}  # a lock's few bytes go to the store as they are

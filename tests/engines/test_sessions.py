@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.engines.conftest import require
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,7 +38,11 @@ def pipelines(*arguments, **variables):
     """(exit code, stdout, stderr) of the command."""
     env = {**os.environ, "PYTHONPATH": str(REPO), **variables}
     out = subprocess.run(
-        [sys.executable, "-m", "pipelines", *map(str, arguments)], capture_output=True, text=True, env=env
+        [sys.executable, "-m", "pipelines", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=BOUND_S,
     )
     return out.returncode, out.stdout, out.stderr
 
@@ -94,6 +99,7 @@ def test_without_java_spark_says_what_to_install(config, tmp_path):
         capture_output=True,
         text=True,
         env={**env, "PYTHONPATH": str(REPO), "PATH": str(tmp_path)},
+        timeout=BOUND_S,
     )
     assert out.returncode == 2
     assert out.stderr.splitlines() == [

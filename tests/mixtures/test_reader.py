@@ -14,6 +14,7 @@ from core.storage import Root
 from mixtures import mix, tokenize, tokenizer
 from mixtures.encoder import open_encoder, read_info
 from mixtures.reader import MixtureSource
+from tests.bounds import BOUND_S
 from tests.mixtures.conftest import House
 from tests.mixtures.test_mix import HALVES, component, filled, phase
 
@@ -134,7 +135,7 @@ def test_an_empty_held_out_index_reads(house: House) -> None:
 
 def test_the_reader_needs_no_pydantic() -> None:
     script = "import mixtures.reader, sys; print(sorted({'pydantic', 'tokenizers', 'torch'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=BOUND_S)
     assert done.stdout.strip() == "[]"
 
 

@@ -20,6 +20,7 @@ from pipelines.options import MOST_GROUPS
 from pipelines.runner import Runner, RunOptions
 from pipelines.scope import steps
 from pipelines.shard_groups import check_options, parts_to_run, ranges, step_lock
+from tests.bounds import BOUND_S
 from tests.pipelines.small_pipeline import environment, manifests, pipelines, state, texts, write_config, write_jsonl
 
 FILES = 6
@@ -91,7 +92,7 @@ def test_what_a_killed_run_left_excludes_nobody(tmp_path, left):
     root = Root(str(tmp_path))
     code = "import os, sys; from core.lock import held; from core.storage import Root\n"
     code += "with held(Root(sys.argv[1]), sys.argv[2], 'dead'): os.kill(os.getpid(), 9)"
-    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path), left], env=environment())
+    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path), left], env=environment(), timeout=BOUND_S)
     assert dead.returncode == -9
     assert root.exists(f"locks/{left}.json")
     for shards in ((0, 2), None):
