@@ -15,6 +15,7 @@ What goes wrong has one form everywhere: ConfigError and StageError arrive as th
 given to a verb arrives as a StageError that names the label, and the unit where there is one.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,6 +195,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop workers and free scratch memory. Committed files stay."""
+
+
+def rows_in(engine: Engine, frame: Frame, label: str) -> int:
+    """Rows of a frame, counted where they are."""
+    return engine.fold(frame, _rows_of, operator.add, label) or 0
+
+
+def _rows_of(piece: pa.Table) -> int:
+    return piece.num_rows
 
 
 def told_by(engine: Engine) -> dict[str, Any]:
