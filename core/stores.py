@@ -214,13 +214,8 @@ class LocalDisk:
         with _alone(path):
             if not _is_still(self, path, version):
                 return None
-            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-            try:
+            with replacing(path) as temporary:
                 Path(temporary).write_bytes(data)
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
         return digest(data.hex())
 
     def remove_version(self, path: str, version: str) -> bool:
@@ -282,6 +277,20 @@ def _on_its_way(target: str) -> tuple[int, str]:
         raise StageError(
             f"root: cannot make a temporary file for {target}: {e}; make room where TMPDIR points, or name another folder in it"
         ) from e
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A name in the same folder that becomes `path` if the block ends well, and is gone otherwise."""
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager
