@@ -3,8 +3,8 @@
 In: bf16 (or fp32) weights and M = B * T tokens, T new ones of each of B rows. Out: what the same layers of moe/layers.py
 compute, from fp32 sums. moe/decode.py puts them together and captures them in a CUDA graph.
 
-A token's bits do not depend on M: tiles, chunks of keys and the order of sums are fixed by the shapes of the weights and
-of the cache. So a step that verifies four drafted tokens gives the bits of four steps of one token.
+A token's bits do not depend on M: chunks of keys and the order of sums are fixed by the shapes of the weights and of the
+cache. So a step that verifies four drafted tokens gives the bits of four steps of one token.
 
 Legend: M tokens, D model width, N outputs, E experts, K chosen, J = K + 1 with the shared expert, F expert width, H
 query heads, G key/value heads, C head width, P slots of a cache, S chunks of slots.
@@ -15,16 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS = 16  # rows of a matrix tile, the least that tensor cores take
-BLOCK_IN = 256  # inputs a program reads at a time; fp32, which is there for exact comparisons, has smaller tiles
-EXACT_BLOCK_IN = 64
-HEAD_ROWS = 64  # outputs a program makes where there are many (LM head); elsewhere 16, to have work for every SM
-MANY = 8192
-BEST_BLOCK = 1024
-# A decode step waits for memory, not for arithmetic, so an expert's program asks for all its weights before it uses any.
-EXPERT_ROWS = 8
-EXPERT_BLOCK_IN = 1024
+TOKENS = 16  # of a step at most; a program goes through them one by one, with its weights in registers
+# A step waits for memory, not for arithmetic: a program asks for all its weights before it uses any, 64 bytes a thread.
+ROWS = 8
+BLOCK_IN = 2048
 EXPERT_BLOCK_OUT = 512
+BEST_BLOCK = 1024
 
 
 @triton.jit
@@ -43,30 +39,28 @@ def _linear_kernel(
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
 ) -> None:
-    m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([TOKENS, ROWS], tl.float32)
-    square = tl.zeros([TOKENS], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        w = tl.load(
-            weight + n.to(tl.int64)[:, None] * stride + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
-        )
-        h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        if NORM:
-            wide = h.to(tl.float32)
-            square += tl.sum(wide * wide, axis=1)
-            g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
-            h = (wide * (1 + g)[None, :]).to(w.dtype)
-        total += tl.dot(h, tl.trans(w), input_precision="ieee")
-    if NORM:  # 1 / rms is one number a token, so it may come last: no pass over x before the product
-        total = total / tl.sqrt(square / D + eps)[:, None]
-    at = m[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if ADD:
-        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    d, n = tl.arange(0, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at, inside = n.to(tl.int64)[:, None] * stride + d[None, :], (n < N)[:, None]
+    w = tl.load(weight + at, mask=inside & (d < D)[None, :], other=0.0)
+    g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
+    for m in range(M):
+        total, square = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for low in tl.static_range(0, D, BLOCK):
+            if D > BLOCK:  # more than a program holds: read again for each token
+                w = tl.load(weight + at + low, mask=inside & (d < D - low)[None, :], other=0.0)
+                g = tl.load(gain + d + low, mask=d < D - low, other=0.0).to(tl.float32)
+            h = tl.load(x + m * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
+            if NORM:
+                square += h * h
+                h = h * (1 + g)
+            total += w.to(tl.float32) * h[None, :]
+        y = tl.sum(total, axis=1)
+        if NORM:  # 1 / rms is one number a token, so it may come last
+            y = y / tl.sqrt(tl.sum(square, axis=0) / D + eps)
+        if ADD:
+            y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(add + m * N + n, mask=n < N, other=0.0)
+        tl.store(out + m * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -83,30 +77,25 @@ def _swiglu_linear_kernel(
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
 ) -> None:
-    m, n = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate, up = tl.zeros([TOKENS, ROWS], tl.float32), tl.zeros([TOKENS, ROWS], tl.float32)
-    square = tl.zeros([TOKENS], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        at = n.to(tl.int64)[:, None] * D + d[None, :]
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        wg, wu = tl.load(gate_weight + at, mask=inside, other=0.0), tl.load(up_weight + at, mask=inside, other=0.0)
-        h = tl.load(x + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
-        wide = h.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
-        h = (wide * (1 + g)[None, :]).to(wg.dtype)
-        gate += tl.dot(h, tl.trans(wg), input_precision="ieee")
-        up += tl.dot(h, tl.trans(wu), input_precision="ieee")
-    scale = 1 / tl.sqrt(square / D + eps)[:, None]
-    gate, up = gate * scale, up * scale
-    gate = gate * tl.sigmoid(gate)
-    if LIMIT > 0:
-        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + m[:, None] * N + n[None, :], (gate * up).to(out.dtype.element_ty), mask=inside)
+    d, n = tl.arange(0, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at, inside = n.to(tl.int64)[:, None] * D + d[None, :], (n < N)[:, None]
+    for m in range(M):
+        gate, up = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        for low in tl.static_range(0, D, BLOCK):
+            there = inside & (d < D - low)[None, :]
+            h = tl.load(x + m * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
+            square += h * h
+            h = h * (1 + tl.load(gain + low + d, mask=d < D - low, other=0.0).to(tl.float32))
+            gate += tl.load(gate_weight + at + low, mask=there, other=0.0).to(tl.float32) * h[None, :]
+            up += tl.load(up_weight + at + low, mask=there, other=0.0).to(tl.float32) * h[None, :]
+        scale = 1 / tl.sqrt(tl.sum(square, axis=0) / D + eps)
+        a, u = tl.sum(gate, axis=1) * scale, tl.sum(up, axis=1) * scale
+        a = a * tl.sigmoid(a)
+        if LIMIT > 0:
+            a, u = tl.minimum(a, LIMIT), tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+        tl.store(out + m * N + n, (a * u).to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -277,11 +266,9 @@ def linear(
     tokens, width = x_MD.shape
     outputs = weight_ND.shape[0]
     out_MN = x_MD.new_empty(tokens, outputs, dtype=dtype or x_MD.dtype)
-    rows = HEAD_ROWS if outputs >= MANY and _half(x_MD) else 16
-    _linear_kernel[(triton.cdiv(outputs, rows),)](
+    _linear_kernel[(triton.cdiv(outputs, ROWS),)](
         x_MD, x_MD if gain_D is None else gain_D, weight_ND, x_MD if add_MN is None else add_MN, out_MN, tokens, outputs,
-        weight_ND.stride(0), eps, width, gain_D is not None, add_MN is not None, rows, _block(x_MD), TOKENS,
-        num_warps=4, num_stages=4,
+        weight_ND.stride(0), eps, width, gain_D is not None, add_MN is not None, ROWS, _block(width), num_warps=8,
     )  # fmt: skip
     return out_MN
 
@@ -292,9 +279,9 @@ def swiglu_linear(
     """SwiGLU's inner activation [M, F] of norm(x)."""
     tokens, width = x_MD.shape
     out_MF = x_MD.new_empty(tokens, gate_FD.shape[0])
-    _swiglu_linear_kernel[(triton.cdiv(out_MF.shape[1], 16),)](
-        x_MD, gain_D, gate_FD, up_FD, out_MF, tokens, out_MF.shape[1], eps, width, limit or 0.0, 16, _block(x_MD), TOKENS,
-        num_warps=4, num_stages=4,
+    _swiglu_linear_kernel[(triton.cdiv(out_MF.shape[1], ROWS),)](
+        x_MD, gain_D, gate_FD, up_FD, out_MF, tokens, out_MF.shape[1], eps, width, limit or 0.0, ROWS, _block(width),
+        num_warps=8,
     )  # fmt: skip
     return out_MF
 
@@ -309,7 +296,7 @@ def route(
     weight_MK = torch.empty(tokens, top_k, dtype=torch.float32, device=x_MD.device)
     _route_kernel[(tokens,)](
         x_MD, gain_D, router_ED, bias_E, normed_MD, chosen_MK, weight_MK, eps, routed_scale, width, experts, top_k,
-        triton.next_power_of_2(experts), triton.next_power_of_2(top_k), triton.next_power_of_2(width), num_warps=16,
+        triton.next_power_of_2(experts), triton.next_power_of_2(top_k), triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return normed_MD, chosen_MK, weight_MK
 
@@ -334,23 +321,18 @@ def experts(
     inner, shared_inner = routed[1].shape[2], shared[2].shape[1]
     widest = max(inner, shared_inner)
     hidden_MJF = h_MD.new_empty(tokens, top_k + 1, widest, dtype=torch.float32)
-    block = min(EXPERT_BLOCK_IN, triton.next_power_of_2(width))
-    _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, EXPERT_ROWS))](
+    _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, ROWS))](
         h_MD, chosen_MK, weight_MK, routed[0], shared[0], shared[1], hidden_MJF, width, inner, shared_inner, widest,
-        top_k, limit or 0.0, shared_limit or 0.0, EXPERT_ROWS, block, num_warps=8,
+        top_k, limit or 0.0, shared_limit or 0.0, ROWS, _block(width), num_warps=8,
     )  # fmt: skip
     out_MD = torch.empty_like(add_MD)
     block = min(EXPERT_BLOCK_OUT, triton.next_power_of_2(inner))
-    _expert_out_kernel[(tokens, triton.cdiv(width, EXPERT_ROWS))](
+    _expert_out_kernel[(tokens, triton.cdiv(width, ROWS))](
         hidden_MJF, chosen_MK, routed[1], shared[2], add_MD, out_MD, width, inner, shared_inner, widest, top_k,
-        EXPERT_ROWS, block, num_warps=8,
+        ROWS, block, num_warps=8,
     )  # fmt: skip
     return out_MD
 
 
-def _half(x: Tensor) -> bool:
-    return x.element_size() == 2
-
-
-def _block(x: Tensor) -> int:
-    return BLOCK_IN if _half(x) else EXACT_BLOCK_IN
+def _block(width: int) -> int:
+    return min(BLOCK_IN, triton.next_power_of_2(width))

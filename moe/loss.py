@@ -42,7 +42,9 @@ def next_token_loss(
         mask_S = torch.ones_like(target_S, dtype=torch.bool)
     if total is None:
         total = mask_S.sum()
-    scale = 1 / torch.as_tensor(total, device=x_SD.device).clamp(min=1).to(_wide(x_SD.dtype))
+    if not isinstance(total, Tensor):  # filled on the device: a copy from the host would wait for all that is under way
+        total = torch.full((), float(total), device=x_SD.device, dtype=torch.float64)
+    scale = 1 / total.clamp(min=1).to(_wide(x_SD.dtype))
     return _NextTokenLoss.apply(x_SD, head_VD, target_S, mask_S, scale, z_loss, compiled)
 
 
@@ -105,8 +107,11 @@ def _rows(logits: Tensor, target: Tensor, mask: Tensor, z: float) -> tuple[Tenso
     log_partition = partition.log() + peak
     slope = torch.where(counted, 1 + 2 * z * log_partition, 0.0)
     at_target = chosen.exp() / partition * slope - counted.to(slope.dtype)
-    # One place a row, so a plain scatter: no atomics, the same bits from run to run.
-    grad = weights.mul_(slope / partition).scatter_(1, target, at_target)
+    if torch.compiler.is_compiling():  # one pass over the logits; a scatter would be a second
+        index_V = torch.arange(logits.shape[1], device=logits.device)
+        grad = torch.where(index_V == target, at_target, weights * (slope / partition))
+    else:  # one place a row, so no atomics: the same bits from run to run
+        grad = weights.mul_(slope / partition).scatter_(1, target, at_target)
     nll = torch.where(counted, partition.log() - chosen, 0.0)[:, 0]
     penalty = torch.where(counted, z * log_partition.square(), 0.0).sum()
     return nll, penalty, grad.to(dtype)

@@ -48,8 +48,10 @@ class Nothing(nn.Module):
         return x.new_zeros(())
 
 
-def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False) -> Step:
-    """Our decoder, each layer compiled."""
+def ours(
+    config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False, graph: bool = False
+) -> Step:
+    """Our decoder, each layer compiled; `graph`: forward and backward replayed as one CUDA graph."""
     model = common.drawn(config).train()
     for layer in model.model["layers"]:  # type: ignore[arg-type]
         if not shared:
@@ -60,16 +62,43 @@ def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: b
     model.model["norm"].compile(fullgraph=True, dynamic=False)
     target_S = tokens_BT.roll(-1, 1).flatten()
     head = model.lm_head.weight
-    update = _muon(model) if muon else _adamw(model)
+    update = _muon(model) if muon else _adamw(model, keep=graph)
 
-    def step() -> Tensor:
+    def gradients() -> Tensor:
         x_SD = model.hidden(tokens_BT).flatten(0, 1)
         loss, _ = next_token_loss(x_SD, head, target_S, total=len(target_S), compiled=True)
         loss.backward()
-        update()
         return loss.detach()
 
+    if graph:
+        gradients = _captured(gradients, model)
+
+    def step() -> Tensor:
+        loss = gradients()
+        update()
+        return loss
+
     return step
+
+
+def _captured(body: Step, model: nn.Module) -> Step:
+    """The body as a graph; it writes the same gradients each time instead of adding to them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            body()
+            model.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = body()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def hf_qwen_model(config: ModelConfig) -> Any:
@@ -152,12 +181,13 @@ def _patch_experts(experts: type[nn.Module]) -> None:
         setattr(experts, name, value)
 
 
-def _adamw(model: nn.Module) -> Callable[[], None]:
+def _adamw(model: nn.Module, keep: bool = False) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def update() -> None:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not keep:  # a graph writes its gradients again
+            optimizer.zero_grad(set_to_none=True)
 
     return update
 
@@ -202,6 +232,12 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
     return {
         "ours_step_e32_v32k": (lambda t: ours(small, t), small, 8, True),
         "ours_step_e32_v32k_triton": (lambda t: ours(dataclasses.replace(small, **fused), t), small, 8, True),
+        "ours_step_e32_v32k_graph": (
+            lambda t: ours(dataclasses.replace(small, **fused), t, graph=True),
+            small,
+            8,
+            True,
+        ),
         "ours_step_e32_v32k_muon": (lambda t: ours(dataclasses.replace(small, **fused), t, muon=True), small, 8, True),
         "ours_step_e64_v32k_triton": (lambda t: ours(dataclasses.replace(small64, **fused), t), small64, 8, True),
         "ours_step_e32_v129k_triton": (lambda t: ours(dataclasses.replace(large, **fused), t), large, 8, True),
