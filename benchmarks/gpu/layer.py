@@ -188,7 +188,7 @@ def main() -> None:
     shapes = {"e32_k4_f512": step_shape(64), "e64_k8_f256": step_shape(64, **E64)}
     if args.part in ("all", "moe"):
         for shape, config in shapes.items():
-            for backend in ("grouped", "triton"):
+            for backend in ("triton", "grouped"):
                 for router in ("float32", "bfloat16") if backend == "grouped" else ("float32",):
                     c = dataclasses.replace(config, experts_backend=backend, router_dtype=router)
                     results.attempt(f"moe_{shape}_{backend}_{router}", lambda c=c: moe_layer(c))
