@@ -62,7 +62,7 @@ class Results:
         begin = time.perf_counter()
         try:
             figures = body()
-        except Exception as error:  # a contender that fails is a line of its own, and the others still run
+        except Exception as error:  # noqa: BLE001 - a contender that fails is a line of its own, and the others still run
             import traceback
 
             traceback.print_exc()

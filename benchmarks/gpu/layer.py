@@ -22,40 +22,38 @@ from moe.experts import MoE, sort_by_expert
 TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
 
 
-def moe_layer(config: ModelConfig, compiled: bool = True) -> dict[str, Any]:
-    """Milliseconds of the layer, and of its six grouped products with the same loads."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        moe = MoE(config, 1).to(torch.bfloat16)
-        for p in moe.parameters():
-            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
-        x = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16)
-    moe.train()
-    moe.watch = False
-    run = torch.compile(moe, fullgraph=True, dynamic=False) if compiled else moe
-    forward = common.median_ms(lambda: run(x))
-    held = torch.cuda.memory_allocated()
-    y = run(x)
-    held = torch.cuda.memory_allocated() - held
-    y.backward(dy)
-
-    def both() -> None:
-        run(x).backward(dy)
-        x.grad = None
-        for p in moe.parameters():
-            p.grad = None
-
-    ms = common.median_ms(both)
-    graph_ms = common.median_ms(_graph(lambda: torch.autograd.grad(run(x), [x, *moe.parameters()], dy)))
+def moe_layer(config: ModelConfig) -> dict[str, Any]:
+    """Milliseconds of the compiled layer, as called and as a graph, and of its six grouped products alone."""
+    graph_ms = common.median_ms(_graph(_both(config)[0]))
+    body, run, moe, x = _both(config)
+    ms, forward = common.median_ms(body), common.median_ms(lambda: run(x))
+    before = torch.cuda.memory_allocated()
+    kept = run(x)
+    held = torch.cuda.memory_allocated() - before
+    del kept
     moe.load.zero_()
     run(x)
     products = _products(config, moe, moe.load.clone())
     flops = 18 * TOKENS * config.top_k * config.dim * config.expert_dim
     return {
-        "forward_ms": forward, "ms": ms, "graph_ms": graph_ms, "products_ms": products, "layer_tflops": flops / ms / 1e9,
-        "held_gib": held / 2**30, "load_most_over_mean": float(moe.load.max() / moe.load.float().mean()),
+        "forward_ms": forward, "ms": ms, "graph_ms": graph_ms, "products_ms": products,
+        "layer_tflops": flops / graph_ms / 1e9, "held_gib": held / 2**30,
+        "load_most_over_mean": float(moe.load.max() / moe.load.float().mean()),
     }  # fmt: skip
+
+
+def _both(config: ModelConfig) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor], MoE, Tensor]:
+    """A layer's forward and backward as one call, and its parts; nothing has run yet, so that it may be captured."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        moe = MoE(config, 1).to(torch.bfloat16).train()
+        for p in moe.parameters():
+            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
+        x = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16, requires_grad=True)
+        dy = torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16)
+    moe.watch = False
+    run, wanted = torch.compile(moe, fullgraph=True, dynamic=False), [x, *moe.parameters()]
+    return lambda: torch.autograd.grad(run(x), wanted, dy), run, moe, x
 
 
 def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
@@ -87,15 +85,7 @@ def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
 
 def kernels_of(config: ModelConfig) -> list[tuple[str, float, int]]:
     """The kernels of the compiled layer, forward and backward: name, milliseconds, launches."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        moe = MoE(config, 1).to(torch.bfloat16).train()
-        for p in moe.parameters():
-            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
-        x, dy = (torch.randn(1, TOKENS, config.dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    moe.watch = False
-    run = torch.compile(moe, fullgraph=True, dynamic=False)
-    return common.kernels(lambda: run(x).backward(dy.detach()))
+    return common.kernels(_both(config)[0])
 
 
 def _graph(body: Callable[[], Any]) -> Callable[[], None]:

@@ -48,12 +48,10 @@ class Nothing(nn.Module):
         return x.new_zeros(())
 
 
-def ours(
-    config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False, graph: bool = False
-) -> Step:
-    """Our decoder, each layer compiled; `graph`: forward and backward replayed as one CUDA graph."""
+def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False) -> Step:
+    """Our decoder, each layer compiled."""
     model = common.drawn(config).train()
-    for layer in model.model["layers"]:  # type: ignore[arg-type]
+    for layer in model.model["layers"]:  # type: ignore[arg-type, union-attr]
         if not shared:
             layer.share_expert = Nothing()
         layer.compile(fullgraph=True, dynamic=False)
@@ -62,43 +60,16 @@ def ours(
     model.model["norm"].compile(fullgraph=True, dynamic=False)
     target_S = tokens_BT.roll(-1, 1).flatten()
     head = model.lm_head.weight
-    update = _muon(model) if muon else _adamw(model, keep=graph)
+    update = _muon(model) if muon else _adamw(model)
 
-    def gradients() -> Tensor:
+    def step() -> Tensor:
         x_SD = model.hidden(tokens_BT).flatten(0, 1)
         loss, _ = next_token_loss(x_SD, head, target_S, total=len(target_S), compiled=True)
         loss.backward()
+        update()
         return loss.detach()
 
-    if graph:
-        gradients = _captured(gradients, model)
-
-    def step() -> Tensor:
-        loss = gradients()
-        update()
-        return loss
-
     return step
-
-
-def _captured(body: Step, model: nn.Module) -> Step:
-    """The body as a graph; it writes the same gradients each time instead of adding to them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM):
-            body()
-            model.zero_grad(set_to_none=True)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = body()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def hf_qwen_model(config: ModelConfig) -> Any:
@@ -181,13 +152,12 @@ def _patch_experts(experts: type[nn.Module]) -> None:
         setattr(experts, name, value)
 
 
-def _adamw(model: nn.Module, keep: bool = False) -> Callable[[], None]:
+def _adamw(model: nn.Module) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def update() -> None:
         optimizer.step()
-        if not keep:  # a graph writes its gradients again
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     return update
 

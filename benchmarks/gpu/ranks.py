@@ -1,0 +1,108 @@
+"""Two ranks of one host: training throughput beside one rank, and expert parallelism's loss beside one rank's.
+
+`python -m benchmarks.gpu.ranks --out FOLDER` starts torchrun for 1 rank and for 2; each rank takes 8 rows of 4,096 tokens
+of the preset `1b`, so twice the ranks should do nearly twice the tokens. Then, small and in fp32, three updates on the same
+rows: one rank, two with whole experts, two that share the experts (EP = 2); the three losses must agree to 1e-5.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import common
+from benchmarks.gpu.train_step import CONTEXT, step_shape
+from moe import optim
+from moe.config import OptimConfig
+from moe.exchange import split_experts
+from moe.loss import next_token_loss
+from moe.model import Decoder
+from moe.parallel import World
+
+ROWS, UPDATES = 8, 3
+
+
+def throughput(world: World) -> dict[str, Any]:
+    """Milliseconds of a whole update, Muon and all, and tokens a second of all ranks."""
+    torch.manual_seed(0)  # the same weights on all ranks
+    model = common.drawn(dataclasses.replace(step_shape(32_768), experts_backend="triton")).train()
+    for layer in model.model["layers"]:  # type: ignore[arg-type, union-attr]
+        layer.compile(fullgraph=True, dynamic=False)
+    for moe in model.routed:
+        moe.watch = False
+    optimizer = optim.build(model, OptimConfig(), world, compiled=True)
+    tokens_BT = torch.randint(1, 32_768, (ROWS, CONTEXT), device="cuda")
+    target_S = tokens_BT.roll(-1, 1).flatten()
+
+    def step() -> None:
+        x_SD = model.hidden(tokens_BT).flatten(0, 1)
+        total = len(target_S) * world.size
+        loss, _ = next_token_loss(x_SD, model.lm_head.weight, target_S, total=total, compiled=True)
+        loss.backward()
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
+
+    ms = common.median_ms(step, 12, 4)
+    return {"ranks": world.size, "ms": ms, "tokens_per_s": world.size * len(target_S) / ms * 1000}
+
+
+def losses(world: World, expert_ranks: int) -> dict[str, Any]:
+    """Loss of each update in fp32, on the same four rows whatever the ranks."""
+    shape = dataclasses.replace(
+        step_shape(512), layers=5, context=512, window=128, attention_backend="sdpa", experts_backend="loop"
+    )
+    model = Decoder(shape, seed=0).to(world.device).train()
+    if expert_ranks > 1:
+        split_experts(model, world)
+    optimizer = optim.build(model, OptimConfig(), world)
+    rows = torch.randint(1, 512, (4, 513), generator=torch.Generator().manual_seed(0)).to(world.device)
+    mine = rows.chunk(world.size)[world.rank]
+    values = []
+    for _ in range(UPDATES):
+        x_SD = model.hidden(mine[:, :-1]).flatten(0, 1)
+        target_S = mine[:, 1:].flatten()
+        loss, _ = next_token_loss(x_SD, model.lm_head.weight, target_S, total=4 * 512)
+        loss.backward()
+        optimizer.step(1e-3)
+        optimizer.zero_grad()
+        values.append(float(world.sum(loss.detach())))
+    return {"ranks": world.size, "expert_ranks": expert_ranks, "losses": values}
+
+
+def rank(part: str, out: Path, expert_ranks: int) -> None:
+    """What torchrun starts; rank 0 writes the figures."""
+    world = World.from_env(expert_ranks=expert_ranks)
+    try:
+        figures = throughput(world) if part == "throughput" else losses(world, expert_ranks)
+        if world.rank == 0:
+            common.Results("ranks", out).add(part, **figures)
+    finally:
+        world.close()
+
+
+def main() -> None:
+    """Starts the ranks, then compares."""
+    args = common.arguments(part={"default": ""}, experts={"type": int, "default": 1})
+    if args.part:
+        rank(args.part, args.out, args.experts)
+        return
+    for part, ranks, experts in (
+        ("throughput", 1, 1), ("throughput", 2, 1), ("losses", 1, 1), ("losses", 2, 1), ("losses", 2, 2),
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        command += ["benchmarks.gpu.ranks", "--out", str(args.out), "--part", part, "--experts", str(experts)]
+        subprocess.run(command, check=True, env=os.environ, timeout=240)
+    lines = [json.loads(line) for line in (args.out / "ranks.jsonl").read_text("utf-8").splitlines()]
+    rates = {x["ranks"]: x["tokens_per_s"] for x in lines if x["what"] == "throughput"}
+    values = [x["losses"] for x in lines if x["what"] == "losses"]
+    spread = max(abs(a - b) / abs(a) for other in values[1:] for a, b in zip(values[0], other, strict=True))
+    common.Results("ranks", args.out).add("compared", speed_up=rates[2] / rates[1], losses_apart=spread)
+
+
+if __name__ == "__main__":
+    main()
