@@ -9,6 +9,8 @@ Weights are those of the model at construction; q, k, v and gate are copied side
 Legend: B rows, T new tokens of each, M = B * T, D model width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +28,11 @@ class FusedDecoder:
 
     def __init__(self, model: Decoder, cache: Cache) -> None:
         """The cache's capacity bounds the positions; it may hold the layers of MTP heads too."""
-        self.model, self.config, self.capacity = model, model.config, cache.capacity
-        layers: list[Layer] = [*model.model["layers"], *model.mtp]  # type: ignore[list-item, arg-type]
-        self.joined = [_joined(layer) for layer in layers]
+        self.config, self.capacity = model.config, cache.capacity
+        self.trunk: Any = model.model
+        self.heads: Any = model.mtp
+        self.lm_head = model.lm_head
+        self.joined = [_joined(layer) for part in (self.trunk["layers"], self.heads) for layer in part]
         place_1P = torch.arange(cache.capacity, device=cache.lengths_B.device)[None]
         self.tables: dict[bool, Tables] = {
             full: (cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous())
@@ -38,22 +42,22 @@ class FusedDecoder:
     def states(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """The residual stream [M, D] of new tokens of the first B rows, which the cache then holds."""
         rows, tokens = self._checked(tokens_BT, cache)
-        x_MD = self.model.model["embed_tokens"].weight[tokens_BT.flatten()]
-        for index, layer in enumerate(self.model.model["layers"]):  # type: ignore[arg-type]
+        x_MD = self.trunk["embed_tokens"].weight[tokens_BT.flatten()]
+        for index, layer in enumerate(self.trunk["layers"]):
             x_MD = self.layer(layer, index, x_MD, cache, tokens)
         cache.lengths_B[:rows] += tokens
         return x_MD
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Scores [M, V] of the next token, fp32."""
-        norm, head = self.model.model["norm"], self.model.lm_head
+        norm, head = self.trunk["norm"], self.lm_head
         return kernels_decode.linear(x_MD, head.weight, gain_D=norm.weight, eps=norm.eps, dtype=torch.float32)
 
     def draft_states(self, head: int, tokens_BT: Tensor, x_MD: Tensor, cache: Cache) -> Tensor:
         """An MTP head's stream [M, D] from the tokens it reads and the stream before it; `cache` holds its layer."""
         rows, tokens = self._checked(tokens_BT, cache)
-        module, width = self.model.mtp[head], self.config.dim
-        embedded_MD = self.model.model["embed_tokens"].weight[tokens_BT.flatten()]
+        module, width = self.heads[head], self.config.dim
+        embedded_MD = self.trunk["embed_tokens"].weight[tokens_BT.flatten()]
         e, h, weight = module.enorm, module.hnorm, module.eh_proj.weight
         merged_MD = kernels_decode.linear(embedded_MD, weight[:, :width], gain_D=e.weight, eps=e.eps)
         merged_MD = kernels_decode.linear(x_MD, weight[:, width:], gain_D=h.weight, eps=h.eps, add_MN=merged_MD)
@@ -63,7 +67,7 @@ class FusedDecoder:
 
     def draft_logits(self, head: int, x_MD: Tensor) -> Tensor:
         """Scores [M, V] of an MTP head, fp32."""
-        norm, output = self.model.mtp[head].shared_head_norm, self.model.mtp[head].output
+        norm, output = self.heads[head].shared_head_norm, self.heads[head].output
         return kernels_decode.linear(x_MD, output.weight, gain_D=norm.weight, eps=norm.eps, dtype=torch.float32)
 
     def layer(self, layer: Layer, index: int, x_MD: Tensor, cache: Cache, tokens: int) -> Tensor:

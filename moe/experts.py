@@ -32,8 +32,7 @@ from moe.config import ModelConfig
 WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
 SMALLEST = 1e-30  # of a squared weight: a row whose weight vanished shows no activity
-MANY_ROWS = 512  # from here on copying weights side by side costs less than it saves (chosen)
-ALIGNED = 64  # outputs; matrix products on a GPU want rows of whole 128 bytes
+MANY_ROWS, ALIGNED = 512, 64  # from so many rows on weights are copied side by side (chosen), in multiples of 64
 IDLE = 0.1  # an expert counts as dead below this share of the mean load or of the median RMS (chosen)
 
 
@@ -46,7 +45,6 @@ class Exchange(Protocol):
         The rows are sorted by expert, `load_E` of each of all E. `experts` takes rows sorted by local expert, and how
         many there are of each.
         """
-        ...
 
 
 def wide(x: Tensor) -> Tensor:
@@ -86,17 +84,16 @@ class SwiGLU(nn.Module):
         self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(*side_by_side(x, self.gate_proj, self.up_proj), self.limit))
+        return self.down_proj(gated(*side_by_side(x, self.gate_proj, self.up_proj), limit=self.limit))
 
 
-def side_by_side(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
+def side_by_side(x: Tensor, *maps: nn.Linear) -> list[Tensor]:
     """Each map of x; of many rows on a GPU by one product, which reads x once and has one gradient of x to add."""
     if not x.is_cuda or x.shape[:-1].numel() < MANY_ROWS:
-        return tuple(m(x) for m in maps)
-    widths = [m.out_features for m in maps]
-    spare = -sum(widths) % ALIGNED
-    weight = functional.pad(torch.cat([m.weight for m in maps]), (0, 0, 0, spare))
-    return functional.linear(x, weight).split([*widths, spare], dim=-1)[: len(maps)]
+        return [m(x) for m in maps]
+    weight, widths = torch.cat([m.weight for m in maps]), [m.out_features for m in maps]
+    spare = -len(weight) % ALIGNED
+    return list(functional.linear(x, functional.pad(weight, (0, 0, 0, spare))).split([*widths, spare], -1)[:-1])
 
 
 def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:

@@ -109,15 +109,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x_BTD: Tensor, tables: Mapping[bool, Tables], layout: Layout) -> Tensor:
-        gates = () if self.g_proj is None else (self.g_proj,)
-        *heads, gate_BTH = (*side_by_side(x_BTD, self.q_proj, self.k_proj, self.v_proj, *gates), None)[:4]
-        q_BTHC, k_BTGC, v_BTGC = (h.unflatten(-1, (-1, self.head_dim)) for h in heads)
+        maps = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
+        q_BTX, k_BTX, v_BTX, *gate = side_by_side(x_BTD, *maps)
+        q_BTHC, k_BTGC, v_BTGC = (h.unflatten(-1, (-1, self.head_dim)) for h in (q_BTX, k_BTX, v_BTX))
         turn = tables[self.full]
         q_BTHC, k_BTGC = rotate(self.q_norm(q_BTHC), turn), rotate(self.k_norm(k_BTGC), turn)
         q_BHTC, k_BGTC, v_BGTC = (h.transpose(1, 2) for h in (q_BTHC, k_BTGC, v_BTGC))
         y_BTHC = layout.attend(self.layer, self.full, q_BHTC, k_BGTC, v_BGTC).transpose(1, 2)
-        if gate_BTH is not None:
-            y_BTHC = y_BTHC * gate_BTH.sigmoid().unsqueeze(-1)
+        if gate:
+            y_BTHC = y_BTHC * gate[0].sigmoid().unsqueeze(-1)
         return self.o_proj(y_BTHC.flatten(2))
 
 
