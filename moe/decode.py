@@ -32,7 +32,8 @@ class FusedDecoder:
         self.trunk: Any = model.model
         self.heads: Any = model.mtp
         self.lm_head = model.lm_head
-        self.joined = [_joined(layer) for part in (self.trunk["layers"], self.heads) for layer in part]
+        parts: tuple[Any, ...] = self.trunk["layers"], self.heads
+        self.joined = [_joined(layer) for part in parts for layer in part]
         place_1P = torch.arange(cache.capacity, device=cache.lengths_B.device)[None]
         self.tables: dict[bool, Tables] = {
             full: (cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous())

@@ -7,8 +7,7 @@ arXiv 2408.15664). SwiGLU's factors are bounded behind the SiLU: min(silu(gate),
 
 Copies of tokens are sorted by expert, so that each expert's rows are one block of a grouped matrix product. Gather and
 sum are each other's gradient through the inverse permutation: no atomic additions, the same bits every time. The gate
-weight is applied before the down projection, to F numbers a copy instead of D. Measured on an H100, 32k tokens, E32 k4
-F512: 3.74 ms forward and backward compiled, against 4.38 with plain indexing, and a quarter less memory held.
+weight is applied before the down projection, to F numbers a copy instead of D.
 
 Storage differs from the released checkpoint in one place: the experts' gate and up projections are one tensor
 [E, 2F, D], gate rows first, since one product is faster than two. `halves` tells the parts and their released names.
@@ -84,7 +83,8 @@ class SwiGLU(nn.Module):
         self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(*side_by_side(x, self.gate_proj, self.up_proj), limit=self.limit))
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(gate, up, self.limit))
 
 
 def side_by_side(x: Tensor, *maps: nn.Linear) -> list[Tensor]:
