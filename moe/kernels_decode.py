@@ -1,7 +1,7 @@
 """Triton kernels of a decode step: at most 16 tokens at a time, every weight read once, eight launches a layer.
 
 In: bf16 (or fp32) weights and M = B * T tokens, T new ones of each of B rows. Out: what the same layers of moe/layers.py
-compute, from fp32 sums. moe/decode.py puts them together and captures them in a CUDA graph.
+compute, from fp32 sums. moe/fused.py puts them together and captures them in a CUDA graph.
 
 A token's bits do not depend on M: chunks of keys and the order of sums are fixed by the shapes of the weights and of the
 cache. So a step that verifies four drafted tokens gives the bits of four steps of one token.

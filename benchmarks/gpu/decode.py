@@ -1,6 +1,6 @@
 """Decoding of the preset `1b` at random weights: tokens a second of one row, plain and with drafts, beside Hugging Face.
 
-`fused`: moe/decode.py, one CUDA graph a token. `round`: one step that verifies K drafts and makes new ones, as a graph; with
+`fused`: moe/fused.py, one CUDA graph a token. `round`: one step that verifies K drafts and makes new ones, as a graph; with
 random weights drafts are hardly ever right, so the speed-up at an acceptance length A is A x plain ms / round ms, which
 is shown for A from 1 to K + 1. `hf_static`: Qwen3-MoE of `train_step.qwen_shape` through generate with a static cache.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import common
+from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import qwen_shape, step_shape
-from moe import decode
+from moe import fused as fast
 from moe.cache import Cache
 from moe.config import ModelConfig
 
@@ -24,11 +24,11 @@ PROMPT, NEW = 128, 256
 def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
     """Logits of fused steps and of the model's own cached forward beside those in fp32; T at once beside one by one."""
     torch.manual_seed(0)
-    model = common.drawn(config, dtype).eval()
-    exact = common.drawn(config, torch.float32).eval()
+    model = timing.drawn(config, dtype).eval()
+    exact = timing.drawn(config, torch.float32).eval()
     exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     caches = [_cache(config, 1, t, 600 + PROMPT, 3) for t in (dtype, dtype, dtype, torch.float32)]
-    fused = decode.FusedDecoder(model, caches[0])
+    fused = fast.FusedDecoder(model, caches[0])
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
     errors: list[tuple[float, float]] = []
     same, flips = True, [0, 0]
@@ -42,7 +42,7 @@ def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any
                 m.lm_head(m.norm(m.states(new, cache=c)))[0] for m, c in ((model, caches[1]), (exact, caches[3]))
             )
             single = torch.cat([fused.logits(fused.states(t, caches[2])) for t in new.split(1, 1)])
-            errors.append((common.relative(got, want), common.relative(own, want)))
+            errors.append((timing.relative(got, want), timing.relative(own, want)))
             same = same and torch.equal(got, single)
             for i, logits in enumerate((got, own)):
                 flips[i] += int((logits.argmax(-1) != want.argmax(-1)).sum())
@@ -56,12 +56,12 @@ def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any
 def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, Any]:
     """Greedy decoding by one graph a token."""
     torch.manual_seed(0)
-    model = common.drawn(config).eval()
+    model = timing.drawn(config).eval()
     cache = _cache(config, rows, torch.bfloat16, context, 3)
-    fused = decode.FusedDecoder(model, cache)
+    fused = fast.FusedDecoder(model, cache)
     with torch.inference_mode():
         model.states(torch.randint(1, config.vocab_size, (rows, PROMPT), device="cuda"), cache=cache)
-    replay = decode.Replay(fused, cache, rows, 1, greedy=True)
+    replay = fast.Replay(fused, cache, rows, 1, greedy=True)
     replay(torch.ones(rows, 1, dtype=torch.int64, device="cuda"))
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -73,7 +73,7 @@ def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, 
         "rows": rows,
         "ms": ms,
         "tokens_per_s": rows / ms * 1000,
-        "kernels": common.kernels(replay, 10, 16),
+        "kernels": timing.kernels(replay, 10, 16),
         **_memory(),
     }
 
@@ -81,13 +81,13 @@ def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, 
 def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
     """A step of T tokens of one row: what a verification costs."""
     torch.manual_seed(0)
-    model = common.drawn(config).eval()
+    model = timing.drawn(config).eval()
     cache = _cache(config, 1, torch.bfloat16, 4096, 3)
-    fused = decode.FusedDecoder(model, cache)
+    fused = fast.FusedDecoder(model, cache)
     with torch.inference_mode():
         model.states(torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda"), cache=cache)
-    replay = decode.Replay(fused, cache, 1, tokens)
-    return {"tokens": tokens, "ms": common.median_ms(lambda: replay(None), 50)}
+    replay = fast.Replay(fused, cache, 1, tokens)
+    return {"tokens": tokens, "ms": timing.median_ms(lambda: replay(None), 50)}
 
 
 def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
     from moe.sampling import Sampling
 
     torch.manual_seed(0)
-    model = common.drawn(dataclasses.replace(config, mtp_heads=drafts)).eval()
+    model = timing.drawn(dataclasses.replace(config, mtp_heads=drafts)).eval()
     state = Decode(model, rows=1, context=2048, drafts=drafts)
     prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
     state.admit(0, prompt, Sampling(temperature=0.0))
@@ -152,8 +152,8 @@ def _memory() -> dict[str, float]:
 
 def main() -> None:
     """All, or those whose names begin with one of `--only`."""
-    args = common.arguments(only={"nargs": "*", "default": [""]})
-    results = common.Results("decode", args.out)
+    args = timing.arguments(only={"nargs": "*", "default": [""]})
+    results = timing.Results("decode", args.out)
     small, large, tiny = step_shape(32_768), step_shape(128_896), step_shape(512, layers=5)
     known: dict[str, Callable[[], dict[str, Any]]] = {
         "error_bf16": lambda: error(tiny, torch.bfloat16, 4),

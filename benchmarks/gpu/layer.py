@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu import common
+from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import E64, step_shape
 from moe import attention, kernels, kernels_triton
 from moe.config import ModelConfig
@@ -24,9 +24,9 @@ TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
 
 def moe_layer(config: ModelConfig) -> dict[str, Any]:
     """Milliseconds of the compiled layer, as called and as a graph, and of its six grouped products alone."""
-    graph_ms = common.median_ms(_graph(_both(config)[0]))
+    graph_ms = timing.median_ms(_graph(_both(config)[0]))
     body, run, moe, x = _both(config)
-    ms, forward = common.median_ms(body), common.median_ms(lambda: run(x))
+    ms, forward = timing.median_ms(body), timing.median_ms(lambda: run(x))
     before = torch.cuda.memory_allocated()
     kept = run(x)
     held = torch.cuda.memory_allocated() - before
@@ -78,14 +78,14 @@ def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     for name, (body, size) in moved.items():
-        ms = common.median_ms(_graph(body))
+        ms = timing.median_ms(_graph(body))
         figures[name] = [ms, size / ms / 1e6]
     return figures
 
 
 def kernels_of(config: ModelConfig) -> list[tuple[str, float, int]]:
     """The kernels of the compiled layer, forward and backward: name, milliseconds, launches."""
-    return common.kernels(_both(config)[0])
+    return timing.kernels(_both(config)[0])
 
 
 def _graph(body: Callable[[], Any]) -> Callable[[], None]:
@@ -123,7 +123,7 @@ def _products(config: ModelConfig, moe: MoE, load_E: Tensor) -> float:
         functional.grouped_mm(h.T, x, offs=ends)
         functional.grouped_mm(x.T, a, offs=ends)
 
-    return common.median_ms(run)
+    return timing.median_ms(run)
 
 
 def race(heads: int, groups: int, width: int, window: int | None, backend: str, **options: Any) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def race(heads: int, groups: int, width: int, window: int | None, backend: str, 
     def both() -> None:
         torch.autograd.grad(run(q, k, v), (q, k, v), dy.detach())
 
-    forward = common.median_ms(lambda: run(q, k, v))
-    ms = common.median_ms(both)
+    forward = timing.median_ms(lambda: run(q, k, v))
+    ms = timing.median_ms(both)
     return {
         "forward_ms": forward, "ms": ms, "forward_tflops": flops / forward / 1e9, "tflops": 3.5 * flops / ms / 1e9,
         "error": _error(heads, groups, width, window, run, q, k, v),
@@ -166,15 +166,15 @@ def _error(
     got = run(q, k, v)[:1, :, :1024]
     spans = attention.Spans(None, (1, 1024), window or CONTEXT, q.device)
     want = attention.masked_attention(*(x[:1, :, :1024].float() for x in (q, k, v)), spans.mask(window is None))
-    return common.relative(got, want)
+    return timing.relative(got, want)
 
 
 def main() -> None:
     """All shapes."""
-    args = common.arguments(
+    args = timing.arguments(
         part={"default": "all", "choices": ("all", "moe", "glue", "attention", "tune")},
     )
-    results = common.Results("layer", args.out)
+    results = timing.Results("layer", args.out)
     shapes = {"e32_k4_f512": step_shape(64), "e64_k8_f256": step_shape(64, **E64)}
     if args.part in ("all", "moe"):
         for shape, config in shapes.items():

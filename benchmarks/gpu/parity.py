@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import common
+from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import step_shape
 from moe import kernels, kernels_triton
 from moe.config import ModelConfig
@@ -33,19 +33,19 @@ def operators() -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for limit in (0.0, 0.7):
         h, weight, dy = draw(5000, 1024), draw(5000, dtype=torch.float32), draw(5000, 512)
-        figures[f"swiglu_{limit}"] = common.relative(
+        figures[f"swiglu_{limit}"] = timing.relative(
             kernels_triton.swiglu(h, weight, limit), kernels.swiglu_reference(h.double(), weight.double(), limit)
         )
         got = kernels_triton.swiglu_backward(dy, h, weight, limit)
         want = kernels.swiglu_backward_reference(dy.double(), h.double(), weight.double(), limit)
-        figures[f"swiglu_dh_{limit}"], figures[f"swiglu_dweight_{limit}"] = map(common.relative, got, want)
+        figures[f"swiglu_dh_{limit}"], figures[f"swiglu_dweight_{limit}"] = map(timing.relative, got, want)
     x, dlogits = draw(5000, 1024), draw(5000, 32, dtype=torch.float32)
     for dtype in (torch.float32, BF16):
         w = draw(32, 1024, dtype=dtype)
-        figures[f"router_{dtype}"] = common.relative(kernels._router_logits(x, w), x.double() @ w.double().T)
+        figures[f"router_{dtype}"] = timing.relative(kernels._router_logits(x, w), x.double() @ w.double().T)
         dx, dw = kernels._router_logits_backward(dlogits, x, w)
-        figures[f"router_dx_{dtype}"] = common.relative(dx, dlogits.double() @ w.double())
-        figures[f"router_dw_{dtype}"] = common.relative(dw, dlogits.double().T @ x.double())
+        figures[f"router_dx_{dtype}"] = timing.relative(dx, dlogits.double() @ w.double())
+        figures[f"router_dw_{dtype}"] = timing.relative(dw, dlogits.double().T @ x.double())
     for experts, top_k in ((32, 4), (64, 8), (24, 3)):
         score = draw(9999, experts, dtype=torch.float32).mul(8).round()
         chosen = kernels_triton.top_experts(score, top_k)
@@ -74,7 +74,7 @@ def layer(config: ModelConfig, tokens: int = 4096) -> dict[str, Any]:
         run = torch.compile(ours, fullgraph=True, dynamic=False) if compiled else ours
         got = _gradients(ours, x.to(BF16), dy.to(BF16), run)
         again = _gradients(ours, x.to(BF16), dy.to(BF16), run)
-        figures |= {f"{n}{'_compiled' if compiled else ''}": common.relative(got[n], want[n]) for n in want}
+        figures |= {f"{n}{'_compiled' if compiled else ''}": timing.relative(got[n], want[n]) for n in want}
         figures[f"repeats{'_compiled' if compiled else ''}"] = all(torch.equal(got[n], again[n]) for n in got)
     return figures
 
@@ -103,7 +103,7 @@ def model(attention: str, experts: str, segments: bool) -> dict[str, Any]:
         attention_backend="math", experts_backend="loop",
     )  # fmt: skip
     torch.manual_seed(0)
-    reference = common.drawn(shape, torch.float64)
+    reference = timing.drawn(shape, torch.float64)
     reference.load_state_dict({k: v.to(BF16).to(v.dtype) for k, v in reference.state_dict().items()})
     with torch.device("cuda"):
         ours = Decoder(dataclasses.replace(shape, attention_backend=attention, experts_backend=experts)).to(BF16)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def model(attention: str, experts: str, segments: bool) -> dict[str, Any]:
         loss.backward()
         values.append((loss.detach(), torch.cat([p.grad.flatten().double() for p in m.parameters()])))  # type: ignore[union-attr]
     (loss_want, grad_want), (loss_got, grad_got) = values
-    return {"loss": common.relative(loss_got, loss_want), "gradients": common.relative(grad_got, grad_want)}
+    return {"loss": timing.relative(loss_got, loss_want), "gradients": timing.relative(grad_got, grad_want)}
 
 
 def graph(config: ModelConfig, tokens: int = 4096) -> dict[str, Any]:
@@ -159,8 +159,8 @@ def graph(config: ModelConfig, tokens: int = 4096) -> dict[str, Any]:
 
 def main() -> None:
     """All parts."""
-    args = common.arguments(quick={"action": "store_true", "help": "operators and layer only"})
-    results = common.Results("parity", args.out)
+    args = timing.arguments(quick={"action": "store_true", "help": "operators and layer only"})
+    results = timing.Results("parity", args.out)
     results.attempt("operators", operators)
     shape = dataclasses.replace(step_shape(64), routed_clip=(0.7,) * 17)
     for backend in ("loop", "grouped", "triton"):

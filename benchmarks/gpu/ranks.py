@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import common
+from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import CONTEXT, step_shape
 from moe import optim
 from moe.config import OptimConfig
@@ -30,7 +30,7 @@ ROWS, UPDATES = 8, 3
 def throughput(world: World) -> dict[str, Any]:
     """Milliseconds of a whole update, Muon and all, and tokens a second of all ranks."""
     torch.manual_seed(0)  # the same weights on all ranks
-    model = common.drawn(dataclasses.replace(step_shape(32_768), experts_backend="triton")).train()
+    model = timing.drawn(dataclasses.replace(step_shape(32_768), experts_backend="triton")).train()
     for layer in model.model["layers"]:  # type: ignore[arg-type, union-attr]
         layer.compile(fullgraph=True, dynamic=False)
     for moe in model.routed:
@@ -47,7 +47,7 @@ def throughput(world: World) -> dict[str, Any]:
         optimizer.step(1e-4)
         optimizer.zero_grad()
 
-    ms = common.median_ms(step, 12, 4)
+    ms = timing.median_ms(step, 12, 4)
     return {"ranks": world.size, "ms": ms, "tokens_per_s": world.size * len(target_S) / ms * 1000}
 
 
@@ -80,14 +80,14 @@ def rank(part: str, out: Path, expert_ranks: int) -> None:
     try:
         figures = throughput(world) if part == "throughput" else losses(world, expert_ranks)
         if world.rank == 0:
-            common.Results("ranks", out).add(part, **figures)
+            timing.Results("ranks", out).add(part, **figures)
     finally:
         world.close()
 
 
 def main() -> None:
     """Starts the ranks, then compares."""
-    args = common.arguments(part={"default": ""}, experts={"type": int, "default": 1})
+    args = timing.arguments(part={"default": ""}, experts={"type": int, "default": 1})
     if args.part:
         rank(args.part, args.out, args.experts)
         return
@@ -101,7 +101,7 @@ def main() -> None:
     rates = {x["ranks"]: x["tokens_per_s"] for x in lines if x["what"] == "throughput"}
     values = [x["losses"] for x in lines if x["what"] == "losses"]
     spread = max(abs(a - b) / abs(a) for other in values[1:] for a, b in zip(values[0], other, strict=True))
-    common.Results("ranks", args.out).add("compared", speed_up=rates[2] / rates[1], losses_apart=spread)
+    timing.Results("ranks", args.out).add("compared", speed_up=rates[2] / rates[1], losses_apart=spread)
 
 
 if __name__ == "__main__":

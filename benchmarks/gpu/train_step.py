@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import common
+from benchmarks.gpu import timing
 from moe import optim
 from moe.config import ModelConfig, OptimConfig
 from moe.loss import next_token_loss
@@ -50,7 +50,7 @@ class Nothing(nn.Module):
 
 def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False) -> Step:
     """Our decoder, each layer compiled."""
-    model = common.drawn(config).train()
+    model = timing.drawn(config).train()
     for layer in model.model["layers"]:  # type: ignore[arg-type, union-attr]
         if not shared:
             layer.share_expert = Nothing()
@@ -182,14 +182,14 @@ def measure(
     step = build(tokens_BT)
     losses = [float(step())]
     first_s = time.perf_counter() - begin
-    times = sorted(common.timed_ms(step, steps, WARM))
+    times = sorted(timing.timed_ms(step, steps, WARM))
     losses.append(float(step()))
     ms = times[len(times) // 2]
     rate = rows * CONTEXT / ms * 1000
-    listed = {"kernels": common.kernels(step, runs=1, most=60)} if profile else {}
+    listed = {"kernels": timing.kernels(step, runs=1, most=60)} if profile else {}
     return listed | {
         "rows": rows, "ms": ms, "ms_least": times[0], "ms_most": times[-1], "tokens_per_s": rate,
-        "mfu": flops * rate / common.PEAK_FLOPS, "gflop_per_token": flops / 1e9, "first_step_s": first_s,
+        "mfu": flops * rate / timing.PEAK_FLOPS, "gflop_per_token": flops / 1e9, "first_step_s": first_s,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "loss_first": losses[0], "loss_last": losses[-1],
     }  # fmt: skip
 
@@ -221,16 +221,16 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
 
 def main() -> None:
     """Runs the contenders named, or all."""
-    args = common.arguments(
+    args = timing.arguments(
         only={"nargs": "*", "help": "names of contenders"},
         steps={"type": int, "default": 12},
         profile={"action": "store_true", "help": "list the kernels of a step too"},
     )
     torch._dynamo.config.recompile_limit = 64  # the patched Step class compiles each layer by itself
-    results, known = common.Results("train_step", args.out), contenders()
+    results, known = timing.Results("train_step", args.out), contenders()
     for name in args.only or known:
         build, shape, rows, shared = known[name]
-        flops = common.flops_per_token(shape, CONTEXT, shared)
+        flops = timing.flops_per_token(shape, CONTEXT, shared)
         results.attempt(
             name,
             lambda: measure(build, flops, rows, args.steps, shape.vocab_size, args.profile),  # noqa: B023

@@ -13,7 +13,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from moe.cache import Cache  # noqa: E402
 from moe.config import ModelConfig  # noqa: E402
-from moe.decode import FusedDecoder  # noqa: E402
+from moe.fused import FusedDecoder  # noqa: E402
 from moe.model import Decoder  # noqa: E402
 
 
