@@ -57,6 +57,10 @@ class MixtureSource:
         """int32 [len(self)]: tokens of every entry."""
         return self._entries.tokens
 
+    def mask(self, i: int) -> np.ndarray | None:
+        """None: every token of a mixture counts in the loss."""
+        return None
+
     def domain(self, i: int) -> int:
         """Index into `domains`."""
         return int(self._entries.domain[i])

@@ -1,99 +1,238 @@
 """Feed-forward layers: SwiGLU, and the routed experts with loss-free balancing.
 
 In: x [B, T, D]. Out: the same shape. No token is dropped: experts take what the router sends them, however uneven. The
-router works in fp32: sigmoid scores, selection by score + bias, weights from the unbiased scores renormalised over the
-chosen and times `routed_scale` (Step 3.5 Flash, section 2; the bias after DeepSeek-V3, arXiv 2408.15664). Parameter
-names and shapes are the released checkpoint's.
+router works in fp32 (fp64 for a model in fp64): sigmoid scores, selection by score + bias, weights from the unbiased
+scores renormalised over the chosen and times `routed_scale` (Step 3.5 Flash, section 2; the bias after DeepSeek-V3,
+arXiv 2408.15664). SwiGLU's factors are bounded behind the SiLU: min(silu(gate), L) * clip(up, -L, L).
+
+Copies of tokens are sorted by expert, so that each expert's rows are one block of a grouped matrix product. Gather and
+sum are each other's gradient through the inverse permutation: no atomic additions, the same bits every time. The gate
+weight is applied before the down projection, to F numbers a copy instead of D. Measured on an H100, 32k tokens, E32 k4
+F512: 3.74 ms forward and backward compiled, against 4.38 with plain indexing, and a quarter less memory held.
+
+Storage differs from the released checkpoint in one place: the experts' gate and up projections are one tensor
+[E, 2F, D], gate rows first, since one product is faster than two. `halves` tells the parts and their released names.
 
 Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E experts, K chosen of them, R = S * K
 routed copies of tokens.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from moe.config import ModelConfig
 
 WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
+FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
+IDLE = 0.1  # an expert counts as dead below this share of the mean load or of the median RMS (chosen)
+
+
+class Exchange(Protocol):
+    """Carries rows to the ranks that hold their experts and back (moe/parallel.py)."""
+
+    def __call__(self, x_RD: Tensor, load_E: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Outputs of all rows, in their order.
+
+        The rows are sorted by expert, `load_E` of each of all E. `experts` takes rows sorted by local expert, and how
+        many there are of each.
+        """
+        ...
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter's matrices by the released checkpoint's names, as views: two for a fused one, else itself."""
+    if not name.endswith(FUSED):
+        return {name: tensor}
+    stem = name.removesuffix(FUSED)
+    return {stem + part: half for part, half in zip(PARTS, tensor.unflatten(1, (2, -1)).unbind(1), strict=True)}
+
+
+class ExactBuffers(nn.Module):
+    """A module whose buffers keep their precision when the model is cast to a lower one."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExactBuffers":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.element_size() < old.element_size():
+                self._buffers[name] = old.to(new.device)
+        return self
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """down(silu(gate(x)) * up(x)), without biases; both factors bounded by `limit`, if there is one."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, limit: float | None = None) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(dim, hidden, bias=False)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.limit))
+
+
+def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate) * up, the first bounded from above and the second on both sides."""
+    gate = functional.silu(gate)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * up
 
 
 class ExpertLinear(nn.Module):
-    """One weight [out, in] per expert, applied to tokens sorted by expert."""
+    """One weight [out, in] per expert, applied to rows sorted by expert."""
 
-    def __init__(self, experts: int, out_dim: int, in_dim: int, backend: Literal["grouped", "loop"]) -> None:
+    def __init__(self, experts: int, out_dim: int, in_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
-        self.backend = backend
 
-    def forward(self, x_RI: Tensor, load_E: Tensor) -> Tensor:
-        """`load_E` tokens of x for each expert in turn.
+    def forward(self, x_RI: Tensor, load_E: Tensor, grouped: bool) -> Tensor:
+        """`load_E` rows of x for each expert in turn.
 
-        Both backends give the same bits on CPU (tests hold them to it).
+        Both ways give the same bits on CPU (tests hold them to it).
         """
-        if self.backend == "grouped":
-            return nn.functional.grouped_mm(x_RI, self.weight.transpose(-2, -1), offs=load_E.cumsum(0).to(torch.int32))
+        if grouped:
+            ends_E = load_E.cumsum(0).to(torch.int32)
+            return functional.grouped_mm(x_RI, self.weight.transpose(-2, -1), offs=ends_E)
         # One unbind: indexing the weight E times would write E full-sized gradients (5x slower for 16 experts).
         parts = zip(x_RI.split(load_E.tolist()), self.weight.unbind(0), strict=True)
-        return torch.cat([nn.functional.linear(x, w) for x, w in parts])
+        return torch.cat([functional.linear(x, w) for x, w in parts])
 
 
-class MoE(nn.Module):
-    """Router and routed experts.
+class MoE(ExactBuffers):
+    """Router and routed experts; the layer adds the shared expert.
 
-    The layer adds the shared expert. `load` [E] counts tokens since the last `rebalance`.
+    After a forward in training: `load` [E] counts copies since the last `rebalance`; `group_loss` is the loss that
+    balances `expert_groups` groups of neighbouring experts; `stats()` describes that forward, unless `watch` is off.
     """
 
     router_bias: Tensor
     load: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         c = config
-        self.top_k, self.routed_scale = c.top_k, c.routed_scale
+        self.top_k, self.routed_scale, self.limit = c.top_k, c.routed_scale, c.routed_limit(layer)
+        self.backend, self.router_dtype = c.experts_backend, c.router_dtype
         self.gate = nn.Linear(c.dim, c.experts, bias=False)
-        self.gate_proj = ExpertLinear(c.experts, c.expert_dim, c.dim, c.experts_backend)
-        self.up_proj = ExpertLinear(c.experts, c.expert_dim, c.dim, c.experts_backend)
-        self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim, c.experts_backend)
+        self.gate_up_proj = ExpertLinear(c.experts, 2 * c.expert_dim, c.dim)
+        self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim)
         self.register_buffer("router_bias", torch.zeros(c.experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.experts, dtype=torch.int64), persistent=False)
+        self.exchange: Exchange | None = None
+        self.expert_groups, self.watch = 1, True
+        self.group_loss: Tensor | None = None
+        self.seen: dict[str, Tensor] = {}
 
-    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts [S, K], int64, and their fp32 weights [S, K]. Equal scores: the lower expert wins."""
-        score_SE = nn.functional.linear(x_SD.float(), self.gate.weight.float()).sigmoid()
-        # A stable sort, not topk: topk breaks ties differently on different devices.
-        chosen_SK = (score_SE + self.router_bias).argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
+    def logits(self, x_SD: Tensor) -> Tensor:
+        """Router logits [S, E], in fp32 at least."""
+        if self.router_dtype == "bfloat16":
+            return functional.linear(x_SD.bfloat16(), self.gate.weight.bfloat16()).float()
+        x_wide = wide(x_SD)
+        return functional.linear(x_wide, self.gate.weight.to(x_wide.dtype))
+
+    def choose(self, score_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [S, K], int64, and their weights [S, K] in the scores' precision.
+
+        On CPU the lower of two equal experts wins; on a GPU, where a stable sort takes longer than the experts' own
+        glue, what `topk` finds first.
+        """
+        biased_SE = (score_SE + self.router_bias).detach()
+        if biased_SE.is_cuda:
+            chosen_SK = biased_SE.topk(self.top_k, dim=-1).indices
+        else:
+            chosen_SK = biased_SE.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
         weight_SK = score_SE.gather(1, chosen_SK)
         return chosen_SK, weight_SK / (weight_SK.sum(-1, keepdim=True) + WEIGHT_SUM_EPS) * self.routed_scale
 
+    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts [S, K] and their weights [S, K]."""
+        return self.choose(self.logits(x_SD).sigmoid())
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_SD = x_BTD.flatten(0, 1)
-        chosen_SK, weight_SK = self.route(x_SD)
-        chosen_R = chosen_SK.flatten()
-        load_E = torch.bincount(chosen_R, minlength=len(self.router_bias))
+        logit_SE = self.logits(x_SD)
+        score_SE = logit_SE.sigmoid()
+        chosen_SK, weight_SK = self.choose(score_SE)
+        order_R, inverse_R, load_E = sort_by_expert(chosen_SK, len(self.router_bias))
         if self.training:
             self.load += load_E
-        order_R = chosen_R.argsort(stable=True)
-        # Tokens are copied before they are sorted: gathering one row K times would add their gradients in thread order.
-        x_RD = x_SD.repeat_interleave(self.top_k, dim=0)[order_R]
-        hidden_RF = nn.functional.silu(self.gate_proj(x_RD, load_E)) * self.up_proj(x_RD, load_E)
-        y_RD = self.down_proj(hidden_RF, load_E)[order_R.argsort()]
-        y_SKD = y_RD.unflatten(0, (-1, self.top_k))
-        return (y_SKD * weight_SK.unsqueeze(-1).to(y_SKD.dtype)).sum(1).view_as(x_BTD)
+            self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
+            if self.watch:
+                self._see(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
+        x_RD = _Dispatch.apply(x_SD, order_R, inverse_R, self.top_k)
+        weight_R1 = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1).unsqueeze(1)
+        if self.exchange is None:
+            y_RD = self.experts(x_RD, load_E, weight_R1)
+        else:
+            y_RD = self.exchange(x_RD, load_E, self.experts)
+            y_RD = (y_RD * weight_R1).to(y_RD.dtype)
+        return _Combine.apply(y_RD, order_R, inverse_R, self.top_k).view_as(x_BTD)
+
+    def experts(self, x_RD: Tensor, load_E: Tensor, weight_R1: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert through their experts; `weight_R1` scales each row's output."""
+        grouped = self.backend != "loop" and x_RD.dtype != torch.float64
+        h_RF = self.gate_up_proj(x_RD, load_E, grouped)
+        if self.backend == "triton":
+            # Imported on use: needs a GPU.
+            a_RF = import_module("moe.kernels").swiglu(h_RF, weight_R1, self.limit)
+            return self.down_proj(a_RF, load_E, grouped)
+        gate_RF, up_RF = h_RF.chunk(2, dim=-1)
+        a_RF = gated(gate_RF, up_RF, self.limit)
+        if self.training and self.watch:
+            self.seen["square"], self.seen["rows"] = _mean_squares(a_RF.detach(), load_E), load_E
+        if weight_R1 is not None:
+            a_RF = (a_RF * weight_R1).to(x_RD.dtype)
+        return self.down_proj(a_RF, load_E, grouped)
+
+    def _see(self, logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> None:
+        mass_SE = score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)
+        self.seen["confidence"] = mass_SE.gather(1, chosen_SK).sum(-1).mean()
+        self.seen["router_logit_std"] = logit_SE.std(correction=0)
+        self.seen["router_logit_max"] = logit_SE.abs().amax()
+        self.seen["load"] = load_E
+
+    def stats(self) -> dict[str, Tensor]:
+        """What the last forward in training showed, as 0-d tensors; nothing is read back from a GPU.
+
+        `rms_min_median`, `rms_max_median`: least and greatest expert's RMS of SwiGLU's output over the median expert's,
+        which fall and rise as experts die and blow up while loss and load look healthy. `dead_fraction`: experts below
+        a tenth of the mean load or the median RMS. `confidence`: share of the score mass on the chosen experts.
+        `load_entropy`: 1 when balanced, 0 when one expert takes all. Experts are those of this rank.
+        """
+        seen = self.seen
+        if not seen:
+            return {}
+        busy_E = seen["rows"] > 0
+        rms_E = torch.where(busy_E, seen["square"].sqrt(), torch.nan)
+        median = rms_E.nanmedian()
+        load_E = seen["rows"].to(rms_E.dtype)
+        share_E = seen["load"].to(rms_E.dtype) / seen["load"].sum()
+        entropy = -torch.xlogy(share_E, share_E).sum() / torch.log(torch.tensor(float(max(2, len(share_E)))))
+        dead_E = (load_E < IDLE * load_E.mean()) | (rms_E < IDLE * median)
+        return {
+            "rms_min_median": torch.where(busy_E, rms_E, torch.inf).amin() / median,
+            "rms_max_median": torch.where(busy_E, rms_E, 0).amax() / median,
+            "dead_fraction": dead_E.to(rms_E.dtype).mean(),
+            "confidence": seen["confidence"],
+            "router_logit_std": seen["router_logit_std"],
+            "router_logit_max": seen["router_logit_max"],
+            "load_entropy": entropy,
+        }
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> float:
@@ -106,3 +245,68 @@ class MoE(nn.Module):
         self.router_bias += rate * torch.sign(mean - load_E)
         self.load.zero_()
         return float(load_E.max() / mean - 1)
+
+
+def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
+    """G * sum over groups of (share of copies) * (mean probability): 1 when balanced, at most G.
+
+    Probabilities are the scores normalised over all experts. Counts have no gradient, so the loss reaches the router's
+    scores only, and lowers those of crowded groups.
+    """
+    if groups == 1:
+        return score_SE.new_ones(())
+    probability_E = (score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)).mean(0)
+    share_E = load_E.to(score_SE.dtype) / load_E.sum()
+    return groups * (share_E.view(groups, -1).sum(1) * probability_E.view(groups, -1).sum(1)).sum()
+
+
+def sort_by_expert(chosen_SK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of copies by expert, then token; its inverse; and each expert's number of copies, int64.
+
+    Keys are 16 bits wide, which halves the sort's time on a GPU.
+    """
+    key_R = chosen_SK.flatten().to(torch.int16 if experts <= 2**15 else torch.int32)
+    sorted_R, order_R = key_R.sort(stable=True)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    ends_E = torch.searchsorted(sorted_R, torch.arange(experts, dtype=key_R.dtype, device=key_R.device), right=True)
+    return order_R, inverse_R, functional.pad(ends_E, (1, 0)).diff()
+
+
+def _mean_squares(a_RF: Tensor, load_E: Tensor) -> Tensor:
+    """Mean square of each expert's rows, fp32 [E]; NaN for an expert without rows."""
+    # A running sum in fp64 and its differences: sums over blocks without atomic additions or a loop.
+    total_R = functional.pad(wide(a_RF).square().mean(-1).double().cumsum(0), (1, 0))
+    ends_E = load_E.cumsum(0)
+    return ((total_R[ends_E] - total_R[ends_E - load_E]) / load_E).float()
+
+
+class _Dispatch(torch.autograd.Function):
+    """Row order // k of x for each copy. Its gradient is `_Combine`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order_R: Tensor, inverse_R: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.k = k
+        return x[order_R // k]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad[inverse_R].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum of each token's k copies. Its gradient is `_Dispatch`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.k = k
+        return y_RD[inverse_R].unflatten(0, (-1, k)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_R,) = ctx.saved_tensors
+        return grad[order_R // ctx.k], None, None, None

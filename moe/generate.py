@@ -12,7 +12,8 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from moe import checkpoint
-from moe.model import Decoder, KVCache
+from moe.attention import KVCache
+from moe.model import Decoder
 
 
 def generate_text(
@@ -73,7 +74,7 @@ def generate(
 def _tokens(
     model: Decoder, start: list[int], wanted: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> Iterator[int]:
-    generator, cache = torch.Generator().manual_seed(seed), KVCache()
+    generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config)
     fresh = torch.tensor([start])
     for _ in range(wanted):
         with torch.inference_mode():

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from moe.config import ModelConfig
-from moe.experts import MoE
+from moe.experts import MoE, halves
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def config(model_config: ModelConfig) -> ModelConfig:
 
 
 def _moe(config: ModelConfig, seed: int = 0) -> MoE:
-    moe = MoE(config)
+    moe = MoE(config, 1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in moe.parameters():
@@ -70,7 +70,8 @@ def test_output_is_the_weighted_sum_of_experts(config: ModelConfig, backend: Lit
         expected = torch.zeros(4)
         for k in range(2):
             e = int(chosen[s, k])
-            hidden = functional.silu(moe.gate_proj.weight[e] @ row) * (moe.up_proj.weight[e] @ row)
+            gate, up = halves("moe.gate_up_proj.weight", moe.gate_up_proj.weight).values()
+            hidden = functional.silu(gate[e] @ row) * (up[e] @ row)
             expected += weight[s, k] * (moe.down_proj.weight[e] @ hidden)
         torch.testing.assert_close(moe(x).flatten(0, 1)[s], expected, atol=1e-6, rtol=1e-5)
 

@@ -9,9 +9,12 @@ import torch
 
 from core.errors import ConfigError
 from moe import optim
+from moe.attention import KVCache
 from moe.config import ModelConfig, OptimConfig, TrainConfig, differences, from_json, to_json
+from moe.experts import halves
+from moe.layers import RMSNorm, Rope, rotate
 from moe.loss import CHUNK, next_token_loss, token_losses
-from moe.model import Decoder, KVCache, RMSNorm, rope_tables, rotate
+from moe.model import Decoder
 from moe.presets import preset
 
 
@@ -41,7 +44,7 @@ def test_no_token_sees_a_later_one(model_config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 20), tuple(range(21))], ids=["at once", "two parts", "one by one"])
 def test_cached_decode_equals_the_full_forward(model_config: ModelConfig, cuts: tuple[int, ...]) -> None:
-    model, tokens, cache = Decoder(model_config).eval(), _tokens(2, 20), KVCache()
+    model, tokens, cache = Decoder(model_config).eval(), _tokens(2, 20), KVCache(model_config)
     parts = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
     assert cache.length == 20
@@ -49,7 +52,7 @@ def test_cached_decode_equals_the_full_forward(model_config: ModelConfig, cuts: 
 
 def test_segments_and_cache_exclude_each_other(model_config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="one document per row"):
-        Decoder(model_config)(_tokens(1, 4), torch.zeros(1, 4, dtype=torch.int64), KVCache())
+        Decoder(model_config)(_tokens(1, 4), torch.zeros(1, 4, dtype=torch.int64), KVCache(model_config))
 
 
 def test_norm_and_rope_by_hand() -> None:
@@ -58,18 +61,21 @@ def test_norm_and_rope_by_hand() -> None:
     with torch.no_grad():
         norm.weight.fill_(1.0)  # zero-centred: a stored 1 is a gain of 2
     assert norm(torch.tensor([3.0, 3.0])).tolist() == pytest.approx([2, 2])
-    cos, sin = rope_tables(torch.tensor([[0, 1, 2]]), head_dim=2, theta=10_000.0)
-    turned = rotate(torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2), cos, sin)[0, 0]
+    config = ModelConfig(vocab_size=2, eos=0, head_dim=2, rotary_fraction=1.0)
+    tables = Rope(config, full=True)(torch.tensor([[0, 1, 2]]))
+    turned = rotate(torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2), tables)[0, :, 0]
     for t in range(3):
         assert turned[t].tolist() == pytest.approx([math.cos(t), math.sin(t)], abs=1e-6)
 
 
 def test_names_are_those_of_the_released_checkpoint(model_config: ModelConfig) -> None:
-    shapes = {n: tuple(t.shape) for n, t in Decoder(model_config).state_dict().items()}
+    state = Decoder(model_config).state_dict()
+    shapes = {part: tuple(t.shape) for n, whole in state.items() for part, t in halves(n, whole).items()}
     c = model_config
     assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (c.vocab_size, c.dim)
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (c.dim, c.dense_dim)
-    assert shapes["model.layers.1.self_attn.g_proj.weight"] == (c.heads, c.dim)
+    assert shapes["model.layers.1.self_attn.g_proj.weight"] == (c.swa_heads, c.dim)
+    assert shapes["model.layers.2.self_attn.g_proj.weight"] == (c.heads, c.dim)
     assert shapes["model.layers.1.self_attn.q_norm.weight"] == (c.head_dim,)
     assert shapes["model.layers.1.moe.gate.weight"] == (c.experts, c.dim)
     assert shapes["model.layers.1.moe.router_bias"] == (c.experts,)
@@ -83,8 +89,8 @@ def test_names_are_those_of_the_released_checkpoint(model_config: ModelConfig) -
 
 def test_parameter_counts_by_hand() -> None:
     config = ModelConfig(
-        vocab_size=10, eos=0, dim=4, layers=2, heads=2, kv_heads=1, head_dim=2, dense_dim=6, experts=4, top_k=1,
-        expert_dim=3, shared_dim=5,
+        vocab_size=10, eos=0, dim=4, layers=2, heads=2, swa_heads=2, kv_heads=1, head_dim=2, rotary_fraction=1.0,
+        dense_dim=6, experts=4, top_k=1, expert_dim=3, shared_dim=5,
     )  # fmt: skip
     # attention 4*4 + 2 * 4*2 + 4*2 + 4*4 + two norms of 2 = 60, two norms of 4; dense 3*4*6; MoE 4*4 + 4 * 36 + 60
     total = 2 * 10 * 4 + 4 + 2 * (60 + 8) + 72 + (16 + 4 * 36 + 60)
@@ -155,7 +161,7 @@ def test_config_errors_come_together() -> None:
     with pytest.raises(ConfigError) as error:
         ModelConfig(vocab_size=8, eos=8, heads=3, kv_heads=2, head_dim=5, experts=1, dense_layers=9)
     assert [p.split(":")[0] for p in error.value.problems] == [
-        *("moe.eos", "moe.heads", "moe.head_dim", "moe.top_k", "moe.dense_layers"),
+        *("moe.eos", "moe.heads", "moe.swa_heads", "moe.head_dim", "moe.top_k", "moe.dense_layers"),
     ]
     with pytest.raises(ConfigError, match=r"(?s)optim.lr.*optim.warmup_steps.*optim.beta2"):
         OptimConfig(lr=0, warmup_steps=-1, beta2=2)
