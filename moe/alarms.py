@@ -43,7 +43,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.stop if name not in NAMES]
-        problems = [f"alarms.stop: unknown alarm, got {name!r}, expected some of {', '.join(NAMES)}" for name in unknown]
+        problems = [
+            f"alarms.stop: unknown alarm, got {name!r}, expected some of {', '.join(NAMES)}" for name in unknown
+        ]
         problems += [
             f"alarms.{name}: must be positive, got {value}"
             for name, value in vars(self).items()

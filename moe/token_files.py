@@ -104,9 +104,7 @@ def open_source(
     return JoinedSources({name: _open(name, entry, folder, vocab_size, eos) for name, entry in given.items()})
 
 
-def _open(
-    name: str, entry: Mapping[str, Any], folder: Path, vocab_size: int | None, eos: int | None
-) -> TokenSource:
+def _open(name: str, entry: Mapping[str, Any], folder: Path, vocab_size: int | None, eos: int | None) -> TokenSource:
     path = folder / Path(entry.get("tokens") or entry["megatron"]).expanduser()
     try:
         if "megatron" in entry:

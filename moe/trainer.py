@@ -44,46 +44,6 @@ from moe.parallel import World
 from moe.start import begin, start_problems
 from moe.update import Updater
 
-EXPERT_STEPS-th update
-    alarms [{name, found}], where some hold (moe/alarms.py)
-    step_s, tokens_per_s, mfu float, memory_bytes int: alone differ between equal runs; mfu on known GPUs only
-
-A run may start from another run's checkpoint (moe/start.py). The same call on a folder with a checkpoint goes on from it, on
-any number of ranks. On one CPU rank the run then ends with the weights and metrics of an undisturbed one, bit for bit; on a GPU
-too where `deterministic`; on another number of ranks within rounding. A config or mixture that differs from the checkpoint's is
-refused. All checks come before the first byte is written; a run that an alarm or a number that is not finite stops overwrites
-nothing. Ranks share the folder: rank 0 writes it, the others read it.
-"""
-
-import gc
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-
-from core.errors import ConfigError, StageError
-from core.hashing import file_digest
-from moe import checkpoint, start
-from moe.alarms import Alarms, Limits
-from moe.config import TrainConfig, differences
-from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
-from moe.device import check_device, out_of_memory, repeatable
-from moe.exchange import split_experts, whole_weights
-from moe.metrics import METRICS, TIME_FIELDS, MetricsFile, check_tensorboard, cut_metrics, memory_bytes, read_metrics
-from moe.metrics import utilisation
-from moe.model import Decoder
-from moe.optim import build
-from moe.parallel import World
-from moe.update import Figures, Updater
-
-__all__ = ["METRICS", "TIME_FIELDS", "TrainSummary", "read_metrics", "train"]
-
 EXPERT_STEPS = 10  # between readings of the experts' statistics; chosen, untested
 PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -179,7 +139,9 @@ class _Run:
                 row = self.update(batches)
                 metrics.write(row)
                 self._stop_if_doomed(row)
-                if self.step == self.config.steps or (self.step % self.config.checkpoint_steps == 0 and self.alarms.calm):
+                if self.step == self.config.steps or (
+                    self.step % self.config.checkpoint_steps == 0 and self.alarms.calm
+                ):
                     metrics.sync()
                     self.save()
                 if on_step is not None:

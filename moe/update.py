@@ -7,9 +7,9 @@ that is minimised, summed over micro-batches and ranks, is
     + mtp_loss * sum over heads of weight_h * (the same for head h)      weight_h = mtp_decay^h, normalised to sum 1
     + group_loss * sum over routed layers of their group loss            (moe/experts.py), the mean over micro-batches
 
-so neither `micro_rows` nor the number of ranks changes it beyond rounding; but for the group loss, which is a product of means
-over the tokens of one micro-batch, as in the paper, where it is one over those of a rank. Head h (from 0) predicts at t the target
-of t + 1 + h, counted where that lies in the same segment and itself counts.
+so neither `micro_rows` nor the number of ranks changes it beyond rounding; but for the group loss, a product of means over
+the tokens of one micro-batch. Head h (from 0) predicts at t the target of t + 1 + h, counted where that lies in the same
+segment and itself counts.
 
 Between the start of an update and `read` nothing waits for a GPU, but `rebalance`, which gives numbers (moe/experts.py).
 """
@@ -128,7 +128,9 @@ class Updater:
             layer.watch = watch or self.config.compile  # a compiled layer keeps to one course
         counted = self.world.sum(self._counted(rows))
         micro = self.config.micro_rows or len(rows)
-        local = torch.zeros(2 + len(self.model.mtp) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device)
+        local = torch.zeros(
+            2 + len(self.model.mtp) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device
+        )
         self.optimizer.zero_grad()
         for low in range(0, len(rows), micro):
             part = rows.part(low, micro)
@@ -178,7 +180,12 @@ class Updater:
             head, (targets_BT, counts_BT) = model.mtp[h], rows.ahead(h)
             x_SD = head.shared_head_norm(state_BTD).flatten(0, 1)
             ahead, ahead_nll_S = next_token_loss(
-                x_SD, head.output.weight, targets_BT.flatten(), counts_BT.flatten(), total=counted[1 + h], compiled=fused
+                x_SD,
+                head.output.weight,
+                targets_BT.flatten(),
+                counts_BT.flatten(),
+                total=counted[1 + h],
+                compiled=fused,
             )
             loss = loss + self.head_weights[h] * ahead
             sums.append(ahead_nll_S.sum(dtype=torch.float64))

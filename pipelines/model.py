@@ -86,9 +86,9 @@ class EvaluateStageConfig(StageConfig):
 def train(job: Job) -> Outcome:
     """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
     from mixtures.reader import MixtureSource
+    from moe.alarms import Limits
     from moe.checkpoint import weights_digest
     from moe.config import build
-    from moe.alarms import Limits
     from moe.trainer import train as train_model
 
     config: TrainStageConfig = job.config

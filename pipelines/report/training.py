@@ -149,9 +149,15 @@ def _experts(rows: list[dict[str, Any]]) -> list[str]:
     at = np.array([r["tokens"] for r in read], float)
     found = [r["experts"] for r in read]
     charts = [
-        _chart("Load violation by routed layer", _layers(x, _by_entry(rows, "load_violation")), "greatest load / mean - 1"),
-        _chart("Weakest expert by routed layer", _layers(at, _by_entry(found, "rms_min_median")), "RMS, least / median"),
-        _chart("Strongest expert by routed layer", _layers(at, _by_entry(found, "rms_max_median")), "RMS, most / median"),
+        _chart(
+            "Load violation by routed layer", _layers(x, _by_entry(rows, "load_violation")), "greatest load / mean - 1"
+        ),
+        _chart(
+            "Weakest expert by routed layer", _layers(at, _by_entry(found, "rms_min_median")), "RMS, least / median"
+        ),
+        _chart(
+            "Strongest expert by routed layer", _layers(at, _by_entry(found, "rms_max_median")), "RMS, most / median"
+        ),
         _chart("Router confidence by routed layer", _layers(at, _by_entry(found, "confidence")), "mass of the chosen"),
     ]
     loads = found[-1].get("load", []) if found else []
@@ -178,7 +184,8 @@ def _alarms(rows: list[dict[str, Any]]) -> list[str]:
         return []
     head = ["alarm", "last found", "updates", "first at", "last at"]
     body = [
-        [name, seen[-1][1], count(len(seen)), count(seen[0][0]), count(seen[-1][0])] for name, seen in sorted(held.items())
+        [name, seen[-1][1], count(len(seen)), count(seen[0][0]), count(seen[-1][0])]
+        for name, seen in sorted(held.items())
     ]
     return [tag("h3", None, "Alarms"), table(head, body, 2)]
 

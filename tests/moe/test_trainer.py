@@ -20,7 +20,8 @@ from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
-from moe.trainer import METRICS, TIME_FIELDS, read_metrics, train
+from moe.metrics import METRICS, TIME_FIELDS, read_metrics
+from moe.trainer import train
 from tests.moe.conftest import counting_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
