@@ -1,19 +1,43 @@
-"""Continues a prompt, one token at a time, with a key/value cache.
+"""Continues prompts: one or many, whole or as they come, by plain decoding or with the model's own drafts.
 
-In: a decoder and token ids, or a run folder and a text. Out: new token ids without EOS, or the new text. A prompt
-starts from EOS like every document. Same folder, prompt, settings and seed: same output.
+In: a decoder and token ids, or a folder and a text. Out: new token ids without EOS, or the new text. A prompt starts
+from EOS like every document. Same model, prompt, settings and seed: same output, whatever prompts stand beside it
+(moe/batching.py says how far that holds in floating point).
+
+    python -m moe.generate FOLDER --prompt "Once upon" --max-tokens 50 --temperature 0.8
+
+FOLDER is a run, a checkpoint or a hub folder.
 """
 
+import argparse
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from core.errors import ConfigError
+import moe
+from core.errors import StepwellError
 from moe import checkpoint
-from moe.attention import KVCache
+from moe.batching import Batcher, Event, Finish, TokenLogprobs
 from moe.model import Decoder
+from moe.sampling import Sampling
+from moe.speculative import Acceptance
+
+SLOTS = 16  # prompts of a batch that are decoded at once
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The continuation of one prompt. `text` is empty without a tokenizer."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finished: Finish | None
+    logprobs: tuple[TokenLogprobs, ...] | None
+    acceptance: Acceptance | None  # None where no draft was made
 
 
 def generate_text(
@@ -25,13 +49,16 @@ def generate_text(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    speculate: bool = False,
 ) -> str:
     """The continuation of `prompt`, without it. `max_tokens` None: as far as the model's context reaches."""
-    tokenizer = checkpoint.load_tokenizer(Path(folder))
-    model = checkpoint.load(Path(folder))
+    tokenizer = load_tokenizer(Path(folder))
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=tuple(stop)
+    )
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    new = generate(model, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    return tokenizer.decode(list(new))
+    return generate_batch(moe.load(folder), [ids], sampling, tokenizer=tokenizer, speculate=speculate)[0].text
 
 
 def generate(
@@ -43,59 +70,133 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    speculate: bool = False,
 ) -> Iterator[int]:
     """Yields new tokens until EOS or `max_tokens`.
 
     `temperature` 0 takes the likeliest token. EOS, prompt and new tokens must fit the context.
     """
-    config = model.config
-    room = config.context - len(prompt)  # EOS takes one place, and the last new token needs none
-    wanted = room if max_tokens is None else max_tokens
-    problems = []
-    if not 0 < wanted <= room:
-        problems.append(
-            f"generate: prompt and answer exceed the context, got {len(prompt)} + {wanted} tokens, "
-            f"expected 1 to {room} new ones within {config.context}; shorten the prompt or lower max_tokens"
-        )
-    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        problems.append(
-            f"generate: a sampling setting is out of range, got temperature {temperature}, top_p {top_p}, "
-            f"top_k {top_k}, expected temperature >= 0, 0 < top_p <= 1, top_k >= 1"
-        )
-    if any(not 0 <= t < config.vocab_size for t in prompt):
-        problems.append(
-            f"generate: the prompt has tokens outside the vocabulary, expected 0 to {config.vocab_size - 1}"
-        )
-    if problems:
-        raise ConfigError(*problems)
-    return _tokens(model, [config.eos, *prompt], wanted, temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    events = stream(model, [prompt], sampling, speculate=speculate)
+    return (token for event in events for token in event.tokens)
 
 
-def _tokens(
-    model: Decoder, start: list[int], wanted: int, temperature: float, top_k: int | None, top_p: float, seed: int
-) -> Iterator[int]:
-    generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config)
-    fresh = torch.tensor([start])
-    for _ in range(wanted):
-        with torch.inference_mode():
-            logits_V = model.lm_head(model.hidden(fresh, cache=cache)[0, -1])
-            token = sample(logits_V, temperature, top_k, top_p, generator)
-        if token == model.config.eos:
-            return
-        yield token
-        fresh = torch.tensor([[token]])
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    tokenizer: Any = None,
+    speculate: bool = False,
+    slots: int = SLOTS,
+) -> list[Answer]:
+    """The prompts' continuations, in their order; `sampling` for all of them, or one each."""
+    events: list[list[Event]] = [[] for _ in prompts]
+    for event in stream(model, prompts, sampling, tokenizer=tokenizer, speculate=speculate, slots=slots):
+        events[event.id].append(event)
+    return [_answer(part) for part in events]
 
 
-def sample(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """One token.
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    tokenizer: Any = None,
+    speculate: bool = False,
+    slots: int = SLOTS,
+) -> Iterator[Event]:
+    """Events of all prompts as they come; an event's `id` is the prompt's index. Settings are checked at once."""
+    each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+    batcher = Batcher(
+        model, tokenizer, slots=max(1, min(slots, len(prompts))), speculate=speculate, queue=max(1, len(prompts)),
+        context=_context(model, prompts, each),
+    )  # fmt: skip
+    for prompt, settings in zip(prompts, each, strict=True):
+        batcher.submit(prompt, settings)
+    return _drain(batcher)
 
-    Of the `top_k` likeliest, the shortest prefix whose probability reaches `top_p`. Equal logits: the lower id is
-    likelier.
-    """
-    sorted_V, ids_V = logits_V.float().sort(descending=True, stable=True)
-    if temperature == 0:
-        return int(ids_V[0])
-    probability_V = (sorted_V[:top_k] / temperature).softmax(0)
-    before_V = probability_V.cumsum(0) - probability_V
-    kept = probability_V[before_V < top_p]
-    return int(ids_V[torch.multinomial(kept, 1, generator=generator)])
+
+def load_tokenizer(folder: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a run, or the tokenizer.json of a hub folder."""
+    hub = folder / checkpoint.TOKENIZER
+    if hub.is_file() and not (folder / checkpoint.LATEST).is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(hub))
+    return checkpoint.load_tokenizer(folder)
+
+
+def _context(model: Decoder, prompts: Sequence[Sequence[int]], each: Sequence[Sampling]) -> int:
+    """No more than these prompts can fill: every step reads the whole capacity of the cache."""
+    context = model.config.context
+    needs = (context if s.max_tokens is None else len(p) + s.max_tokens for p, s in zip(prompts, each, strict=True))
+    return min(context, max(needs, default=context))
+
+
+def _drain(batcher: Batcher) -> Iterator[Event]:
+    while not batcher.idle:
+        yield from batcher.step()
+
+
+def _answer(events: list[Event]) -> Answer:
+    logprobs = [lp for e in events for lp in e.logprobs or ()]
+    return Answer(
+        tokens=tuple(t for e in events for t in e.tokens),
+        text="".join(e.text for e in events),
+        finished=events[-1].finished,
+        logprobs=tuple(logprobs) if any(e.logprobs is not None for e in events) else None,
+        acceptance=events[-1].acceptance,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe.generate", description="Continues a text.")
+    parser.add_argument("folder", type=Path, help="a run, a checkpoint or a hub folder")
+    parser.add_argument("--prompt", default="", help="the text to continue; -: standard input")
+    parser.add_argument("--max-tokens", type=int, help="new tokens at most; default: as far as the context reaches")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="no drafts by MTP heads")
+    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; texts go to standard output as they come, figures to standard error."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except StepwellError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop), max_tokens=args.max_tokens, seed=args.seed,
+    )  # fmt: skip
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    tokenizer = load_tokenizer(args.folder)
+    model = moe.load(args.folder).to(device, getattr(torch, dtype)).eval()
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    last = None
+    for last in stream(model, [ids], sampling, tokenizer=tokenizer, speculate=not args.plain):
+        sys.stdout.write(last.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    if last is not None and last.acceptance is not None:
+        sys.stderr.write(f"{last.acceptance.length:.2f} tokens a round over {last.acceptance.rounds} rounds\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Text of an answer while its tokens arrive.
+
+In: token ids, one after the other. Out: pieces of text, whose sum is the decoded answer up to the first stop string.
+Held back: bytes that may be the beginning of a character, and text that may be the beginning of a stop string. What is
+released does not depend on where token borders fall.
+"""
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+MOST_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its last
+
+
+class TextStream:
+    """`decode` turns ids into text; `stop` are strings that end the answer and are not part of it."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        self.decode, self.stop = decode, tuple(stop)
+        self.stopped = False
+        self._ids: list[int] = []  # since the last border between two whole characters but one
+        self._border = 0  # of these, ids whose text is released; they stay as context for decoders that need it
+        self._released = 0  # characters released of the ids behind the border
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Takes a token and returns the text that is now certain. Nothing comes after `stopped`."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self.decode(self._ids)[len(self.decode(self._ids[: self._border])) :]
+        unfinished = text.endswith(UNFINISHED)
+        certain = self._certain(text)
+        new, self._released = certain[self._released :], len(certain)
+        if not unfinished:
+            self._ids, self._border, self._released = self._ids[self._border :], len(self._ids) - self._border, 0
+        return self._search(new)
+
+    def end(self) -> str:
+        """The rest, when no token follows."""
+        if self.stopped:
+            return ""
+        text = self.decode(self._ids)[len(self.decode(self._ids[: self._border])) :]
+        released = self._search(text[self._released :])
+        rest, self._held = ("" if self.stopped else self._held), ""
+        return released + rest
+
+    @staticmethod
+    def _certain(text: str) -> str:
+        for _ in range(MOST_UNFINISHED):
+            text = text.removesuffix(UNFINISHED)
+        return text
+
+    def _search(self, new: str) -> str:
+        """Adds text, looks for a stop string, and releases what cannot begin one."""
+        text = self._held + new
+        found = [(begin + len(s), begin) for s in self.stop if (begin := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]  # the one that ends first, so that token borders do not matter
+        keep = max((n for s in self.stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
