@@ -3,7 +3,6 @@
 In: `TrainConfig.device` and a few more settings. Out: a `torch.device`, and errors in words that name the settings to change.
 """
 
-import math
 import os
 import resource
 import sys
@@ -14,10 +13,9 @@ from pathlib import Path
 import torch
 
 from core.errors import ConfigError, StageError
+from moe import flops
 from moe.config import TrainConfig
 
-# Dense bf16 FLOP/s by the words of a device's name, for the share that a run reaches (NVIDIA's data sheets).
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12}
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # words of torch's plain RuntimeError
 
 
@@ -83,13 +81,10 @@ def memory_named(config: TrainConfig, folder: Path, ranks: int) -> Iterator[None
         ) from error
 
 
-def utilisation(flops_per_token: float | None, tokens_per_s: float, device: torch.device, ranks: int) -> float | None:
-    """Share of the devices' bf16 peak that goes into the model's own arithmetic (MFU); None where a number is not known."""
-    if flops_per_token is None or device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for words, flops in PEAK_FLOPS.items() if words in name), math.nan)
-    return flops_per_token * tokens_per_s / (peak * ranks) if math.isfinite(peak) else None
+def utilisation(config: TrainConfig, tokens_per_s: float, device: torch.device, ranks: int) -> float | None:
+    """Share of the devices' bf16 peak that goes into the model's own arithmetic (MFU); None where the peak is not known."""
+    peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return flops.mfu(tokens_per_s, config.model, config.model.context, peak * ranks) if peak else None
 
 
 def memory_bytes(device: torch.device) -> int:

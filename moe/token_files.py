@@ -16,6 +16,7 @@ import numpy as np
 from core.errors import ConfigError, InputError
 from core.hashing import digest, file_digest
 from moe.data import TokenSource
+from moe.megatron import MegatronSource
 
 KEYS = ("tokens", "megatron", "dtype")
 DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -40,6 +41,12 @@ class FlatTokens:
 
     def length(self, i: int) -> int:
         return int(self._starts[i + 1] - self._starts[i])
+
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._starts)
+
+    def mask(self, i: int) -> np.ndarray | None:
+        return None
 
     def domain(self, i: int) -> int:
         return 0
@@ -80,6 +87,13 @@ class JoinedSources:
         source, place, _ = self._at(i)
         return source.length(place)
 
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([p.lengths() for p in self._parts])
+
+    def mask(self, i: int) -> np.ndarray | None:
+        source, place, _ = self._at(i)
+        return source.mask(place)
+
     def domain(self, i: int) -> int:
         return self._at(i)[2]
 
@@ -108,7 +122,8 @@ def _open(name: str, entry: Mapping[str, Any], folder: Path, vocab_size: int | N
     path = folder / Path(entry.get("tokens") or entry["megatron"]).expanduser()
     try:
         if "megatron" in entry:
-            return _megatron(name, path, vocab_size, eos)
+            known = _vocabulary(name, vocab_size, eos)
+            return MegatronSource({name: path}, vocab_size=known[0], eos=known[1])
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 tokens = arrays["tokens"]
@@ -137,7 +152,3 @@ def _vocabulary(name: str, vocab_size: int | None, eos: int | None) -> tuple[int
             "set model.vocab_size and model.eos"
         )
     return vocab_size, eos
-
-
-def _megatron(name: str, path: Path, vocab_size: int | None, eos: int | None) -> TokenSource:
-    raise NotImplementedError

@@ -63,23 +63,21 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _train(given: argparse.Namespace) -> int:
+    from moe.device import device_of
     from moe.parallel import World
     from moe.progress import live
     from moe.run_file import read_run
     from moe.trainer import train
 
     run = read_run(given.config, given.set)
-    world = World.from_env()
-    with live(run.config.steps) as on_step:
-        summary = train(
-            run.config,
-            run.source,
-            run.folder,
-            on_step if world.rank == 0 else None,
-            run.start,
-            world,
-            limits=run.limits,
-        )
+    device_of(run.config.device)
+    world = World.from_env(expert_ranks=run.config.expert_ranks, device=run.config.device)
+    try:
+        with live(run.config.steps) as on_step:
+            shown = on_step if world.rank == 0 else None
+            summary = train(run.config, run.source, run.folder, shown, run.start, world, limits=run.limits)
+    finally:
+        world.close()
     if world.rank == 0:
         sys.stdout.write(json.dumps(asdict(summary), default=str) + "\n")
     return 0

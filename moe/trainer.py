@@ -109,8 +109,8 @@ class _Run:
         self.config, self.rows, self.folder, self.world = config, rows, folder, world
         self.tokenizer = file_digest(config.tokenizer) if config.tokenizer else None
         found = self._found()
-        self.resumed_step, self.step = (None, 0) if found is None else (found[1].step, found[1].step)
-        self.started_at_step = self.step
+        self.resumed_step: int | None = None if found is None else found[1].step
+        self.step = self.started_at_step = self.resumed_step or 0
         model = Decoder(config.model, config.seed)
         moments: dict[str, Tensor] | None = None
         if found is not None:
@@ -166,7 +166,7 @@ class _Run:
             row["alarms"] = [asdict(alarm) for alarm in alarms]
         step_s = time.perf_counter() - began
         row |= {"step_s": step_s, "tokens_per_s": figures.tokens / step_s}
-        share = utilisation(self._flops_per_token, row["tokens_per_s"], self.world.device, self.world.size)
+        share = utilisation(self.config, row["tokens_per_s"], self.world.device, self.world.size)
         return row | ({} if share is None else {"mfu": share}) | {"memory_bytes": memory_bytes(self.world.device)}
 
     def save(self) -> None:
@@ -244,10 +244,6 @@ class _Run:
                 shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
             checkpoint.replace_text(self.folder / METRICS, "")
         self.save()
-
-    @property
-    def _flops_per_token(self) -> float | None:
-        return None
 
     def _stands(self) -> str:
         return f"{checkpoint.find(self.folder).name} stands"

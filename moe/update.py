@@ -17,15 +17,17 @@ Between the start of an update and `read` nothing waits for a GPU, but `rebalanc
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from moe.config import TrainConfig
 from moe.data import Batch
+from moe.layers import Attention
 from moe.loss import next_token_loss
 from moe.model import Decoder
+from moe.mtp import MTPHead
 from moe.optim import Optimizer
 from moe.parallel import World
 from moe.schedule import bias_rate, learning_rate
@@ -91,7 +93,7 @@ class Figures:
         nll, counted, (group,), by_domain, in_domain = _split(sums, [heads, heads, 1, size, size])
         losses = [n / max(c, 1.0) for n, c in zip(nll, counted, strict=True)]
         pairs = zip(self.domains, by_domain, in_domain, strict=True)
-        row = {"loss": losses[0], "lr": self.lr, "grad_norm": norm, "targets": int(counted[0])}
+        row: dict[str, Any] = {"loss": losses[0], "lr": self.lr, "grad_norm": norm, "targets": int(counted[0])}
         row["domain_loss"] = {name: n / c for name, n, c in pairs if c}
         if self.heads:
             row["mtp_loss"] = losses[1:]
@@ -177,7 +179,7 @@ class Updater:
         )
         sums = [nll_S.sum(dtype=torch.float64)]
         for h, state_BTD in enumerate(model.mtp_states(stream_BTD, rows.inputs, rows.segments)):
-            head, (targets_BT, counts_BT) = model.mtp[h], rows.ahead(h)
+            head, (targets_BT, counts_BT) = cast(MTPHead, model.mtp[h]), rows.ahead(h)
             x_SD = head.shared_head_norm(state_BTD).flatten(0, 1)
             ahead, ahead_nll_S = next_token_loss(
                 x_SD,
@@ -235,6 +237,6 @@ def attention_logit_bounds(model: Decoder) -> Tensor:
 
     q/k norm gives vectors of RMS 1 times the gains, and rotations keep lengths: sqrt(C) * max |1 + w_q| * max |1 + w_k|.
     """
-    layers = [layer.self_attn for layer in model.model["layers"].children()]
+    layers = [m for m in model.model["layers"].modules() if isinstance(m, Attention)]
     gains = [(1 + a.q_norm.weight.float()).abs().amax() * (1 + a.k_norm.weight.float()).abs().amax() for a in layers]
     return torch.stack(gains) * model.config.head_dim**0.5

@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     from moe.config import TrainConfig
 
 EVALUATION = "evaluation.json"
+# Knobs that are fields of moe.config.TrainConfig under the same name.
+PLAN = (
+    *(
+        "rows",
+        "row_growth",
+        "seed",
+        "shuffle",
+        "packing",
+        "fim_fraction",
+        "fim_domains",
+        "precision",
+        "device",
+        "compile",
+    ),
+    *("deterministic", "micro_rows", "threads", "checkpoint_steps", "keep", "tensorboard"),
+)
 
 
 class TrainStageConfig(StageConfig):
@@ -124,10 +140,8 @@ def train_plan(config: TrainStageConfig, source: "MixtureSource", tokenizer: Pat
     from moe.data import training_rows
 
     shape = asdict(preset(config.preset, vocab_size=source.vocab_size, eos=source.eos))
-    same = ("rows", "row_growth", "seed", "shuffle", "packing", "fim_fraction", "fim_domains", "precision", "device")
-    same += ("compile", "deterministic", "micro_rows", "threads", "checkpoint_steps", "keep", "tensorboard")
     plan = from_json(
-        {name: getattr(config, name) for name in same}
+        {name: getattr(config, name) for name in PLAN}
         | {"model": shape | config.model, "optim": config.optim, "steps": 1, "init": init}
         | {"tokenizer": str(tokenizer), "fim_tokens": _fim_ids(config, tokenizer)}
     )
@@ -144,13 +158,14 @@ def _fim_ids(config: TrainStageConfig, tokenizer: Path) -> tuple[int, ...] | Non
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))
-    ids = {token: known.token_to_id(token) for token in config.fim_tokens}
-    if missing := [token for token, number in ids.items() if number is None]:
+    ids = [known.token_to_id(token) for token in config.fim_tokens]
+    if None in ids:
+        missing = [token for token, number in zip(config.fim_tokens, ids, strict=True) if number is None]
         raise ConfigError(
             f"train: fim_tokens are not in the tokenizer, got {', '.join(missing)}; name three of its special tokens, such as "
             "<|reserved_0|>, <|reserved_1|> and <|reserved_2|>"
         )
-    return tuple(ids.values())
+    return tuple(ids)
 
 
 def model_folder(root: Root, instance: str) -> Path:
