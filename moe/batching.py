@@ -55,7 +55,7 @@ class Event:
     acceptance: Acceptance | None = None  # with the last event, of a request that speculated
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """One request's progress."""
 
@@ -235,7 +235,7 @@ class Batcher:
         )
         for request in ended:
             request.promised += 1
-        return Launch("plain", [(i, r) for i, r in enumerate(reading) if r in ended], readback)
+        return Launch("plain", [(i, r) for i, r in enumerate(reading) if r.fed == len(r.prompt)], readback)
 
     def _launch(self) -> Launch | None:
         """Starts a decode step of all rows whose prompts are read and which may want another token."""
@@ -292,7 +292,8 @@ class Batcher:
     def _take(self, request: Request, tokens: list[int], readback: Readback, index: int) -> Event:
         """Adds tokens up to where the request ends."""
         taken: list[int] = []
-        text, finished = "", None
+        text = ""
+        finished: Finish | None = None
         for token in tokens:
             if token in request.ends:
                 finished = "stop"

@@ -15,7 +15,7 @@ three tokens before EOS.
 The three parts count in the loss, as in the paper, and EOS, which ends the middle; the sentinels do not: whoever infills
 gives them, and a model that is asked for plain text shall not open with one. The cuts lie between tokens; the paper cuts
 between characters, which also teaches completion from within a word, and token shards cannot tell. Cost: one hash an entry
-of those domains at the start, about a second a million.
+of those domains at the start: 200,000 entries a second.
 """
 
 from collections.abc import Sequence

@@ -248,18 +248,19 @@ class Decode:
         return logits_BTV
 
     def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode) -> None:
-        """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`."""
+        """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`; idle rows keep theirs."""
         assert self.drafter is not None
-        view = _view(rows)
+        view, busy_B1 = _view(rows), counts_B[:, None] > 0
 
         def pick(head: int, logits_BV: Tensor, before_BH: Tensor) -> Tensor:
             if mode == "greedy":
                 return logits_BV.argmax(-1)
             q_BV = self._distribution(logits_BV, rows, before_BH, mode).float()
-            self.q_BKV[view, head] = q_BV
+            self.q_BKV[view, head] = torch.where(busy_B1, q_BV, self.q_BKV[view, head])
             return choose(q_BV, self._draw(rows, head, DRAFT))
 
-        self.draft_BK[view] = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick)
+        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick)
+        self.draft_BK[view] = torch.where(busy_B1, drafts_BK, self.draft_BK[view])
 
     def _next(self, logits_BV: Tensor, rows: Rows, mode: Mode) -> Tensor:
         if mode == "greedy":

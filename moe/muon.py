@@ -3,8 +3,8 @@
 In: weights, momenta and gradients [N, m, n] of N equal-shaped matrices. Out: the first two updated in place. The polar
 factor comes from six polynomial steps of Polar Express (arXiv 2505.16932), the number and the coefficients that Step 3.5
 Flash trains with (arXiv 2602.10604, section 4.2.3): a singular value of at least 5e-4 of the matrix's Frobenius norm
-ends within 0.7 to 1.01 (from 1e-3 on, 0.95), a smaller one is multiplied by about 1,800 and never passes 1.01. The update is scaled to
-the size of AdamW's (0.2 * sqrt(max(m, n)), arXiv 2502.16982), so that one learning rate serves both.
+ends within 0.7 to 1.01 (from 1e-3 on, 0.95), a smaller one is multiplied by about 1,800 and never passes 1.01. The
+update is scaled to the size of AdamW's (0.2 * sqrt(max(m, n)), arXiv 2502.16982), so that one learning rate serves both.
 
 Precision: scaling to norm one in fp32 (fp64 for fp64), by the greatest entry first, so that neither 1e-30 nor 1e30
 breaks it; the iteration in fp16 on a GPU, since bf16 keeps 8 bits and the paper saw rare unrecoverable spikes from it,

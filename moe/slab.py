@@ -112,7 +112,7 @@ def matrix_slabs(units: Sequence[Unit], kind: Kind, held: list[int]) -> Iterator
         for rank in range(team.size):
             held[rank] += owned[rank] * size
         pieces = [Piece(u.name, u.start, place * size, size) for u, place in zip(here, places, strict=True)]
-        yield Slab(kind, shape, count, tuple(_merged(pieces)))
+        yield Slab(kind, shape, count, tuple(_merged(pieces, count * size)))
 
 
 def element_slabs(parameters: Mapping[str, nn.Parameter], kind: Kind) -> Iterator[Slab]:
@@ -135,12 +135,13 @@ def element_slabs(parameters: Mapping[str, nn.Parameter], kind: Kind) -> Iterato
         yield Slab(kind, (), count, tuple(pieces))
 
 
-def _merged(pieces: Sequence[Piece]) -> list[Piece]:
-    """Neighbours that lie end to end in both the parameter and the slab become one."""
+def _merged(pieces: Sequence[Piece], share: int) -> list[Piece]:
+    """Neighbours that lie end to end in both the parameter and one rank's share of the slab become one."""
     out: list[Piece] = []
     for p in pieces:
         last = out[-1] if out else None
-        if last and (last.name, last.start + last.length, last.place + last.length) == (p.name, p.start, p.place):
+        joined = last and (last.name, last.start + last.length, last.place + last.length) == (p.name, p.start, p.place)
+        if last and joined and p.place % share:
             out[-1] = Piece(p.name, last.start, last.place, last.length + p.length)
         else:
             out.append(p)

@@ -18,12 +18,14 @@ Legend: B rows, K drafts, T = K + 1 tokens verified (or those of a prompt's chun
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from moe.cache import Cache
 from moe.model import Decoder
+from moe.mtp import MTPHead
 from moe.sampling import ACCEPT, CHOOSE, choose
 
 Rows = int | Tensor  # the first so many rows, or those of an index
@@ -37,6 +39,7 @@ class Drafter:
     def __init__(self, model: Decoder, drafts: int, *, rows: int, capacity: int) -> None:
         config, weight = model.config, model.lm_head.weight
         self.model, self.drafts = model, drafts
+        self.heads = [cast(MTPHead, head) for head in model.mtp]
         self.caches = [
             # A head is fed up to 2 K + 1 tokens at once and K - 1 are taken back.
             Cache(
@@ -63,28 +66,31 @@ class Drafter:
         view = rows if isinstance(rows, Tensor) else slice(rows)
         tokens_BY = nn.functional.pad(next_BT, (0, self.drafts - 1))
         drafts_BK = next_BT.new_zeros(len(next_BT), 0)
-        state_BTD = x_BTD
+        state_BTD, carry_HBD = x_BTD, self.carry_HBD[:, view].clone()  # what this call leaves is for the next one
         for h, cache in enumerate(self.caches):
             if h:
-                state_BTD = torch.cat((self.carry_HBD[h, view].unsqueeze(1), state_BTD), 1)
+                state_BTD = torch.cat((carry_HBD[h].unsqueeze(1), state_BTD), 1)
             state_BTD = self._read(h, state_BTD, tokens_BY, torch.where(busy_B, counts_B + h, 0), rows)
             cache.rollback(torch.where(busy_B, h, 0), rows)
             if h + 1 < self.drafts:
-                carry_BD = torch.where(busy_B[:, None], row_at(state_BTD, last_B), self.carry_HBD[h + 1, view])
-                self.carry_HBD[h + 1, view] = carry_BD
-            head = self.model.mtp[h]
-            logits_BV = head.output(head.shared_head_norm(row_at(state_BTD, last_B + h)))
+                verified_BD = torch.where(busy_B[:, None], row_at(state_BTD, last_B), carry_HBD[h + 1])
+                self.carry_HBD[h + 1, view] = verified_BD
+            logits_BV = self._logits(h, row_at(state_BTD, last_B + h))
             token_B1 = pick(h, logits_BV, drafts_BK).unsqueeze(1)
             drafts_BK = torch.cat((drafts_BK, token_B1), 1)
             if h + 1 < self.drafts:
                 tokens_BY = tokens_BY.scatter(1, (last_B + 1 + h).unsqueeze(1), token_B1)
         return drafts_BK
 
+    def _logits(self, h: int, state_BD: Tensor) -> Tensor:
+        head = self.heads[h]
+        return head.output(head.shared_head_norm(state_BD))
+
     def _read(self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows) -> Tensor:
         """Head h over the states, each with its token's embedding."""
         tokens = state_BTD.shape[1]
         layout = self.caches[h].feed(rows, counts_B).step(tokens)
-        head, embedded_BTD = self.model.mtp[h], self.model.model["embed_tokens"](tokens_BY[:, :tokens])
+        head, embedded_BTD = self.heads[h], self.model.model["embed_tokens"](tokens_BY[:, :tokens])
         return head(torch.cat((embedded_BTD, state_BTD), -1), self.model.tables(layout.position_BT), layout)
 
 

@@ -206,6 +206,24 @@ def test_reading_ahead_changes_nothing_and_ends() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
+class _Recording(PackedRows):
+    read: list[int]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        self.read.append(step)
+        return super().batch(step, rank, world)
+
+
+def test_the_next_batch_is_read_once_and_before_it_is_asked_for() -> None:
+    rows = _Recording(_long_source(), context=16, rows=4)
+    rows.read = []
+    with ReadAhead(rows) as ahead:
+        ahead.batch(0)
+        ahead.batch(1)
+        ahead.batch(7)
+    assert rows.read in ([0, 1, 2, 7, 8], [0, 1, 2, 7]), "closing may come before the last"
+
+
 def _config(**fields: object) -> TrainConfig:
     model = ModelConfig(vocab_size=104, eos=0, context=16)
     return TrainConfig(model=model, **{"steps": 5, "rows": 2, **fields})  # type: ignore[arg-type]
