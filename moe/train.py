@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = parser("python -m moe.train", "Train a decoder on token files.", EXAMPLES)
     options.add_argument("--plan", action="store_true", help="say what the run would be, and train nothing")
+    options.add_argument("--ranks", type=int, default=1, help="of the plan; torchrun says how many ranks train")
     given = options.parse_args(arguments)
     try:
         return _plan(given) if given.plan else _train(given)
@@ -58,7 +59,7 @@ def _plan(given: argparse.Namespace) -> int:
     from moe.run_file import read_run
 
     run = read_run(given.config, given.set)
-    sys.stdout.write(text(plan(run.config, run.source)))
+    sys.stdout.write(text(plan(run.config, run.source, given.ranks)))
     return 0
 
 

@@ -36,16 +36,15 @@ from moe.alarms import Alarms, Limits
 from moe.config import TrainConfig, differences
 from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
 from moe.device import device_of, memory_bytes, memory_named, repeatable, utilisation
-from moe.exchange import split_experts, whole_weights
+from moe.exchange import whole_weights
 from moe.metrics import METRICS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
 from moe.model import Decoder
 from moe.optim import build
 from moe.parallel import World
 from moe.start import begin, start_problems
-from moe.update import Updater
+from moe.update import Updater, placed
 
 EXPERT_STEPS = 10  # between readings of the experts' statistics; chosen, untested
-PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Run:
         elif start is not None:
             moments = begin(checkpoint.find(start), model, config)
         self.parameters, self.active_parameters = model.parameter_counts()
-        self.model = _placed(model, config, world)
+        self.model = placed(model, config, world)
         self.optimizer = build(self.model, config.optim, world, compiled=config.compile and world.device.type == "cuda")
         if moments:
             self.optimizer.load_state_tensors(moments)
@@ -264,19 +263,6 @@ class _Run:
                 f"train: update {self.step} is not finite, got loss {loss} and gradient norm {grad_norm}, "
                 f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
             )
-
-
-def _placed(model: Decoder, config: TrainConfig, world: World) -> Decoder:
-    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer."""
-    model = model.to(world.device, PRECISION[config.precision]).train()
-    for layer in model.routed:
-        layer.expert_groups = config.optim.expert_groups
-        layer.gate.weight.requires_grad_(not config.optim.freeze_router)
-    split_experts(model, world)
-    if config.compile:
-        for block in (*model.model["layers"].children(), *model.mtp):
-            block.compile(dynamic=False)
-    return model
 
 
 def _preflight(config: TrainConfig, source: TokenSource, start: Path | None, world: World) -> PackedRows:

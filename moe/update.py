@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moe.config import TrainConfig
 from moe.data import Batch
+from moe.exchange import split_experts
 from moe.layers import Attention
 from moe.loss import next_token_loss
 from moe.model import Decoder
@@ -32,6 +33,7 @@ from moe.optim import Optimizer
 from moe.parallel import World
 from moe.schedule import bias_rate, learning_rate
 
+PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOAD_DIGITS = 5  # of the experts' shares in metrics.jsonl
 
 
@@ -229,6 +231,19 @@ class Updater:
             for name in found[0]
         }
         return means | {"load": loads_LE / loads_LE.sum(1, keepdim=True)}
+
+
+def placed(model: Decoder, config: TrainConfig, world: World) -> Decoder:
+    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer."""
+    model = model.to(world.device, PRECISION[config.precision]).train()
+    for layer in model.routed:
+        layer.expert_groups = config.optim.expert_groups
+        layer.gate.weight.requires_grad_(not config.optim.freeze_router)
+    split_experts(model, world)
+    if config.compile:
+        for block in (*model.model["layers"].children(), *model.mtp):
+            block.compile(dynamic=False)
+    return model
 
 
 @torch.no_grad()

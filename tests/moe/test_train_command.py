@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from core.errors import ConfigError, InputError
@@ -81,8 +82,11 @@ def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield child
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        # torchrun gives each rank a session of its own.
+        with suppress(psutil.NoSuchProcess):
+            for process in (*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         child.communicate()
 
 
