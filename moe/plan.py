@@ -1,8 +1,8 @@
 """What a run would be, before it: parameters, operations, memory, steps and hours.
 
-In: `TrainConfig`, a source, the number of ranks. Out: figures, and the same as text. Counts are exact (moe/flops.py). Memory of weights,
-gradients and optimiser is exact but for a rank's share of it; activations are an estimate: `ACTIVATION_WIDTHS` numbers of the model's
-width a token and layer. Hours are those of H100s at `MFU_FLOOR`. Builds no model: a plan for 3B parameters takes as long as for one.
+In: `TrainConfig`, a source, the number of ranks. Out: figures, and the same as text. Counts are exact (moe/flops.py), and so is
+the memory of weights and gradients; the optimiser's is a rank's even share; activations are an estimate, `ACTIVATION_WIDTHS`
+numbers of the model's width a token and layer. Hours are those of H100s at `MFU_FLOOR`. No model is built.
 """
 
 from dataclasses import dataclass

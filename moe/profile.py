@@ -1,7 +1,7 @@
 """`python -m moe.profile -c FILE`: where the time of an update goes.
 
-In: a run file (moe/run_file.py). Out: torch's profiler table of a few updates on stdout, by the device's own time, and with `--trace`
-a Chrome trace for chrome://tracing or Perfetto. The run's folder is neither read nor written; weights are fresh.
+In: a run file (moe/run_file.py). Out: torch's profiler table of a few updates on stdout, by the device's own time, and with
+`--trace` a trace for chrome://tracing or Perfetto. The run's folder is neither read nor written; weights are fresh.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def profile(config: TrainConfig, source: TokenSource, steps: int, lines: int, tr
     gpu = world.device.type == "cuda"
     rows = training_rows(config, source)
     model = placed(Decoder(config.model, config.seed), config, world)
-    updater = Updater(config, model, build(model, config.optim, world, compiled=config.compile and gpu), world, ("all",))
+    updater = Updater(
+        config, model, build(model, config.optim, world, compiled=config.compile and gpu), world, ("all",)
+    )
     batch = rows.batch(0)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with repeatable(config.deterministic, world.device):

@@ -7,7 +7,7 @@ update 1. Between the two may change
 - the bounds `routed_clip` and `shared_clip` (what an exploding expert is answered with),
 - `mtp_heads`, upwards: a head that the earlier run lacks begins as a copy of its first one, moments too (MTP-1 to MTP-3, Step
   3.5 Flash, section 2), or fresh where it had none,
-- what is no shape: data, precision, optimiser. Under another optimiser the moments are left behind.
+- what is no shape: data, precision, optimiser. Another optimiser begins without moments.
 
 Every other difference of the model is refused, all of them named.
 """
@@ -56,7 +56,7 @@ def start_problems(config: TrainConfig, start: Path | None) -> list[str]:
 
 
 def begin(path: Path, model: Decoder, config: TrainConfig) -> dict[str, Tensor]:
-    """Puts a checkpoint's weights into a fresh model, whole and in fp32, and returns the moments to begin with.
+    """Puts a checkpoint's weights into a fresh model, whole and in fp32, and returns the moments to begin with, or none.
 
     `start_problems` found none.
     """
@@ -67,8 +67,8 @@ def begin(path: Path, model: Decoder, config: TrainConfig) -> dict[str, Tensor]:
     weights, moments = (with_heads(tensors, stored.model, config.model) for tensors in (weights, moments))
     weights = model.state_dict() | weights
     checkpoint.put_weights(path.name, model, weights)
-    if stored.optim.optimizer != config.optim.optimizer:
-        moments = {}
+    if stored.optim.optimizer != config.optim.optimizer or UPDATES not in moments:
+        return {}
     return _moments(model, weights, moments, config)
 
 
@@ -76,7 +76,7 @@ def _moments(
     model: Decoder, weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], config: TrainConfig
 ) -> dict[str, Tensor]:
     """What the optimiser of the new run keeps (moe/optim.py): stored where it was, zero where it is new."""
-    out = {UPDATES: stored.get(UPDATES, torch.tensor(0))}
+    out = {UPDATES: stored[UPDATES]}
     for name, p in model.named_parameters():
         if config.optim.freeze_router and name.endswith(ROUTER):
             continue

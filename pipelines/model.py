@@ -158,14 +158,13 @@ def _fim_ids(config: TrainStageConfig, tokenizer: Path) -> tuple[int, ...] | Non
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))
-    ids = [known.token_to_id(token) for token in config.fim_tokens]
-    if None in ids:
-        missing = [token for token, number in zip(config.fim_tokens, ids, strict=True) if number is None]
+    ids = {token: known.token_to_id(token) for token in config.fim_tokens}
+    if missing := [token for token, number in ids.items() if number is None]:
         raise ConfigError(
             f"train: fim_tokens are not in the tokenizer, got {', '.join(missing)}; name three of its special tokens, such as "
             "<|reserved_0|>, <|reserved_1|> and <|reserved_2|>"
         )
-    return tuple(ids)
+    return tuple(int(number) for number in ids.values() if number is not None)
 
 
 def model_folder(root: Root, instance: str) -> Path:

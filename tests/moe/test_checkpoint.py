@@ -202,9 +202,9 @@ def test_another_optimiser_leaves_the_moments_behind(
     config, start = earlier
     later = dataclasses.replace(_later(config, start), optim=OptimConfig(optimizer="adamw"))
     train(later, source, tmp_path / "later", start=start)
-    moments = _moments(tmp_path / "later", 0)
-    assert int(moments["updates"]) == 0
-    assert not any(tensor.any() for tensor in moments.values())
+    assert _moments(tmp_path / "later", 0) == {}
+    moments = _moments(tmp_path / "later", 2)
+    assert int(moments["updates"]) == 2
     assert any(name.endswith("q_proj.weight.exp_avg") for name in moments)
 
 
