@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from core.errors import ConfigError, InputError
 from moe import checkpoint
@@ -21,9 +23,13 @@ from moe.config import TrainConfig
 from moe.evaluate import evaluate
 from moe.generate import generate
 from moe.metrics import read_metrics
+from moe.model import Decoder
+from moe.optim import build
+from moe.plan import plan
 from moe.progress import line, load_line
 from moe.run_file import read_run
 from moe.token_files import open_source
+from moe.train import main
 from moe.trainer import train
 from tests.moe.conftest import EOS, VOCAB, counting_source
 
@@ -170,6 +176,42 @@ def test_a_stopped_run_exits_with_1_and_a_wrong_one_with_2(file: Path) -> None:
     assert (code, err.count("\n")) == (2, 1)
     assert "train.device: no GPU here, got 'cuda'" in err
     assert not (file.parent / "gpu").exists()
+
+
+def test_a_plan_counts_what_the_run_would_make(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = read_run(file)
+    found = plan(run.config, run.source, ranks=2)
+    model = Decoder(run.config.model)
+    assert (found.parameters, found.active_parameters) == model.parameter_counts()
+    assert (found.steps, found.tokens) == (10, 10 * 4 * 64)
+    assert found.weight_bytes == found.gradient_bytes == 4 * found.parameters
+    optimizer = build(model, run.config.optim)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.0)
+    assert 2 * found.optimizer_bytes == pytest.approx(optimizer.state_bytes, rel=0.02)
+    half = plan(replace(run.config, precision="bfloat16"), run.source)
+    assert half.weight_bytes == 2 * found.parameters
+    assert half.optimizer_bytes == pytest.approx(2 * found.optimizer_bytes + 4 * found.parameters, rel=0.01)
+    assert main(["-c", str(file), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert f"parameters      {found.parameters:,}, {found.active_parameters:,} active\n" in out
+    assert "updates         10, 2,560 tokens\n" in out
+    assert not (file.parent / "run").exists()
+
+
+def test_a_profile_names_the_costly_operations(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moe.profile import main as profile
+
+    trace = file.parent / "trace.json"
+    assert profile(["-c", str(file), "--steps", "1", "--lines", "8", "--trace", str(trace)]) == 0
+    out = capsys.readouterr().out
+    assert "aten::mm" in out
+    assert json.loads(out.splitlines()[-1])["updates"] == 1
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::mm" in names
+    assert profile(["-c", str(file), "--steps", "0"]) == 2
+    assert not (file.parent / "run").exists()
 
 
 def test_changes_are_laid_over_the_file(file: Path) -> None:
