@@ -7,7 +7,7 @@ update:
     lr float                  grad_norm float, before clipping                  domain_loss {name: float}, domains of this batch
     mtp_loss [float] by head  load_violation [float] and group_loss float of the routed layers (moe/experts.py)
     experts {name: [float]}, attention_logit_bound [float] by layer: at the first, the last and each EXPERT_STEPS-th update
-    alarms [{name, found}], where some hold (moe/alarms.py)
+    alarms [{name, found, expected}], where some hold (moe/alarms.py)
     step_s, tokens_per_s, mfu float, memory_bytes int: alone differ between equal runs; mfu on known GPUs only
 
 A run may start from another run's checkpoint (moe/start.py). The same call on a folder with a checkpoint goes on from it, on
@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from core.errors import ConfigError, StageError
 from core.hashing import file_digest
 from moe import checkpoint
-from moe.alarms import Alarms, Limits
+from moe.alarms import Alarm, Alarms, Limits
 from moe.config import TrainConfig, differences
 from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
 from moe.device import device_of, memory_bytes, memory_named, repeatable, utilisation
@@ -124,6 +124,7 @@ class _Run:
             self.optimizer.load_state_tensors(moments)
         self.updater = Updater(config, self.model, self.optimizer, world, rows.source.domains)
         self.alarms = Alarms(limits, config.model.experts / config.model.top_k - 1)
+        self.holding: list[Alarm] = []  # of the last update
         self.raised: set[str] = set()
         self._open(None if found is None else found[0].name)
 
@@ -137,7 +138,7 @@ class _Run:
             while self.step < self.config.steps:
                 row = self.update(batches)
                 metrics.write(row)
-                self._stop_if_doomed(row)
+                self._stop_if_doomed()
                 if self.step == self.config.steps or (
                     self.step % self.config.checkpoint_steps == 0 and self.alarms.calm
                 ):
@@ -159,10 +160,10 @@ class _Run:
         self.step += 1
         self._check_finite(values["loss"], values["grad_norm"])
         row = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context, **values}
-        alarms = self.alarms.see(row)
-        if alarms:
-            self.raised |= {alarm.name for alarm in alarms}
-            row["alarms"] = [asdict(alarm) for alarm in alarms]
+        self.holding = self.alarms.see(row)
+        if self.holding:
+            self.raised |= {alarm.name for alarm in self.holding}
+            row["alarms"] = [{"name": a.name, "found": a.found, "expected": a.expected} for a in self.holding]
         step_s = time.perf_counter() - began
         row |= {"step_s": step_s, "tokens_per_s": figures.tokens / step_s}
         share = utilisation(self.config, row["tokens_per_s"], self.world.device, self.world.size)
@@ -247,14 +248,12 @@ class _Run:
     def _stands(self) -> str:
         return f"{checkpoint.find(self.folder).name} stands"
 
-    def _stop_if_doomed(self, row: dict[str, Any]) -> None:
-        names = [alarm["name"] for alarm in row.get("alarms", []) if alarm["name"] in self.alarms.limits.stop]
-        if names:
-            alarm = next(a for a in row["alarms"] if a["name"] == names[0])
+    def _stop_if_doomed(self) -> None:
+        alarm = self.alarms.stops(self.holding)
+        if alarm is not None:
             raise StageError(
-                f"train: update {self.step}: alarm {alarm['name']}, got {alarm['found']}, expected {alarm['expected']}; "
-                f"{self._stands()}: {alarm['advice']} in a new folder that starts from it, or go on here with "
-                f"{alarm['name']} left out of alarms.stop"
+                f"train: update {self.step}: {alarm} in a new folder that starts from {checkpoint.find(self.folder).name}, "
+                f"which stands, or go on here with {alarm.name} left out of alarms.stop"
             )
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:

@@ -154,7 +154,7 @@ def test_two_ranks_are_killed_and_one_goes_on(file: Path, alone: Path) -> None:
 
 
 def test_torchrun_trains_one_run(file: Path, alone: Path) -> None:
-    changes = ["--set", "folder=together", "--set", "steps=4", "--set", "micro_rows=1"]
+    changes = ["--set", "folder=together", "--set", "steps=4", "--set", "micro_rows=1", "--set", "expert_ranks=2"]
     code, out, err = _finished([*RANKS, "-m", "moe.train", "-c", str(file), *changes])
     assert code == 0, err
     summary = json.loads(out)  # of rank 0 alone

@@ -288,7 +288,12 @@ def trained(built: tuple[Pipeline, Root]) -> Any:
         for i in range(1, 1501)
     ]
     for row in metrics:
-        row |= {"tokens_per_s": 1000.0, "grad_norm": 1.0, "load_violation": [0.5, 0.25], "mtp_loss": [9.0 / row["step"]]}
+        row |= {
+            "tokens_per_s": 1000.0,
+            "grad_norm": 1.0,
+            "load_violation": [0.5, 0.25],
+            "mtp_loss": [9.0 / row["step"]],
+        }
         if row["step"] % 10 == 0:
             read = {"rms_min_median": [0.9, 0.5], "rms_max_median": [1.5, 31.0], "confidence": [0.6, 0.7]}
             row["experts"] = read | {"load": [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]}
