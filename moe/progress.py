@@ -16,8 +16,8 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def live(steps: int, stream: TextIO | None = None) -> Iterator[OnStep]:
-    """Gives an `on_step` for `moe.trainer.train`."""
+def live(steps: int, stream: TextIO | None = None, label: str = "") -> Iterator[OnStep]:
+    """Gives an `on_step` for `moe.trainer.train`; `label` names the run in front of the line."""
     out = stream or sys.stderr
     begun: set[str] = set()
 
@@ -36,6 +36,7 @@ def live(steps: int, stream: TextIO | None = None) -> Iterator[OnStep]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.description}"))
+    first = f"{label}: " if label else ""
     with Progress(*columns, console=Console(file=out), transient=True) as bars:
         bar = bars.add_task("", total=steps)
         loads = [""]
@@ -44,7 +45,7 @@ def live(steps: int, stream: TextIO | None = None) -> Iterator[OnStep]:
             warn(row)
             if "experts" in row:
                 loads[0] = load_line(row["experts"].get("load", []))
-            bars.update(bar, completed=row["step"], description=line(row) + loads[0])
+            bars.update(bar, completed=row["step"], description=first + line(row) + loads[0])
 
         yield show
 

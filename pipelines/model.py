@@ -9,6 +9,7 @@ A pipeline may train through phases: `train@anneal: {phase: anneal, after: train
 (`model: {context: 1024, rope_theta: 1.0e+6}`) and more MTP heads than the one before (moe/start.py).
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +106,7 @@ def train(job: Job) -> Outcome:
     from moe.alarms import Limits
     from moe.checkpoint import weights_digest
     from moe.config import build
+    from moe.progress import live
     from moe.trainer import train as train_model
 
     config: TrainStageConfig = job.config
@@ -117,11 +119,12 @@ def train(job: Job) -> Outcome:
     limits = build(Limits, config.alarms, "alarms")
     with (
         workspace(job.root, folder, apart=[EVALUATION]) as place,
-        job.display.task(f"{job.instance}: {config.phase}", plan.steps, 0) as advance,
+        live(plan.steps, label=job.instance) if job.display.live else nullcontext() as show,
     ):
 
         def on_step(row: dict[str, Any]) -> None:
-            advance(0, 0, 1)
+            if show is not None:
+                show(row)
             if row["step"] % config.checkpoint_steps == 0:
                 place.commit()
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.report import svg
-from pipelines.report.accounts import Facts
+from pipelines.report.accounts import Done, Facts
 from pipelines.report.markup import Html, count, div, figure, join, paragraph, percent, section, short, span, table, tag
 from pipelines.report.samples import metrics
 
@@ -78,10 +78,23 @@ def bits_per_byte(evaluated: dict[str, Any]) -> float | None:
 
 
 def model(facts: Facts, evaluated: dict[str, Any]) -> Html:
-    """Loss curve, held-out bits per byte by source, continuations."""
-    done = facts.of("train")
-    if done is None:
+    """The course of each run, held-out bits per byte by source, continuations."""
+    runs = [d for d in facts.done if d.step.entry.stage.name == "train"]
+    if not runs:
         return Html("")
+    parts: list[str] = []
+    for done in runs:
+        parts += [*([tag("h3", None, done.instance)] if len(runs) > 1 else []), *_run(facts, done)]
+    parts += _held_out(facts, evaluated)
+    samples = evaluated.get("samples", [])
+    if samples:
+        parts.append(tag("h3", None, "Continuations"))
+        parts.append(div("cards", *(_continuation(s) for s in samples)))
+    return section("model", "Model", *parts)
+
+
+def _run(facts: Facts, done: Done) -> list[str]:
+    """What one run was, and its curves."""
     m = done.manifest
     rows = metrics(facts, m.outputs["weights"]["folder"])
     o = m.observed
@@ -94,14 +107,7 @@ def model(facts: Facts, evaluated: dict[str, Any]) -> Html:
         f"last loss {figure(rows[-1]['loss'], 3)} nats" if rows else "",
     ]
     parts: list[str] = [paragraph(", ".join(s for s in said if s))]
-    if rows:
-        parts += [*_curves(facts, rows), *_course(rows), *_experts(rows), *_alarms(rows)]
-    parts += _held_out(facts, evaluated)
-    samples = evaluated.get("samples", [])
-    if samples:
-        parts.append(tag("h3", None, "Continuations"))
-        parts.append(div("cards", *(_continuation(s) for s in samples)))
-    return section("model", "Model", *parts)
+    return [*parts, *_curves(facts, rows), *_course(rows), *_experts(rows), *_alarms(rows)] if rows else parts
 
 
 def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:

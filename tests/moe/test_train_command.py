@@ -1,5 +1,6 @@
 """`python -m moe.train` as a person uses it: run files, two ranks killed and gone on with by one, errors and their codes."""
 
+import io
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from moe.metrics import read_metrics
 from moe.model import Decoder
 from moe.optim import build
 from moe.plan import plan
-from moe.progress import line, load_line
+from moe.progress import line, live, load_line
 from moe.run_file import read_run
 from moe.token_files import open_source
 from moe.train import main
@@ -273,3 +274,21 @@ def test_the_live_line_says_what_a_row_holds() -> None:
     assert load_line([[0.25] * 4, [0.5, 0.5, 0.0, 0.0]]) == "\nload of routed layer 1: ██▁▁"
     assert load_line([[0.25] * 4]) == "\nload of routed layer 0: ▅▅▅▅"
     assert load_line([]) == ""
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()])
+def test_an_alarm_is_told_when_it_begins(stream: io.StringIO) -> None:
+    """Once while it lasts, again when it comes back; the live line is drawn on a terminal only."""
+    row = {"loss": 2.5, "tokens_per_s": 1.0, "grad_norm": 0.5, "experts": {"load": [[0.5, 0.5]]}}
+    alarms = [{"name": "dead_expert", "found": "rms 0"}]
+    with live(5, stream, "here") as on_step:
+        for step, held in enumerate(([], alarms, alarms, [], alarms), 1):
+            on_step(row | {"step": step, "alarms": held})
+    said = stream.getvalue()
+    assert [f"update {i}: alarm dead_expert: rms 0" in said for i in range(1, 6)] == [False, True, False, False, True]
+    assert ("here: loss 2.500" in said) == stream.isatty()
