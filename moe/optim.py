@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from core.errors import StageError
-from moe import muon
+from moe import muon, schedule
 from moe.config import OptimConfig
 from moe.exchange import expert_names
 from moe.parallel import World
@@ -82,12 +82,13 @@ class Optimizer:
     def step(self, lr: float, momentum: float | None = None) -> None:
         """One update of all weights; gradients are scaled down to a norm of `grad_clip` at most.
 
-        `momentum`: Muon's, by default the config's. A parameter without a gradient counts as one with zeros.
+        `momentum`: Muon's, by default the schedule's. A parameter without a gradient counts as one with zeros.
         """
         norm = self.reduce() if self._norm is None else self._norm
         scale = (self.config.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
+        warm = schedule.momentum(self.updates, self.config)
         # 0-d tensors on the CPU: a new rate must not compile the update again.
-        rates = torch.tensor([lr, self.config.momentum if momentum is None else momentum], dtype=torch.float64)
+        rates = torch.tensor([lr, warm if momentum is None else momentum], dtype=torch.float64)
         for slab in self.slabs:
             self._update(slab, scale, rates)
         self.updates += 1
