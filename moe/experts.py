@@ -17,6 +17,7 @@ Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E 
 routed copies of tokens.
 """
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
@@ -136,7 +137,9 @@ class MoE(ExactBuffers):
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
         self.group_loss: Tensor | None = None
-        self.seen: dict[str, Tensor] = {}
+        # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
+        self.routing: dict[str, Tensor] | None = None
+        self.activity: tuple[Tensor, Tensor] | None = None  # mean squares and rows of this rank's experts
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -173,7 +176,7 @@ class MoE(ExactBuffers):
             self.load += load_E
             self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
             if self.watch:
-                self._see(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
+                self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
         x_RD = _Dispatch.apply(x_SD, order_R, inverse_R, self.top_k)
         weight_R1 = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1).unsqueeze(1)
         if self.exchange is None:
@@ -194,17 +197,10 @@ class MoE(ExactBuffers):
         gate_RF, up_RF = h_RF.chunk(2, dim=-1)
         a_RF = gated(gate_RF, up_RF, self.limit)
         if self.training and self.watch:
-            self.seen["square"], self.seen["rows"] = _mean_squares(a_RF.detach(), load_E), load_E
+            self.activity = _mean_squares(a_RF.detach(), load_E), load_E
         if weight_R1 is not None:
             a_RF = (a_RF * weight_R1).to(x_RD.dtype)
         return self.down_proj(a_RF, load_E, grouped)
-
-    def _see(self, logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> None:
-        mass_SE = score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)
-        self.seen["confidence"] = mass_SE.gather(1, chosen_SK).sum(-1).mean()
-        self.seen["router_logit_std"] = logit_SE.std(correction=0)
-        self.seen["router_logit_max"] = logit_SE.abs().amax()
-        self.seen["load"] = load_E
 
     def stats(self) -> dict[str, Tensor]:
         """What the last forward in training showed, as 0-d tensors; nothing is read back from a GPU.
@@ -214,24 +210,17 @@ class MoE(ExactBuffers):
         a tenth of the mean load or the median RMS. `confidence`: share of the score mass on the chosen experts.
         `load_entropy`: 1 when balanced, 0 when one expert takes all. Experts are those of this rank.
         """
-        seen = self.seen
-        if not seen:
+        if self.routing is None or self.activity is None:
             return {}
-        busy_E = seen["rows"] > 0
-        rms_E = torch.where(busy_E, seen["square"].sqrt(), torch.nan)
-        median = rms_E.nanmedian()
-        load_E = seen["rows"].to(rms_E.dtype)
-        share_E = seen["load"].to(rms_E.dtype) / seen["load"].sum()
-        entropy = -torch.xlogy(share_E, share_E).sum() / torch.log(torch.tensor(float(max(2, len(share_E)))))
-        dead_E = (load_E < IDLE * load_E.mean()) | (rms_E < IDLE * median)
+        square_E, rows_E = self.activity
+        rms_E, rows_E = square_E.sqrt(), rows_E.to(square_E.dtype)
+        busy_E, median = rows_E > 0, rms_E.nanmedian()
+        dead_E = (rows_E < IDLE * rows_E.mean()) | (rms_E < IDLE * median)
         return {
             "rms_min_median": torch.where(busy_E, rms_E, torch.inf).amin() / median,
             "rms_max_median": torch.where(busy_E, rms_E, 0).amax() / median,
             "dead_fraction": dead_E.to(rms_E.dtype).mean(),
-            "confidence": seen["confidence"],
-            "router_logit_std": seen["router_logit_std"],
-            "router_logit_max": seen["router_logit_max"],
-            "load_entropy": entropy,
+            **self.routing,
         }
 
     @torch.no_grad()
@@ -245,6 +234,18 @@ class MoE(ExactBuffers):
         self.router_bias += rate * torch.sign(mean - load_E)
         self.load.zero_()
         return float(load_E.max() / mean - 1)
+
+
+def routing_stats(logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> dict[str, Tensor]:
+    """What `MoE.stats` tells of the router, as 0-d tensors."""
+    mass_S = score_SE.gather(1, chosen_SK).sum(-1) / (score_SE.sum(-1) + WEIGHT_SUM_EPS)
+    share_E = load_E.to(score_SE.dtype) / load_E.sum()
+    return {
+        "confidence": mass_S.mean(),
+        "router_logit_std": logit_SE.std(correction=0),
+        "router_logit_max": logit_SE.abs().amax(),
+        "load_entropy": -torch.xlogy(share_E, share_E).sum() / math.log(max(2, len(share_E))),
+    }
 
 
 def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
@@ -274,10 +275,11 @@ def sort_by_expert(chosen_SK: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 def _mean_squares(a_RF: Tensor, load_E: Tensor) -> Tensor:
     """Mean square of each expert's rows, fp32 [E]; NaN for an expert without rows."""
-    # A running sum in fp64 and its differences: sums over blocks without atomic additions or a loop.
-    total_R = functional.pad(wide(a_RF).square().mean(-1).double().cumsum(0), (1, 0))
-    ends_E = load_E.cumsum(0)
-    return ((total_R[ends_E] - total_R[ends_E - load_E]) / load_E).float()
+    # Every row against every expert, as running sums of floats and atomic additions depend on the run on a GPU.
+    square_R1, ends_E = wide(a_RF).square().mean(-1, keepdim=True), load_E.cumsum(0)
+    index_R1 = torch.arange(len(a_RF), device=a_RF.device).unsqueeze(1)
+    own_RE = (index_R1 >= ends_E - load_E) & (index_R1 < ends_E)
+    return (torch.where(own_RE, square_R1, 0).sum(0) / load_E).float()
 
 
 class _Dispatch(torch.autograd.Function):
