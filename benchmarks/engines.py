@@ -126,13 +126,21 @@ def contest(job: str, data: Path, rounds: int, args: argparse.Namespace) -> dict
         for name in args.only if turn % 2 == 0 else list(args.only)[::-1]:
             if name in PEERS and turn >= args.peer_rounds:
                 continue
-            found[name].append(one(name, job, data, args.workers, args.memory_gb))
+            try:
+                found[name].append(one(name, job, data, args.workers, args.memory_gb))
+            except (RuntimeError, subprocess.TimeoutExpired) as e:  # a row of its own: the other runs are hours of work
+                print(f"{name} {job}: {e}", file=sys.stderr)
+                found[name].append({"failed": str(e).strip().rpartition("\n")[2]})
     return found
 
 
 def table(title: str, found: dict[str, list[dict[str, Any]]], mb: float) -> Table:
     rows: list[list[Any]] = []
-    for name, runs in found.items():
+    for name, all_runs in found.items():
+        runs = [r for r in all_runs if "failed" not in r]
+        if not runs:
+            rows.append([name, *["-"] * 6, f"failed: {all_runs[0]['failed']}"])
+            continue
         middle = {k: statistics.median(r[k] for r in runs) for k in ("start_s", "work_s", "cpu_s", "whole_s")}
         spread = f"{min(r['work_s'] for r in runs):.1f} to {max(r['work_s'] for r in runs):.1f}"
         rows.append(
@@ -173,12 +181,15 @@ def measure(args: argparse.Namespace) -> Result:
 
 def _checks(what: str, found: dict[str, list[dict[str, Any]]]) -> list[Check]:
     """Ours beside `local`: the same bytes, and how much slower past start-up."""
-    ours = {name: runs for name, runs in found.items() if name in ENGINES}
+    ours = {name: [r for r in runs if "failed" not in r] for name, runs in found.items() if name in ENGINES}
+    lost = sum(len(found[name]) - len(runs) for name, runs in ours.items())
+    ours = {name: runs for name, runs in ours.items() if runs}
     if "local" not in ours or len(ours) == 1:
-        return []
+        return [Check(f"{what}: failed runs of our engines", lost, 0)]
     work = {name: statistics.median(r["work_s"] for r in runs) for name, runs in ours.items()}
     digests = {r["made"] for runs in ours.values() for r in runs}
-    checks = [Check(f"{what}: different outputs of our engines", len(digests), 1)]
+    checks = [Check(f"{what}: failed runs of our engines", lost, 0)]
+    checks += [Check(f"{what}: different outputs of our engines", len(digests), 1)]
     return checks + [
         Check(f"{what}: work of `{name}` over that of `local`", s / work["local"], GOAL)
         for name, s in work.items()

@@ -31,9 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.errors import StageError
+from core.statistics import ALPHA, holm, least_effect, paired_variance, satterthwaite
 
-ALPHA = 0.05
-POWER = 0.8  # Bloom 1995; custom
 LEAST_DOCS = 2  # below, nothing can be said about other documents
 TIE, BETTER, WORSE = "tie", "better", "worse"
 
@@ -96,22 +95,6 @@ def judged(c: Comparison, p_holm: float) -> Comparison:
     return Comparison(**{**vars(c), "p_holm": p_holm, "verdict": verdict})
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down p-values, in the order given."""
-    out, most = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        most = max(most, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = most
-    return out
-
-
-def paired_variance(difference_bits: np.ndarray, text_bytes: np.ndarray) -> float:
-    """Variance of sum(difference) / sum(bytes) over samples of documents (Cochran's ratio estimator)."""
-    n, total = len(text_bytes), float(text_bytes.sum())
-    rest = difference_bits - difference_bits.sum() / total * text_bytes
-    return float(n / (n - 1) * np.square(rest).sum() / total**2)
-
-
 def run_noise(bpb: np.ndarray, groups: Sequence[int]) -> tuple[float, int]:
     """(variance of one run, its degrees of freedom) from bits per byte [arms, seeds]; arms of one group are the same treatment.
 
@@ -122,19 +105,6 @@ def run_noise(bpb: np.ndarray, groups: Sequence[int]) -> tuple[float, int]:
     rest = bpb - means[:, None] - bpb.mean(axis=0)[None, :] + bpb.mean()
     df = arms * seeds - len(set(groups)) - seeds + 1
     return float(np.square(rest).sum() / df), df
-
-
-def satterthwaite(variances: Sequence[float], df: Sequence[float]) -> float:
-    """Degrees of freedom of a sum of independent variances; infinite if all are zero."""
-    below = sum(v * v / d for v, d in zip(variances, df, strict=True))
-    return sum(variances) ** 2 / below if below else math.inf
-
-
-def least_effect(error: float, df: float) -> float:
-    """The true effect that a two-sided test at `ALPHA` finds with probability `POWER`."""
-    from scipy.stats import t
-
-    return float((t.ppf(1 - ALPHA / 2, df) + t.ppf(POWER, df)) * error)
 
 
 def _check(losses: Losses) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from core.errors import ConfigError, StageError
 from core.hashing import digest
 from core.storage import Root
+from mixtures.levels import token_levels
 from mixtures.token_files import token_dtype
 
 if TYPE_CHECKING:
@@ -92,18 +93,31 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts end to end, each text followed by EOS, and int32 [len(texts)] tokens per text, EOS included."""
-        lengths = np.zeros(len(texts), dtype=np.int32)
-        parts: list[np.ndarray] = []
+        tokens, lengths, _ = self.encode_levels(texts, [None] * len(texts))
+        return tokens, lengths
+
+    def encode_levels(
+        self, texts: Sequence[str], levels: Sequence[np.ndarray | None]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`encode`, and uint8 levels of all tokens from those of each text's characters (None: 0). EOS has the last one's."""
+        lengths, read = np.zeros(len(texts), dtype=np.int32), [0] * len(texts)
+        parts, level_parts = [np.zeros(0, dtype=self._dtype)], [np.zeros(0, dtype=np.uint8)]
         eos = np.array([self._eos], dtype=self._dtype)
         for group in _groups(texts):
-            pieces = [piece for _, piece, _ in group]
-            for (i, _, last), encoding in zip(
-                group, self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False), strict=True
-            ):
-                ids = np.array(encoding.ids, dtype=self._dtype)
+            known = any(levels[i] is not None for i, _, _ in group)
+            encode = self._tokenizer.encode_batch if known else self._tokenizer.encode_batch_fast  # fast: no offsets
+            encodings = encode([piece for _, piece, _ in group], add_special_tokens=False)
+            for (i, piece, last), encoding in zip(group, encodings, strict=True):
+                ids, own = np.array(encoding.ids, dtype=self._dtype), levels[i]
                 parts += [ids, eos] if last else [ids]
                 lengths[i] += len(ids) + last
-        return (np.concatenate(parts) if parts else np.zeros(0, dtype=self._dtype)), lengths
+                if own is None:
+                    level_parts.append(np.zeros(len(ids) + last, dtype=np.uint8))
+                else:
+                    level_parts += [token_levels(own[read[i] : read[i] + len(piece)], encoding.offsets)]
+                    level_parts += [own[-1:] if len(own) else np.zeros(1, dtype=np.uint8)] if last else []
+                read[i] += len(piece)
+        return np.concatenate(parts), lengths, np.concatenate(level_parts)
 
 
 @lru_cache(maxsize=2)

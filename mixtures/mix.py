@@ -42,12 +42,23 @@ def mix(job: Job) -> Outcome:
     about = {"tokenizer": info.fingerprint, "tokenizer_name": info.name, "eos": info.eos, "vocab_size": info.vocab_size}
     drawn = _drawn(config, find(job, groups(config, names), info))
     contents = _shard_contents(job)
+    _check_levels(job)
     outputs, reports = {}, {}
     for phase, (parts, seed, report) in drawn.items():
         folder = phase_path(job.instance, phase)
-        outputs[phase] = write_index(job.root, folder, _ordered(job, parts, seed), about, contents)
+        learn = config.phases[phase].learn if phase in config.phases else "all"
+        entries = _ordered(job, parts, seed)
+        outputs[phase] = write_index(job.root, folder, entries, {**about, "learn": learn}, contents)
         rows = [part.report for part in parts]
-        reports[phase] = {"phase": phase, "seed": seed, **about, **outputs[phase], **report, "components": rows}
+        reports[phase] = {
+            "phase": phase,
+            "seed": seed,
+            "learn": learn,
+            **about,
+            **outputs[phase],
+            **report,
+            "components": rows,
+        }
         job.root.write_json(f"mixtures/{folder}/report.json", reports[phase])
     accounts = {
         f"{phase}_{key}": out[name]
@@ -86,6 +97,18 @@ def _shard_contents(job: Job) -> dict[str, str]:
     return {name: out["content"] for name, out in manifest.outputs.items()}
 
 
+def _check_levels(job: Job) -> None:
+    """A phase that learns a part only needs token shards that know which; a mask of nothing would be noticed by nobody."""
+    manifest = read_manifest(job.root, job.config.tokenize, None)
+    known = manifest is not None and any(out.get("levels") for out in manifest.outputs.values())
+    partial = [name for name, phase in job.config.phases.items() if phase.learn != "all"]
+    if partial and not known:
+        raise StageError(
+            f"mix: phase {partial[0]!r} learns {job.config.phases[partial[0]].learn} only, got no token shard with levels, "
+            "expected dialogues or conversations among them; set `levels` of tokenize, or `learn: all`"
+        )
+
+
 def _ordered(job: Job, parts: Sequence[Part], seed: int) -> Entries:
     """All entries of a phase in order of the seeded hash of `doc_id#epoch`."""
     taken = pa.concat_tables([part.entries for part in parts])
@@ -103,7 +126,7 @@ STAGE = Stage(
     kind=Kind.EXPORT,
     config=MixConfig,
     fn=mix,
-    version=2,  # 2: documents may be held for a phase, and a phase may replay another
+    version=3,  # 2: documents may be held for a phase, a phase may replay another; 3: `learn` in the index
     reads=reads,
     resources=Resources(memory_gb=4.0),
 )

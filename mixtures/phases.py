@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -77,6 +78,11 @@ class Phase(BaseModel):
     seed: int = Field(default=0, description="of the order, and of the choice of documents in a partial epoch")
     components: tuple[Component, ...] = Field(min_length=1, description="its parts; weights sum to 1")
     replay: Replay | None = Field(default=None, description="a share of an earlier phase, again")
+    learn: Literal["all", "content", "answers"] = Field(
+        default="all",
+        description="what counts in the loss: of dialogues and conversations `content` leaves out the template's words, "
+        "`answers` all that is not the assistant's (`levels` of tokenize)",
+    )
     max_shortfall_fraction: float = Field(
         default=1.0, ge=0.0, le=1.0, description="fail if a part lacks more of its share; 1: report it only"
     )

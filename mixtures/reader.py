@@ -15,7 +15,7 @@ from core.cache import fetched
 from core.errors import StageError
 from core.storage import Root
 from mixtures.index_file import Entries, read_index
-from mixtures.token_files import AGAIN, TokenShard, docs_name, open_shard, shard_name, token_dtype
+from mixtures.token_files import AGAIN, LEARN, TokenShard, docs_name, open_shard, shard_name, token_dtype
 
 MAPPED_SHARDS = 4096  # at a time; Linux allows 65,530 maps a process (vm.max_map_count)
 
@@ -33,6 +33,7 @@ class MixtureSource:
         self.domains: Sequence[str] = note["domains"]
         self.tokenizer: str = note["tokenizer"]  # fingerprint
         self.content: str = note["content"]  # of the index and of every token shard it reads
+        self.learn: str = note.get("learn", "all")  # what counts in the loss, one of `LEARN`
         self._tokenizer_name: str = note["tokenizer_name"]
         self._contents: dict[str, str] = note["shards"]
         self._mapped: dict[int, TokenShard] = {}
@@ -56,6 +57,16 @@ class MixtureSource:
     def lengths(self) -> np.ndarray:
         """int32 [len(self)]: tokens of every entry."""
         return self._entries.tokens
+
+    def mask(self, i: int) -> np.ndarray | None:
+        """bool, one a token of entry i: whether the phase learns it. None: all of them."""
+        if self.learn == "all":
+            return None
+        shard = self._shard(int(self._entries.shard[i]))
+        if shard.levels is None:
+            return None
+        start = int(shard.starts[self._entries.document[i]])
+        return np.asarray(shard.levels[start : start + self.length(i)] <= LEARN[self.learn])
 
     def domain(self, i: int) -> int:
         """Index into `domains`."""
@@ -81,10 +92,11 @@ class MixtureSource:
     def _open(self, ordinal: int) -> TokenShard:
         name, note = self._checked(ordinal)
         try:
-            index, _ = fetched(self._root, [f"{name}.idx", f"{name}.bin"], note["content"])
+            levels = [f"{name}.levels"] if note.get("levels", False) else []
+            index, *_ = fetched(self._root, [f"{name}.idx", f"{name}.bin", *levels], note["content"])
         except FileNotFoundError as e:
             raise _missing(f"{self._root.url}/{name}.bin or .idx") from e
-        return open_shard(index.with_suffix(""))
+        return open_shard(index.with_suffix(""), note.get("levels", False))
 
     def _checked(self, ordinal: int) -> tuple[str, dict[str, Any]]:
         """A shard's name and what is stored beside it. In an object store its size is compared as well: opening it would fetch
@@ -104,6 +116,8 @@ class MixtureSource:
         shard = shard_name(self._tokenizer_name, dataset, name)
         if not self._root.is_local:
             self._check_size(f"{shard}.bin", note["tokens"] * token_dtype(self.vocab_size).itemsize)
+            if note.get("levels", False):
+                self._check_size(f"{shard}.levels", note["tokens"])
         return shard, note
 
     def _check_size(self, name: str, expected: int) -> None:

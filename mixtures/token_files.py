@@ -6,6 +6,7 @@ A token is a little-endian number of `token_dtype`; each document is one sequenc
 - `<shard>.idx` (`IndexedDataset` of megatron-core 0.16): magic, version 1 (u64), dtype code (u8), sequences n (u64),
   document boundaries n + 1 (u64), then lengths int32 [n], byte offsets int64 [n], boundaries int64 [n + 1].
 - `<shard>.ds.index` (`TokenizedFile` of datatrove 0.10): where each document ends, in tokens, u64 [n].
+- `<shard>.levels`: one byte a token, its level (`mixtures.levels`); only where some token's is not 0.
 - `<shard>.docs.parquet`: one row a document in the order of the files above; it is written last and commits them.
 
 A shard without documents has only the last one: an empty `.bin` cannot be mapped. Numpy only, for `mixtures.reader`.
@@ -27,6 +28,8 @@ CODES: dict[np.dtype, int] = {
     np.dtype(np.int32): 4,
 }  # those that `optimal_dtype` picks
 AGAIN = "remove manifests/tokenize.json and run tokenize, which makes this shard again"
+ANSWER, PROMPT, SCAFFOLD = 0, 1, 2  # levels; all that is no dialogue is ANSWER
+LEARN = {"all": SCAFFOLD, "content": PROMPT, "answers": ANSWER}  # what a phase learns: highest level in the loss
 UINT16_VOCAB = 65_500  # Megatron's `optimal_dtype`: two bytes below this vocabulary
 
 
@@ -67,10 +70,12 @@ class TokenShard:
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    levels: np.ndarray | None = None  # uint8, one a token; None: all 0
 
 
-def open_shard(prefix: Path) -> TokenShard:
-    """Map `prefix.bin` and `prefix.idx`. Any other length than the index says is a StageError."""
+def open_shard(prefix: Path, levels: bool = False) -> TokenShard:
+    """Map `prefix.bin`, `prefix.idx` and, with `levels`, `prefix.levels`. Any other length than the index says is a
+    StageError."""
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         raw, size = index_path.read_bytes(), data_path.stat().st_size
@@ -80,12 +85,24 @@ def open_shard(prefix: Path) -> TokenShard:
     at = HEADER.size
     lengths = np.frombuffer(raw, dtype="<i4", count=n, offset=at)
     pointers = np.frombuffer(raw, dtype="<i8", count=n, offset=at + lengths.nbytes)
-    expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+    tokens = int(lengths.sum(dtype=np.int64))
+    _check_size(data_path, size, tokens * dtype.itemsize)
+    mapped = np.memmap(data_path, dtype=dtype, mode="r")
+    return TokenShard(mapped, pointers // dtype.itemsize, lengths, _levels(prefix, tokens) if levels else None)
+
+
+def _levels(prefix: Path, tokens: int) -> np.ndarray:
+    path = Path(f"{prefix}.levels")
+    try:
+        _check_size(path, path.stat().st_size, tokens)
+    except FileNotFoundError as e:
+        raise StageError(f"tokens: {path} is missing; {AGAIN}") from e
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _check_size(path: Path, size: int, expected: int) -> None:
     if size != expected:
-        raise StageError(
-            f"tokens: {data_path} is cut short or overwritten, got {size} bytes, expected {expected}; {AGAIN}"
-        )
-    return TokenShard(np.memmap(data_path, dtype=dtype, mode="r"), pointers // dtype.itemsize, lengths)
+        raise StageError(f"tokens: {path} is cut short or overwritten, got {size} bytes, expected {expected}; {AGAIN}")
 
 
 def _header(path: Path, raw: bytes) -> tuple[np.dtype, int]:

@@ -1,9 +1,9 @@
 """Token shards: every document that stays, encoded once, spans applied, EOS between documents.
 
 In: documents for which `where` holds, span columns, `models/<tokenizer>`. Out, below `tokens/<tokenizer>/<dataset>/`, for each
-shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` (see `mixtures.token_files`), and `.docs.parquet` with the
-columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so a killed run goes on
-from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
+shard of documents: `.bin` + `.idx`, on demand `.ds` + `.ds.index` and `.levels` (see `mixtures.token_files`), and
+`.docs.parquet` with the columns of `DOCS` in the same order. That file is written last and its metadata is the commit record, so
+a killed run goes on from the next shard and a new shard of documents tokenises itself only. About 1.5 MB/s on one core.
 
 With `decontaminate` the text is held against that stage's index once more, as it is after spans: a document that still holds a
 benchmark item is left out and counted. What the policy let pass, or a replacement put together, goes no further.
@@ -28,7 +28,9 @@ from core.job import Job, Outcome, total
 from core.predicate import Predicate
 from core.schema import TEXT, conform
 from core.stage import Kind, Resources, Stage, StageConfig, execution, identity_fields
+from core.text import Span
 from mixtures.encoder import TokenizerInfo, open_encoder, read_info
+from mixtures.levels import LevelsError, text_levels
 from mixtures.released import LastLook, last_look, released, targets_column
 from mixtures.token_files import docs_name, ds_index_bytes, index_bytes, shard_name
 
@@ -44,6 +46,16 @@ DOCS = pa.schema(
 )
 ABOUT = ("doc_id", "source", "kind")
 DATA = {"megatron": "bin", "ds": "ds"}  # format -> suffix of its tokens
+STORED = (
+    "content",
+    "rows",
+    "tokens",
+    "bytes",
+    "words",
+    "contaminated",
+    "levels",
+    "unmatched",
+)  # in manifests, by shard
 INDEXES = {"megatron": "idx", "ds": "ds.index"}
 
 
@@ -57,6 +69,11 @@ class TokenizeConfig(StageConfig):
     )
     formats: tuple[Literal["megatron", "ds"], ...] = Field(
         default=("megatron",), description="`megatron` (.bin, .idx; mixtures read it), `ds` (datatrove) as well"
+    )
+    levels: bool = Field(
+        default=False,
+        description="store which tokens of dialogues and conversations are prompt or scaffold, so that a phase can leave "
+        "them out of its loss (`learn` of mix)",
     )
     decontaminate: str | None = Field(
         default=None,
@@ -84,6 +101,7 @@ def reads(config: TokenizeConfig) -> tuple[str, ...]:
     return (
         *ABOUT,
         "text",
+        *(("metadata",) if config.levels else ()),
         *(Predicate(config.where).columns if config.where else ()),
         *config.spans,
         f"@{config.tokenizer}",
@@ -109,6 +127,8 @@ def tokenize(job: Job) -> Outcome:
     accounts = _sums(outputs)
     if job.config.decontaminate:
         accounts["contaminated_docs"] = sum(out["contaminated"] for out in outputs.values())
+    if job.config.levels:
+        accounts["unmatched_docs"] = sum(out["unmatched"] for out in outputs.values())
     return Outcome(outputs, accounts=accounts, observed={**total(reports), **_figures(reports)})
 
 
@@ -128,7 +148,7 @@ class TokenizeUnits:
         found = self.dataset.root.note(docs_name(self.tokenizer.name, self.dataset.name, shard.name))
         resumed = bool(found and found["unit"] == identity and self._whole(shard, found))
         stored = found if found and resumed else self._write(shard, identity, note)
-        value = {key: stored[key] for key in ("content", "rows", "tokens", "bytes", "words", "contaminated")}
+        value = {key: stored[key] for key in STORED}
         return Report(
             unit.name, docs=value["rows"], bytes=0 if resumed else value["bytes"], resumed=resumed, value=value
         )
@@ -139,7 +159,8 @@ class TokenizeUnits:
         data = [f"{name}.{DATA[form]}" for form in self.config.formats if stored["rows"]]
         indexes = [f"{name}.{INDEXES[form]}" for form in self.config.formats if stored["rows"]]
         size = stored["tokens"] * self.tokenizer.dtype.itemsize
-        return all(map(root.exists, (*data, *indexes))) and all(root.size(n) == size for n in data)
+        sizes = {**dict.fromkeys(data, size), **({f"{name}.levels": stored["tokens"]} if stored["levels"] else {})}
+        return all(map(root.exists, (*sizes, *indexes))) and all(root.size(n) == of for n, of in sizes.items())
 
     def _identity(self, shard: Shard) -> str:
         """Code, documents, and the layers read for this shard."""
@@ -152,17 +173,24 @@ class TokenizeUnits:
         name, docs = (f(info.name, self.dataset.name, shard.name) for f in (shard_name, docs_name))
         root.remove(docs)  # the old commit record must not vouch for new tokens if this run is killed between two files
         tables: list[pa.Table] = []
-        running = xxhash.xxh3_128()
-        words = contaminated = 0
-        with self._opened(name) as files:
-            for table, tokens, count, left_out in self._encoded(shard):
+        running, running_levels = xxhash.xxh3_128(), xxhash.xxh3_128()
+        words = contaminated = unmatched = highest = 0
+        with self._opened(name) as (files, levels):
+            for part in self._encoded(shard):
                 for file in files:
-                    file.write(tokens.data)
-                running.update(tokens.data)
-                tables.append(table)
-                words += count
-                contaminated += left_out
-                note(docs=table.num_rows, bytes=table.nbytes)
+                    file.write(part.tokens.data)
+                running.update(part.tokens.data)
+                if levels is not None:
+                    levels.write(part.levels.data)
+                    running_levels.update(part.levels.data)
+                    highest = max(highest, int(part.levels.max(initial=0)))
+                tables.append(part.table)
+                words += part.words
+                contaminated += part.contaminated
+                unmatched += part.unmatched
+                note(docs=part.table.num_rows, bytes=part.table.nbytes)
+        if not highest:
+            root.remove(f"{name}.levels")
         table = pa.concat_tables(tables).combine_chunks() if tables else DOCS.empty_table()
         self._write_indexes(name, table.column("tokens").to_numpy())
         content = TableHash(DOCS)
@@ -171,31 +199,42 @@ class TokenizeUnits:
             "unit": identity,
             "documents": shard.content,
             "tokenizer": info.fingerprint,
-            "content": digest([running.hexdigest(), str(info.dtype), list(self.config.formats), content.hexdigest()]),
+            "content": digest(
+                [
+                    running.hexdigest(),
+                    str(info.dtype),
+                    list(self.config.formats),
+                    content.hexdigest(),
+                    running_levels.hexdigest() if highest else None,
+                ]
+            ),
             "rows": table.num_rows,
             "tokens": int(table.column("tokens").to_numpy().sum(dtype=np.int64)),
             "bytes": int(table.column("bytes").to_numpy().sum()),
             "words": words,
             "contaminated": contaminated,
+            "levels": highest > 0,
+            "unmatched": unmatched,
         }
         root.write_table(docs, [table], DOCS, stored)
         return stored
 
     @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[list[BinaryIO]]:
-        """The token files of all formats; they get their names when all is written."""
+    def _opened(self, name: str) -> Iterator[tuple[list[BinaryIO], BinaryIO | None]]:
+        """The token files of all formats, and that of levels; they get their names when all is written."""
         with contextlib.ExitStack() as stack:
             files: list[BinaryIO] = []
-            for form in self.config.formats:
-                path = stack.enter_context(self.dataset.root.writing(f"{name}.{DATA[form]}"))
+            for suffix in (*(DATA[form] for form in self.config.formats), *(["levels"] if self.config.levels else [])):
+                path = stack.enter_context(self.dataset.root.writing(f"{name}.{suffix}"))
                 files.append(stack.enter_context(open(path, "wb")))
-            yield files
+            yield (files[:-1], files[-1]) if self.config.levels else (files, None)
 
-    def _encoded(self, shard: Shard) -> Iterator[tuple[pa.Table, np.ndarray, int, int]]:
-        """(rows of DOCS, their tokens end to end, words, contaminated documents left out) batch by batch."""
+    def _encoded(self, shard: Shard) -> Iterator["Encoded"]:
+        """The shard's documents batch by batch."""
         encoder = open_encoder(self.dataset.root.url, self.tokenizer)
         config = self.config
-        columns = [*ABOUT, *([self.look.targets] if self.look else [])]
+        spoken = ("text", "metadata", *config.spans) if config.levels else ()
+        columns = [*ABOUT, *spoken, *([self.look.targets] if self.look else [])]
         for rows, texts, about in released(
             self.dataset, shard, config.where, config.spans, columns, config.batch_bytes
         ):
@@ -203,10 +242,30 @@ class TokenizeUnits:
             left_out = len(texts) - len(clean)
             if left_out:
                 rows, texts, about = rows[clean], [texts[i] for i in clean], about.take(pa.array(clean))
-            tokens, lengths = encoder.encode(texts)
+            levels, unmatched = self._levels(texts, about)
+            tokens, lengths, token_levels = encoder.encode_levels(texts, levels)
             sizes = [len(t.encode()) for t in texts]
             own = {**{c: about.column(c) for c in ABOUT}, "row": rows, "tokens": lengths, "bytes": sizes}
-            yield conform(pa.table(own), DOCS), tokens, sum(len(t.split()) for t in texts), left_out
+            words = sum(len(t.split()) for t in texts)
+            yield Encoded(conform(pa.table(own), DOCS), tokens, token_levels, words, left_out, unmatched)
+
+    def _levels(self, texts: list[str], about: pa.RecordBatch) -> tuple[list[np.ndarray | None], int]:
+        """Levels of the characters of each text, and how many texts are others than their metadata says: those are
+        learned whole."""
+        if not self.config.levels:
+            return [None] * len(texts), 0
+        out: list[np.ndarray | None] = []
+        unmatched = 0
+        spans = [about.column(name).to_pylist() for name in self.config.spans]
+        originals, metadata = (about.column(name).to_pylist() for name in ("text", "metadata"))
+        for i, (text, original) in enumerate(zip(texts, originals, strict=True)):
+            cuts = [[Span(s["start"], s["end"], s["replacement"]) for s in stage[i] or ()] for stage in spans]
+            try:
+                out.append(text_levels(original, text, metadata[i], cuts))
+            except LevelsError:
+                out.append(None)
+                unmatched += 1
+        return out, unmatched
 
     def _clean(self, texts: list[str], about: pa.RecordBatch) -> np.ndarray:
         """Which texts hold nothing of the index: all, where none is named."""
@@ -225,6 +284,18 @@ class TokenizeUnits:
             else:
                 root.remove(f"{name}.{data}")
                 root.remove(f"{name}.{INDEXES[form]}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents."""
+
+    table: pa.Table  # rows of DOCS
+    tokens: np.ndarray  # end to end
+    levels: np.ndarray  # uint8, one a token
+    words: int
+    contaminated: int  # documents left out
+    unmatched: int  # documents whose levels are not known
 
 
 def _sums(outputs: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -250,7 +321,7 @@ STAGE = Stage(
     kind=Kind.EXPORT,
     config=TokenizeConfig,
     fn=tokenize,
-    version=2,  # 2: the final text may be held against an index; `contaminated` is stored beside each shard
+    version=3,  # 2: the final text may be held against an index; 3: tokens may have levels. Both are stored beside a shard
     reads=reads,
     libraries=("tokenizers",),
     resources=Resources(memory_gb=1.0),

@@ -8,7 +8,11 @@ if TYPE_CHECKING:
 
 
 def load(folder: str | Path) -> "Decoder":
-    """The newest model of a run folder, in evaluation mode: token ids [B, T] int64 -> logits [B, T, V]."""
-    from moe import checkpoint
+    """The newest model of a run folder, or the model of a hub folder, in evaluation mode.
 
-    return checkpoint.load(Path(folder))
+    Token ids [B, T] int64 -> logits [B, T, V].
+    """
+    from moe import checkpoint, hub
+
+    folder = Path(folder)
+    return hub.load(folder) if hub.is_hub_folder(folder) else checkpoint.load(folder)

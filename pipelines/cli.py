@@ -253,6 +253,28 @@ def generate(
 
 
 @app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="a folder written by `train`, or a hub folder")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="the model's name for clients; default: the folder's")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="requests that are answered at once")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="requests that may wait; beyond, 429")] = 64,
+    context: Annotated[int | None, typer.Option(min=2, help="tokens a request may have; default: the model's")] = None,
+    speculate: Annotated[bool, typer.Option("--speculate", help="draft with the model's MTP heads")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one")] = "auto",
+) -> None:
+    """Answer OpenAI's completions and chat completions with a trained model; MOE_API_KEY asks clients for a key.
+
+    Example: `pipelines serve demo/root/models/pretrain-0123456789ab --port 8000`
+    """
+    from moe.server.__main__ import Options
+    from moe.server.__main__ import serve as serve_model
+
+    serve_model(Options(folder, host, port, name, slots, queue, context, speculate, device))
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="JSONL: records of the stage `rl`, each with `response` or `responses`")],
 ) -> None:

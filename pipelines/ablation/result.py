@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from core.errors import StageError
+from core.statistics import ALPHA, POWER
 from core.storage import Root
-from mixtures.compare import ALPHA, LEAST_DOCS, POWER, Losses, compare
+from mixtures.compare import LEAST_DOCS, Losses, compare
 from pipelines.ablation.config import AA
 from pipelines.ablation.trials import Trial, TrialsConfig, result_name
 

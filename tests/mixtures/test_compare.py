@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from core.errors import StageError
-from mixtures.compare import (
-    POWER,
-    Comparison,
-    Losses,
-    compare,
-    holm,
-    least_effect,
-    paired_variance,
-    run_noise,
-    satterthwaite,
-)
+from core.statistics import POWER, holm, least_effect, paired_variance, satterthwaite
+from mixtures.compare import Comparison, Losses, compare, run_noise
 
 
 def losses(bits: dict[str, Any], text_bytes: Any = None, aa: str | None = None, **more: Any) -> Losses:

@@ -13,7 +13,7 @@ from moe.attention import KVCache
 from moe.config import ModelConfig, OptimConfig, TrainConfig, differences, from_json, to_json
 from moe.experts import halves
 from moe.layers import RMSNorm, Rope, rotate
-from moe.loss import CHUNK, next_token_loss, token_losses
+from moe.loss import next_token_loss
 from moe.model import Decoder
 from moe.presets import preset
 
@@ -97,53 +97,19 @@ def test_parameter_counts_by_hand() -> None:
     assert Decoder(config).parameter_counts() == (total, total - 3 * 36 - 9 * 4)
 
 
-def test_loss_equals_cross_entropy_and_its_gradients() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = 2 * CHUNK + 17
-    x, head = torch.randn(tokens, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    target = torch.randint(0, 30, (tokens,), generator=generator)
-    results = []
-    for chunked in (True, False):
-        a, w = x.clone().requires_grad_(), head.clone().requires_grad_()
-        loss = next_token_loss(a, w, target)[0] if chunked else torch.nn.functional.cross_entropy(a @ w.T, target)
-        (3 * loss).backward()
-        results.append((loss.detach(), a.grad, w.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-    each = token_losses(x, head, target)
-    torch.testing.assert_close(each, torch.nn.functional.cross_entropy(x @ head.T, target, reduction="none"))
-    torch.testing.assert_close(each, next_token_loss(x, head, target)[1])
-
-
 def test_one_batch_is_learnt_by_heart(model_config: ModelConfig) -> None:
     model, tokens = Decoder(model_config).train(), _tokens(4, 33)
-    optimizer = optim.build(model, OptimConfig(lr=1e-2, weight_decay=0.0))
+    optimizer = optim.build(model, OptimConfig(weight_decay=0.0))
     losses = []
     for _ in range(150):
         hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
         loss, _ = next_token_loss(hidden, model.lm_head.weight, tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step(1e-2)
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(64), abs=0.2)
     assert losses[-1] < 0.02
-
-
-def test_learning_rate_by_hand() -> None:
-    config = OptimConfig(lr=1.0, min_lr_fraction=0.2, warmup_steps=4)
-    rates = [optim.learning_rate(step, 9, config) for step in range(9)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8828427, 0.6, 0.3171573, 0.2])
-
-
-def test_gains_and_embeddings_are_not_decayed(model_config: ModelConfig) -> None:
-    model = Decoder(model_config)
-    decayed, plain = (g["params"] for g in optim.build(model, OptimConfig()).param_groups)
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in plain} == {
-        *("embed_tokens", "norm", "q_norm", "k_norm", "input_layernorm", "post_attention_layernorm"),
-    }
-    assert len(plain) + len(decayed) == len(names)
 
 
 def test_config_round_trip_and_differences(train_config: TrainConfig) -> None:

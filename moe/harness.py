@@ -1,0 +1,126 @@
+"""A model of ours in lm-evaluation-harness: `python -m moe.harness FOLDER --tasks arc_easy,hellaswag [--limit 100]`.
+
+In: a run folder or a hub folder. Out: the harness's own table, or its results as JSON with `--output`. The harness fetches its
+tasks from the network unless they are in its cache, and says so; nothing of ours does. Other code passes `Harness(folder)` to
+`lm_eval.simple_evaluate(model=...)`. A text longer than the context loses its beginning, as the harness does with other models.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+
+import moe
+from core.errors import ConfigError, StepwellError
+from moe.evaluate import windows
+from moe.generate import generate_batch, load_tokenizer
+from moe.sampling import Sampling
+from moe.score import continuation, score
+
+
+class Harness(TemplateLM):
+    """What the harness asks of a model: likelihoods of continuations, of whole texts, and generated text."""
+
+    def __init__(self, folder: str | Path, device: str = "cpu", slots: int = 8) -> None:
+        super().__init__()
+        self.model = moe.load(folder).to(device)
+        self.tokenizer = load_tokenizer(Path(folder))
+        self.slots = slots
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.model.config.eos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False).ids
+        return ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        config = self.model.config
+        # The harness puts EOS before a continuation without context; our spans begin with it anyhow.
+        pairs = [([] if context == [config.eos] else context, tokens) for _, context, tokens in requests]
+        spans = [
+            continuation(context + tokens[: -config.context], tokens[-config.context :], config.eos, config.context)
+            for context, tokens in pairs
+        ]
+        return [(-found.nats, found.greedy) for found in score(self.model, spans)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, EOS not counted."""
+        import numpy as np
+
+        config, spans, owner = self.model.config, [], []
+        for i, request in enumerate(requests):
+            tokens = np.array(self.tok_encode(request.args[0]), dtype=np.int64)
+            new = list(windows(tokens, config.context, config.eos))
+            spans += new
+            owner += [i] * len(new)
+        total = [0.0] * len(requests)
+        for i, found in zip(owner, score(self.model, spans), strict=True):
+            total[i] -= found.nats
+        return total
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy unless the task says otherwise; the text ends before the first stop string."""
+        asked = [_sampling(request.args[1]) for request in requests]
+        prompts = [self._prompt(r.args[0], s) for r, s in zip(requests, asked, strict=True)]
+        written = generate_batch(self.model, prompts, asked, tokenizer=self.tokenizer, slots=self.slots)
+        return [answer.text for answer in written]
+
+    def _prompt(self, text: str, sampling: Sampling) -> list[int]:
+        ids, room = self.tok_encode(text), self.model.config.context - (sampling.max_tokens or 0)
+        return ids[-room:] if room > 0 else ids[-1:]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    until = options.get("until") or []
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    greedy = not options.get("do_sample") or not options.get("temperature")
+    return Sampling(
+        temperature=0.0 if greedy else float(options["temperature"]),
+        top_p=float(options.get("top_p") or 1.0),
+        stop=stops,
+        max_tokens=int(options.get("max_gen_toks") or 256),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="moe.harness", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", required=True, help="names of the harness, with commas between")
+    parser.add_argument("--limit", type=int, help="questions a task (default: all)")
+    parser.add_argument("--shots", type=int, help="examples before each question (default: the task's own)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="write all results here as JSON")
+    args = parser.parse_args(argv)
+    try:
+        _evaluate(args)
+    except ConfigError as e:
+        print(f"harness: {e}", file=sys.stderr)
+        return 2
+    except StepwellError as e:
+        print(f"harness: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import make_table
+
+    found = simple_evaluate(
+        model=Harness(args.folder, args.device), tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.shots
+    )
+    print(make_table(found))
+    if args.output is not None:
+        args.output.write_text(json.dumps(found["results"], indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Serve a model: `python -m moe.server FOLDER [--port 8000]`; FOLDER is a run that `moe.train` wrote, or a hub folder.
+
+    python -m moe.server models/pretrain-0123456789ab --port 8000
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+         -d '{"model": "pretrain-0123456789ab", "prompt": "The function returns", "max_tokens": 32}'
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import ConfigError, StepwellError
+
+KEY = "MOE_API_KEY"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is served, and how; the command line's options in their order."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    slots: int = 8
+    queue: int = 64
+    context: int | None = None
+    speculate: bool = False
+    device: str = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGINT or SIGTERM. The API key, if any, comes from the environment: MOE_API_KEY."""
+    parser = argparse.ArgumentParser(
+        prog="moe.server", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a run folder of training, or a hub folder with tokenizer.json")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
+    parser.add_argument("--name", help="the model's name for clients (default: the folder's)")
+    parser.add_argument("--slots", type=int, default=8, help="requests that are answered at once (default 8)")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait; beyond, 429 (default 64)")
+    parser.add_argument("--context", type=int, help="tokens a request may have (default: the model's context)")
+    parser.add_argument("--speculate", action="store_true", help="draft with the MTP heads")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    try:
+        serve(Options(**vars(parser.parse_args(argv))))
+    except StepwellError as e:
+        print(f"serve: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
+    return 0
+
+
+def serve(options: Options) -> None:
+    """Loads the model and listens; the server says its address once it answers."""
+    try:
+        import uvicorn
+
+        from moe.server.app import Serving
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"{e.name} is not installed; install the extra: pip install 'stepwell[serve]'") from e
+    import moe
+    from moe.batching import Batcher
+    from moe.generate import load_tokenizer
+    from moe.server.chat import chat_template
+    from moe.server.service import Service
+
+    model = moe.load(options.folder).to(_device(options.device))
+    tokenizer = load_tokenizer(options.folder)
+    batcher = Batcher(
+        model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate
+    )
+    name = options.name or options.folder.resolve().name
+    serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY))
+    config = uvicorn.Config(serving.app(), host=options.host, port=options.port, log_level="info")
+    uvicorn.Server(config).run()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"no GPU here, got device {name!r}, expected one that torch sees; use --device cpu")
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The HTTP side: OpenAI's routes over a `Service`, as an ASGI application of Starlette.
+
+    GET  /v1/models, /v1/models/NAME     what is served
+    POST /v1/completions                 texts or token ids; echo with logprobs and max_tokens 0 scores a text
+    POST /v1/chat/completions            messages through the model's template
+    GET  /health                         200 while the model's thread lives
+    GET  /metrics                        requests and tokens, in Prometheus' text format
+
+Every error is OpenAI's error object. A full queue is 429 with Retry-After, a body beyond `max_body_bytes` 413, a stopped model
+503. A client that goes away cancels its requests. With `api_key` set, /v1 wants it as a bearer token.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from core.errors import ConfigError
+from moe.batching import Full
+from moe.server.answers import Choice, Writer
+from moe.server.chat import ChatTemplate, TemplateError
+from moe.server.protocol import Ask, RefusedError, read
+from moe.server.runs import Run, finished, streamed
+from moe.server.service import Service, StoppedError
+
+RETRY_S = 1  # said with a 429
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies would hold tokens back
+
+
+@dataclass
+class Serving:
+    """What the routes need. `name` is the model's name for clients."""
+
+    service: Service
+    tokenizer: Any
+    template: ChatTemplate
+    name: str
+    api_key: str | None = None
+    max_body_bytes: int = 4 << 20
+    created: int = field(default_factory=lambda: int(time.time()))
+    answered: Counter[int] = field(default_factory=Counter)  # requests by HTTP status
+
+    def app(self) -> Starlette:
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            self.service.start()
+            yield
+            await asyncio.to_thread(self.service.stop)
+
+        routes = [
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chats, methods=["POST"]),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        handlers = {404: _not_found, 405: _not_found}
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+    async def _models(self, request: Request) -> Response:
+        return await self._guarded(request, self._list)
+
+    async def _model(self, request: Request) -> Response:
+        return await self._guarded(request, self._describe)
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._guarded(request, lambda r: self._answer(r, chat=False))
+
+    async def _chats(self, request: Request) -> Response:
+        return await self._guarded(request, lambda r: self._answer(r, chat=True))
+
+    async def _health(self, request: Request) -> Response:
+        failure = self.service.failure
+        return PlainTextResponse("ok\n") if failure is None else PlainTextResponse(f"{failure!r}\n", 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        lines = [f'moe_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.answered.items())]
+        lines += [f"moe_running_requests {self.service.running}", f"moe_written_tokens_total {self.service.tokens_out}"]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    async def _guarded(self, request: Request, answer: Any) -> Response:
+        """The answer, or the error object of what went wrong."""
+        try:
+            self._check_key(request)
+            response: Response = await answer(request)
+        except RefusedError as e:
+            response = _refused(e)
+        except (TemplateError, ConfigError) as e:
+            response = _refused(RefusedError(str(e)))
+        except Full as e:
+            response = _refused(RefusedError(f"{e}; try again", code="queue_full", status=429))
+        except StoppedError as e:
+            response = _refused(RefusedError(str(e), code="stopped", status=503))
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads it; counted as nginx counts it
+        self.answered[response.status_code] += 1
+        return response
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise RefusedError("wrong or missing API key", code="invalid_api_key", status=401)
+
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _describe(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "stepwell"}
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            raise RefusedError(f"no model {name!r} here, expected {self.name!r}", "model", "model_not_found", 404)
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        ask = read(await self._json(request), chat)
+        self._check_name(ask.model)
+        prompts = self._token_ids(ask)
+        writer = Writer(
+            f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), self.name, ask, self.tokenizer
+        )
+        runs = [
+            Run(self.service, ask, prompt, Choice(p * ask.choices + i, len(prompt)), i)
+            for p, prompt in enumerate(prompts)
+            for i in range(ask.choices)
+        ]
+        try:
+            for run in runs:
+                await run.open()
+            if ask.stream:
+                return StreamingResponse(streamed(runs, writer), media_type="text/event-stream", headers=UNBUFFERED)
+            await _unless_gone(request, finished(runs))
+        except BaseException:
+            for run in runs:
+                run.close()
+            raise
+        return JSONResponse(writer.whole([run.choice for run in runs]))
+
+    async def _json(self, request: Request) -> Any:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self.max_body_bytes:
+                raise RefusedError(f"the body exceeds {self.max_body_bytes:,} bytes", code="too_large", status=413)
+        try:
+            return json.loads(bytes(body))
+        except (ValueError, RecursionError) as e:
+            raise RefusedError(f"the body is not JSON: {e}", code="invalid_json") from e
+
+    def _token_ids(self, ask: Ask) -> list[list[int]]:
+        if ask.chat:
+            return [self._encoded(self.template(ask.prompt))]
+        return [self._encoded(p) if isinstance(p, str) else list(p) for p in ask.prompt]
+
+    def _encoded(self, text: str) -> list[int]:
+        # A lone surrogate is legal in JSON and no text; the tokenizer would fail on it.
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = self.tokenizer.encode(clean, add_special_tokens=False).ids
+        return ids
+
+
+async def _unless_gone(request: Request, work: Awaitable[None]) -> None:
+    """Awaits the work; a client that leaves before it is done is a `ClientDisconnect`, and the work is cancelled."""
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(refusal: RefusedError) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_S)} if refusal.status == 429 else None
+    return JSONResponse(refusal.body(), refusal.status, headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return _refused(RefusedError(f"no route for {request.method} {request.url.path}", code="not_found", status=status))

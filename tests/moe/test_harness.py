@@ -1,0 +1,68 @@
+"""Our model in lm-evaluation-harness: its requests answered by hand-checked rules, and a task of local files run whole."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from moe import harness
+from moe.harness import Harness
+from tests.moe.texts import tokenizer_of, uniform
+
+TEXTS = ["Question: What is red?\nAnswer: an apple", "Question: What is green?\nAnswer: grass and leaves"]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Harness:
+    tokenizer = tokenizer_of(TEXTS)
+    monkeypatch.setattr(harness.moe, "load", lambda folder: uniform(tokenizer, context=32))
+    monkeypatch.setattr(harness, "load_tokenizer", lambda folder: tokenizer)
+    return Harness("unused")
+
+
+def request(*args: object) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+def test_likelihoods_count_the_continuation_alone(model: Harness) -> None:
+    per_token = -math.log(model.model.config.vocab_size)
+    found = model.loglikelihood([request("What is red?", " an apple"), request("", "grass")], disable_tqdm=True)
+    for (log_p, greedy), text in zip(found, (" an apple", "grass"), strict=True):
+        assert log_p == pytest.approx(per_token * len(model.tok_encode(text)), rel=1e-6)
+        assert not greedy
+
+
+def test_a_text_beyond_the_context_is_scored_whole(model: Harness) -> None:
+    text = "grass and leaves " * 30
+    (found,) = model.loglikelihood_rolling([request(text)])
+    assert len(model.tok_encode(text)) > 32
+    assert found == pytest.approx(-math.log(model.model.config.vocab_size) * len(model.tok_encode(text)), rel=1e-6)
+
+
+def test_generated_text_ends_at_eos(model: Harness) -> None:
+    asked = [request("What is red?", {"until": ["\n"], "max_gen_toks": 5}), request("x", {"max_gen_toks": 3})]
+    assert model.generate_until(asked) == ["", ""], "equal logits: greedy takes EOS, the first token"
+
+
+def test_a_task_of_the_harness_runs(model: Harness, tmp_path: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = [{"q": "What is red?", "options": ["an apple", "grass and leaves"], "gold": i % 2} for i in range(4)]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    found = simple_evaluate(model=model, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
+    assert found["results"]["colours"]["acc,none"] == 0.5, "the shorter answer is likelier, and right every other time"

@@ -1,0 +1,52 @@
+"""Scores of spans: each against a forward pass of its own, whatever shares its batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from moe import score as scoring
+from moe.config import ModelConfig
+from moe.model import Decoder
+from moe.score import Span, continuation, score
+
+
+def test_a_continuation_is_cut_from_the_front() -> None:
+    span = continuation([5, 6, 7], [8, 9], eos=0, longest=10)
+    assert (span.inputs.tolist(), span.targets.tolist(), span.scored) == ([0, 5, 6, 7, 8], [5, 6, 7, 8, 9], 3)
+    short = continuation([5, 6, 7], [8, 9], eos=0, longest=3)
+    assert (short.inputs.tolist(), short.targets.tolist(), short.scored) == ([6, 7, 8], [7, 8, 9], 1)
+    whole = continuation([5], [7, 8, 9], eos=0, longest=3)
+    assert (whole.inputs.tolist(), whole.targets.tolist(), whole.scored) == ([5, 7, 8], [7, 8, 9], 0)
+
+
+@pytest.mark.parametrize("tokens", [[], [1, 2, 3, 4]])
+def test_a_continuation_must_fit(tokens: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 3"):
+        continuation([], tokens, eos=0, longest=3)
+
+
+def test_scores_equal_those_of_each_alone(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(scoring, "CHUNK", 7)
+    model = Decoder(model_config).double().eval()
+    rng = np.random.default_rng(0)
+    spans = []
+    for n in rng.integers(1, 30, 25).tolist():
+        tokens = rng.integers(0, model_config.vocab_size, n + 1)
+        spans.append(Span(tokens[:-1], tokens[1:], int(rng.integers(0, n))))
+    for span, found in zip(spans, score(model, spans), strict=True):
+        with torch.inference_mode():
+            log_p = model(torch.tensor(span.inputs[None]))[0].log_softmax(-1)
+        wanted = range(span.scored, len(span.targets))
+        assert found.nats == pytest.approx(-sum(float(log_p[t, span.targets[t]]) for t in wanted), rel=1e-9)
+        assert found.greedy == all(int(log_p[t].argmax()) == span.targets[t] for t in wanted)
+
+
+def test_a_greedy_continuation_is_told(model_config: ModelConfig) -> None:
+    model, tokens = Decoder(model_config).eval(), [0, 5, 6]
+    with torch.inference_mode():
+        for _ in range(6):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    right = continuation(tokens[1:3], tokens[3:], 0, 64)
+    wrong = continuation(tokens[1:3], [*tokens[3:-1], (tokens[-1] + 1) % 64], 0, 64)
+    assert [s.greedy for s in score(model, [right, wrong])] == [True, False]

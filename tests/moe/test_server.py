@@ -1,0 +1,333 @@
+"""The server through OpenAI's own client, on a real socket: answers, streams, errors, full queues, clients that leave."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from openai import OpenAI
+
+from core.errors import ConfigError
+from moe.batching import Batcher
+from moe.config import ModelConfig
+from moe.model import Decoder
+from moe.presets import preset
+from moe.server.app import Serving
+from moe.server.chat import PLAIN, ChatTemplate, chat_template
+from moe.server.protocol import RefusedError, read
+from moe.server.service import Service
+from tests.moe.texts import tokenizer_of
+
+REPO = Path(__file__).resolve().parents[2]
+NAME = "toy"
+TEXT = "Unless required by applicable law or agreed to in writing, software is distributed on an AS IS basis"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokenizer_of([TEXT])
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Decoder:
+    """Random weights, and an output that never ends a document by itself."""
+    config = preset("ci", vocab_size=tokenizer.get_vocab_size(), eos=0)
+    made = Decoder(ModelConfig(**{**vars(config), "context": 512}), seed=3).eval()
+    with torch.no_grad():
+        made.lm_head.weight.mul_(20)
+        made.lm_head.weight[0] = 0
+    return made
+
+
+@contextmanager
+def served(batcher: Batcher, tokenizer: Any, **more: Any) -> Iterator[tuple[str, Serving]]:
+    """The base address of a server on a free port, which is stopped behind."""
+    serving = Serving(Service(batcher), tokenizer, ChatTemplate(PLAIN), NAME, **more)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(serving.app(), log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", serving
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(model: Decoder, tokenizer: Any) -> Iterator[str]:
+    torch.set_num_threads(1)
+    with served(Batcher(model, tokenizer, slots=4), tokenizer) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def client(address: str) -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=60)
+
+
+def greedy(model: Decoder, tokenizer: Any, text: str, count: int) -> str:
+    """What plain greedy decoding gives, one full forward a token."""
+    tokens = [0, *tokenizer.encode(text).ids]
+    start = len(tokens)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return str(tokenizer.decode(tokens[start:]))
+
+
+def test_a_completion_is_what_the_model_says(client: OpenAI, model: Decoder, tokenizer: Any) -> None:
+    found = client.completions.create(model=NAME, prompt="software", max_tokens=12, temperature=0)
+    assert found.choices[0].text == greedy(model, tokenizer, "software", 12)
+    assert (found.choices[0].finish_reason, found.object, found.model) == ("length", "text_completion", NAME)
+    read_tokens = len(tokenizer.encode("software").ids)
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (read_tokens, 12)
+
+
+def test_prompts_of_every_shape_and_several_choices(client: OpenAI, tokenizer: Any) -> None:
+    ids = tokenizer.encode("law").ids
+    shapes: list[Any] = ["law", ids, ["law", "law"], [ids, ids]]
+    texts = [
+        [c.text for c in client.completions.create(model=NAME, prompt=p, max_tokens=6, temperature=0).choices]
+        for p in shapes
+    ]
+    assert texts == [texts[0], texts[0], texts[0] * 2, texts[0] * 2]
+    several = client.completions.create(model=NAME, prompt=["law", "on"], n=3, max_tokens=6, seed=1)
+    assert [c.index for c in several.choices] == list(range(6))
+    assert len({c.text for c in several.choices[:3]}) > 1, "choices of one prompt have seeds of their own"
+    again = client.completions.create(model=NAME, prompt=["law", "on"], n=3, max_tokens=6, seed=1)
+    assert [c.text for c in again.choices] == [c.text for c in several.choices]
+
+
+def test_a_stream_is_the_answer_in_parts(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": "software", "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**asked)
+    parts = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert len(parts) > 5
+    assert "".join(p.choices[0].text for p in parts[:-1]) == whole.choices[0].text
+    assert parts[-2].choices[0].finish_reason == "length"
+    assert (parts[-1].choices, parts[-1].usage) == ([], whole.usage)
+
+
+def test_stop_strings_end_the_text_before_them(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": "software", "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**asked).choices[0].text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    found = client.completions.create(**asked, stop=stop).choices[0]
+    assert (found.text, found.finish_reason) == (whole[: whole.index(stop)], "stop")
+    parts = list(client.completions.create(**asked, stop=[stop], stream=True))
+    assert "".join(p.choices[0].text for p in parts) == found.text
+
+
+def test_a_chat_goes_through_the_template(client: OpenAI, model: Decoder, tokenizer: Any) -> None:
+    messages: Any = [{"role": "user", "content": [{"type": "text", "text": "as is?"}]}]
+    found = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=8, temperature=0)
+    assert found.choices[0].message.content == greedy(model, tokenizer, "User: as is?\n\nAssistant:", 8)
+    parts = list(
+        client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0, stream=True)
+    )
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in parts) == found.choices[0].message.content
+
+
+def test_logprobs_are_the_models(client: OpenAI, model: Decoder, tokenizer: Any) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": "on an", "temperature": 0}
+    found = client.completions.create(**asked, max_tokens=3, logprobs=2).choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    with torch.inference_mode():
+        log_p = model(torch.tensor([[0, *tokenizer.encode("on an").ids]]))[0, -1].log_softmax(-1)
+    assert found.token_logprobs[0] == pytest.approx(float(log_p.max()), abs=1e-4)
+    assert found.top_logprobs is not None
+    assert [len(t) for t in found.top_logprobs] == [2, 2, 2]
+    chat = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "x"}], max_tokens=2, logprobs=True, top_logprobs=3
+    )
+    assert chat.choices[0].logprobs is not None
+    assert [len(row.top_logprobs) for row in chat.choices[0].logprobs.content or []] == [3, 3]
+
+
+def test_an_echo_scores_the_prompt(client: OpenAI, model: Decoder, tokenizer: Any) -> None:
+    """As lm-evaluation-harness asks for likelihoods."""
+    ids = tokenizer.encode(TEXT).ids
+    found = client.completions.create(model=NAME, prompt=ids, max_tokens=0, echo=True, logprobs=1).choices[0]
+    with torch.inference_mode():
+        log_p = model(torch.tensor([[0, *ids[:-1]]]))[0].log_softmax(-1)
+    assert found.text == TEXT
+    assert found.logprobs is not None
+    expected = [float(log_p[t, token]) for t, token in enumerate(ids)]
+    assert found.logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+    assert found.logprobs.text_offset == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": 3}, "prompt: got 3"),
+        ({"prompt": []}, "prompt: got"),
+        ({"prompt": "x", "temperature": 3}, "temperature: got 3, expected a number from 0 to 2"),
+        ({"prompt": "x", "temperature": True}, "temperature: got True"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens: got -1"),
+        ({"prompt": "x", "n": 0}, "n: got 0"),
+        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "x", "best_of": 4}, "best_of"),
+        ({"prompt": "x", "stop": [""]}, "stop"),
+        ({"prompt": "x", "colour": 1}, "unknown field 'colour'"),
+        ({"prompt": [10**6]}, "vocabulary"),
+        ({"prompt": "x " * 2000}, "context"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(client: OpenAI, body: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.post("/completions", body={"model": NAME, "max_tokens": 4, **body}, cast_to=dict)
+
+
+def test_other_errors_are_the_clients_own_types(client: OpenAI, address: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'other' here"):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.NotFoundError, match="no route"):
+        client.embeddings.create(model=NAME, input="x")
+    for body in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
+        answer = httpx.post(f"{address}/v1/completions", content=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model=NAME, messages=[])
+    assert httpx.get(f"{address}/v1/completions").status_code == 405
+
+
+def test_what_is_served(client: OpenAI, address: str) -> None:
+    assert [m.id for m in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "stepwell"
+    assert httpx.get(f"{address}/health").text == "ok\n"
+    assert 'moe_requests_total{status="200"}' in httpx.get(f"{address}/metrics").text
+
+
+def test_lone_surrogates_and_nul_are_text(address: str) -> None:
+    body = b'{"model": "toy", "prompt": "\\ud800 \\u0000", "max_tokens": 2}'
+    assert httpx.post(f"{address}/v1/completions", content=body).status_code == 200
+
+
+def test_a_key_and_a_bound_on_bodies(model: Decoder, tokenizer: Any) -> None:
+    with served(Batcher(model, tokenizer, slots=1), tokenizer, api_key="sesame", max_body_bytes=1000) as (url, _):
+        with pytest.raises(openai.AuthenticationError):
+            OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+        good = OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0)
+        assert [m.id for m in good.models.list()] == [NAME]
+        with pytest.raises(openai.APIStatusError, match="exceeds 1,000 bytes"):
+            good.completions.create(model=NAME, prompt="x" * 2000)
+
+
+def until(true: Any, limit_s: float = 60) -> None:
+    """Waits for something another thread does."""
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_full_queue_is_said_and_a_client_that_leaves_frees_its_place(model: Decoder, tokenizer: Any) -> None:
+    batcher = Batcher(model, tokenizer, slots=1, queue=1)
+    with served(batcher, tokenizer) as (url, serving):
+        asked: dict[str, Any] = {"model": NAME, "prompt": "law", "max_tokens": 500, "temperature": 0}
+
+        async def crowd() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=60) as web:
+                tasks = []
+                for taken in (1, 2):  # one runs, one waits
+                    tasks.append(asyncio.create_task(web.post("/v1/completions", json=asked)))
+                    while serving.service.running < taken:
+                        await asyncio.sleep(0.01)
+                refused = await web.post("/v1/completions", json=asked)
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert refused.json()["error"]["code"] == "queue_full"
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run(crowd())
+        until(lambda: serving.service.running == 0)
+        short = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        assert short.completions.create(**{**asked, "max_tokens": 2}).choices[0].finish_reason == "length"
+        with short.completions.create(**asked, stream=True) as stream:
+            next(iter(stream))
+        until(lambda: serving.service.running == 0)
+
+
+def test_a_model_that_fails_tells_everyone(model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(model, tokenizer, slots=1)
+    with served(batcher, tokenizer) as (url, serving):
+        monkeypatch.setattr(batcher, "step", lambda: 1 / 0)
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="the model stopped: ZeroDivisionError"):
+            client.completions.create(model=NAME, prompt="x", max_tokens=4)
+        with pytest.raises(openai.InternalServerError, match="the model stopped"):
+            client.completions.create(model=NAME, prompt="x", max_tokens=4)
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert serving.service.running == 0
+
+
+def test_a_folders_own_template(tmp_path: Path) -> None:
+    assert chat_template(tmp_path).source == PLAIN
+    config = {"chat_template": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": {"content": "<s>"}}))
+    assert chat_template(tmp_path)([{"role": "user", "content": "hi"}]) == "<s>[user]hi"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="the chat template refuses them: roles must alternate"):
+        chat_template(tmp_path)([])
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(ConfigError, match="cannot be read, line 1"):
+        chat_template(tmp_path)
+
+
+def test_fields_that_only_label_are_let_through() -> None:
+    ask = read({"model": NAME, "prompt": "x", "user": "me", "metadata": {"a": "b"}}, chat=False)
+    assert (ask.model, ask.prompt, ask.writes) == (NAME, ["x"], True)
+    assert read({"prompt": "x"}, chat=False).sampling.seed != read({"prompt": "x"}, chat=False).sampling.seed
+    with pytest.raises(RefusedError, match="not a JSON object"):
+        read([], chat=True)
+
+
+def test_the_command_serves_a_hub_folder(model: Decoder, tokenizer: Any, tmp_path: Path) -> None:
+    """As a user starts it: a process, a port that it names, an answer, and SIGTERM."""
+    from moe.hub import export
+
+    export(model, tmp_path / "toy")
+    tokenizer.save(str(tmp_path / "toy" / "tokenizer.json"))
+    command = [sys.executable, "-m", "moe.server", str(tmp_path / "toy"), "--port", "0", "--slots", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
+        assert process.stderr is not None
+        try:
+            address = next(
+                found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line))
+            )
+            client = OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
+            found = client.completions.create(model="toy", prompt="law", max_tokens=3, temperature=0)
+            assert found.choices[0].text == greedy(model, tokenizer, "law", 3)
+        finally:
+            process.terminate()
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe.server", str(tmp_path / "absent")]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=120, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith("serve: ")
+    assert told.stderr.count("\n") == 1
