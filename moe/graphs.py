@@ -13,12 +13,14 @@ Legend: B rows of a step, N rows in all, K drafts, T = tokens that a step reads 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe.cache import Cache
+from moe.cache import Cache, Feed, LayerStep
+from moe.layers import Layer, Tables
 from moe.model import Decoder
 from moe.sampling import (
     CHOOSE,
@@ -32,27 +34,26 @@ from moe.sampling import (
     draws,
     log_probabilities,
 )  # fmt: skip
-from moe.speculative import Drafter, Rows, row_at, verify, verify_greedy
+from moe.speculative import Drafter, Rows, RunLayer, row_at, verify, verify_greedy
 
 Kind = Literal["plain", "round"]
+MOST_VARIANTS = 64  # of a compiled layer: four kinds by the batch sizes and by one or K + 1 + h tokens
 WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
 
 class Replay:
-    """A function without arguments; on a GPU captured at its first call and replayed from then on.
+    """A function without arguments: called, or, once it was captured as a CUDA graph, replayed.
 
-    Its result lies in the same memory each time, so it is to be copied before the next call.
+    A replay's result lies in the same memory each time, so it is to be copied before the next one.
     """
 
-    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object = None) -> None:
-        self.body, self.device, self.pool = body, device, pool
+    def __init__(self, body: Callable[[], Tensor], pool: Any = None) -> None:
+        self.body, self.pool = body, pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
     def prepare(self) -> None:
         """Captures. The body runs a few times first, so its effects must be harmless at that moment."""
-        if self.device.type != "cuda":
-            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -60,7 +61,7 @@ class Replay:
                 self.body()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self.pool):
             self.result = self.body()
         self.graph = graph
 
@@ -105,15 +106,26 @@ class Readback:
 class Decode:
     """State of `rows` rows of at most `context` tokens, and the steps on it."""
 
-    def __init__(self, model: Decoder, *, rows: int, context: int, drafts: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        rows: int,
+        context: int,
+        drafts: int = 0,
+        capture: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        """`capture`: graphs on a GPU. `compiled`: layers by torch.compile, once for each kind and shape of step."""
         config, weight = model.config, model.lm_head.weight
+        self.run = _compiled_layer() if compiled else _run_layer
         self.model, self.rows, self.drafts, self.device = model, rows, drafts, weight.device
         capacity = context + drafts  # a round near the end reads drafts that can no longer count
         self.trunk = Cache(
             config, range(config.layers), rows=rows, capacity=capacity, slack=drafts,
             device=self.device, dtype=weight.dtype,
         )  # fmt: skip
-        self.drafter = Drafter(model, drafts, rows=rows, capacity=capacity) if drafts else None
+        self.drafter = Drafter(model, drafts, self.run, rows=rows, capacity=capacity) if drafts else None
         vocab = config.vocab_size
         self.settings = Settings(rows, vocab, self.device)
         self.token_B, self.active_B, self.made_B = (self._zeros(rows) for _ in range(3))
@@ -123,7 +135,8 @@ class Decode:
         self.seen_BV = self._zeros(rows, vocab, dtype=torch.bool)
         self.draw_BNW = self._zeros(rows, capacity + 1, DRAWS, dtype=torch.float64)
         self.replays: dict[tuple[Kind, int, Mode], Replay] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.capture = capture and self.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
     def admit(self, row: int, prompt: Sequence[int], sampling: Sampling) -> None:
         """Gives a row to a request. `prompt` counts for the repetition penalty; it is not read here."""
@@ -154,7 +167,7 @@ class Decode:
         rows_B, last_B = self._tensor(index), self._tensor([a is None for a in ahead])
         counts_B, most = self._tensor([len(c) for c in chunks]), max(len(c) for c in chunks)
         tokens_BT = self._tensor([[*c, *[0] * (most - len(c))] for c in chunks])
-        x_BTD = self.model.states(tokens_BT, cache=self.trunk.feed(rows_B, counts_B, reach))
+        x_BTD = self._states(tokens_BT, self.trunk.feed(rows_B, counts_B, reach), _run_layer)
         logits_B1V = self.model.lm_head(self.model.norm(row_at(x_BTD, counts_B - 1))).unsqueeze(1)
         token_B = self._next(logits_B1V[:, 0], rows_B, mode)
         following_B = torch.where(last_B, token_B, self._tensor([a or 0 for a in ahead]))
@@ -211,17 +224,18 @@ class Decode:
         key = kind, rows, mode
         if key not in self.replays:
             body = self._plain if kind == "plain" else self._round
-            replay = Replay(lambda: body(rows, mode), self.device, self.pool)
-            active_B = self.active_B.clone()
-            self.active_B.zero_()  # the runs before a capture change nothing then
-            replay.prepare()
-            self.active_B.copy_(active_B)
+            replay = Replay(lambda: body(rows, mode), self.pool)
+            if self.capture:
+                active_B = self.active_B.clone()
+                self.active_B.zero_()  # the runs before a capture change nothing then
+                replay.prepare()
+                self.active_B.copy_(active_B)
             self.replays[key] = replay
         return self.replays[key]
 
     def _plain(self, rows: int, mode: Mode) -> Tensor:
         active_B = self.active_B[:rows]
-        x_B1D = self.model.states(self.token_B[:rows, None], cache=self.trunk.feed(rows, active_B))
+        x_B1D = self._states(self.token_B[:rows, None], self.trunk.feed(rows, active_B), self.run)
         logits_B1V = self.model.lm_head(self.model.norm(x_B1D))
         self._gain(rows, self._next(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
         return logits_B1V
@@ -230,7 +244,7 @@ class Decode:
         active_B, tokens = self.active_B[:rows], self.drafts + 1
         drafts_BK = self.draft_BK[:rows]
         tokens_BT = torch.cat((self.token_B[:rows, None], drafts_BK), 1)
-        x_BTD = self.model.states(tokens_BT, cache=self.trunk.feed(rows, active_B * tokens))
+        x_BTD = self._states(tokens_BT, self.trunk.feed(rows, active_B * tokens), self.run)
         logits_BTV = self.model.lm_head(self.model.norm(x_BTD))
         if mode == "greedy":
             gained_B, out_BT = verify_greedy(logits_BTV.argmax(-1), drafts_BK)
@@ -246,6 +260,15 @@ class Decode:
         self._gain(rows, out_BT, kept_B, mode)
         self._draft(x_BTD, out_BT, kept_B, rows, mode)
         return logits_BTV
+
+    def _states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer) -> Tensor:
+        """`Decoder.states`, layer by layer through `run`."""
+        x_BTD = self.model.model["embed_tokens"](tokens_BT)
+        step = feed.step(tokens_BT.shape[1])
+        tables = self.model.tables(step.position_BT)
+        for number, layer in enumerate(self.model.model["layers"].children()):
+            x_BTD = run(cast(Layer, layer), x_BTD, tables, step.of(number, self.model.config.full(number)))
+        return x_BTD
 
     def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode) -> None:
         """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`; idle rows keep theirs."""
@@ -301,6 +324,17 @@ class Decode:
 
     def _tensor(self, values: Sequence) -> Tensor:
         return torch.tensor(values, device=self.device)
+
+
+def _run_layer(layer: Layer, x_BTD: Tensor, tables: dict[bool, Tables], layout: LayerStep) -> Tensor:
+    return layer(x_BTD, tables, layout)
+
+
+@cache
+def _compiled_layer() -> RunLayer:
+    """One function for all layers, so that those of a kind share code; each batch size is compiled for itself."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    return torch.compile(_run_layer, fullgraph=True, dynamic=False)
 
 
 def _view(rows: Rows) -> Tensor | slice:

@@ -23,22 +23,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe.cache import Cache
+from moe.cache import Cache, LayerStep
+from moe.layers import Layer, Tables
 from moe.model import Decoder
 from moe.mtp import MTPHead
 from moe.sampling import ACCEPT, CHOOSE, choose
 
 Rows = int | Tensor  # the first so many rows, or those of an index
 # (head, its logits [B, V], drafts so far [B, h]) -> the drafted token [B]
+RunLayer = Callable[[Layer, Tensor, dict[bool, Tables], LayerStep], Tensor]
 Pick = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Drafter:
     """The heads' caches, and the state of verified tokens that each head reads next."""
 
-    def __init__(self, model: Decoder, drafts: int, *, rows: int, capacity: int) -> None:
+    def __init__(self, model: Decoder, drafts: int, run: RunLayer, *, rows: int, capacity: int) -> None:
         config, weight = model.config, model.lm_head.weight
-        self.model, self.drafts = model, drafts
+        self.model, self.drafts, self.run = model, drafts, run
         self.heads = [cast(MTPHead, head) for head in model.mtp]
         self.caches = [
             # A head is fed up to 2 K + 1 tokens at once and K - 1 are taken back.
@@ -89,9 +91,11 @@ class Drafter:
     def _read(self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows) -> Tensor:
         """Head h over the states, each with its token's embedding."""
         tokens = state_BTD.shape[1]
-        layout = self.caches[h].feed(rows, counts_B).step(tokens)
-        head, embedded_BTD = self.heads[h], self.model.model["embed_tokens"](tokens_BY[:, :tokens])
-        return head(torch.cat((embedded_BTD, state_BTD), -1), self.model.tables(layout.position_BT), layout)
+        step = self.caches[h].feed(rows, counts_B).step(tokens)
+        embedded_BTD = self.model.model["embed_tokens"](tokens_BY[:, :tokens])
+        layout = step.of(self.model.config.layers + h, full=False)
+        tables = self.model.tables(layout.position_BT)
+        return self.run(self.heads[h], torch.cat((embedded_BTD, state_BTD), -1), tables, layout)
 
 
 def verify(p_BTV: Tensor, drafts_BK: Tensor, q_BKV: Tensor, draw_BTW: Tensor) -> tuple[Tensor, Tensor]:
