@@ -14,7 +14,7 @@ Legend: B rows of a step, N rows in all, K drafts, T = tokens that a step reads 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
