@@ -125,7 +125,7 @@ class Decode:
             config, range(config.layers), rows=rows, capacity=capacity, slack=drafts,
             device=self.device, dtype=weight.dtype,
         )  # fmt: skip
-        self.drafter = Drafter(model, drafts, self.run, rows=rows, capacity=capacity) if drafts else None
+        self.drafter = Drafter(model, drafts, rows=rows, capacity=capacity) if drafts else None
         vocab = config.vocab_size
         self.settings = Settings(rows, vocab, self.device)
         self.token_B, self.active_B, self.made_B = (self._zeros(rows) for _ in range(3))
@@ -175,9 +175,8 @@ class Decode:
         self._gain(rows_B, token_B.unsqueeze(1), last_B.long(), mode)
         if self.drafter is not None:
             next_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1))
-            self._draft(
-                x_BTD, next_BT.scatter(1, (counts_B - 1)[:, None], following_B[:, None]), counts_B, rows_B, mode
-            )
+            next_BT = next_BT.scatter(1, (counts_B - 1)[:, None], following_B[:, None])
+            self._draft(x_BTD, next_BT, counts_B, rows_B, mode, _run_layer)
         return logits_B1V
 
     @torch.inference_mode()
@@ -258,7 +257,7 @@ class Decode:
         kept_B = gained_B * active_B
         self.trunk.rollback(tokens * active_B - kept_B, rows)
         self._gain(rows, out_BT, kept_B, mode)
-        self._draft(x_BTD, out_BT, kept_B, rows, mode)
+        self._draft(x_BTD, out_BT, kept_B, rows, mode, self.run)
         return logits_BTV
 
     def _states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer) -> Tensor:
@@ -270,7 +269,7 @@ class Decode:
             x_BTD = run(cast(Layer, layer), x_BTD, tables, step.of(number, self.model.config.full(number)))
         return x_BTD
 
-    def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode) -> None:
+    def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode, run: RunLayer) -> None:
         """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`; idle rows keep theirs."""
         assert self.drafter is not None
         view, busy_B1 = _view(rows), counts_B[:, None] > 0
@@ -282,7 +281,7 @@ class Decode:
             self.q_BKV[view, head] = torch.where(busy_B1, q_BV, self.q_BKV[view, head])
             return choose(q_BV, self._draw(rows, head, DRAFT))
 
-        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick)
+        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick, run)
         self.draft_BK[view] = torch.where(busy_B1, drafts_BK, self.draft_BK[view])
 
     def _next(self, logits_BV: Tensor, rows: Rows, mode: Mode) -> Tensor:

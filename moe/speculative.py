@@ -38,9 +38,9 @@ Pick = Callable[[int, Tensor, Tensor], Tensor]
 class Drafter:
     """The heads' caches, and the state of verified tokens that each head reads next."""
 
-    def __init__(self, model: Decoder, drafts: int, run: RunLayer, *, rows: int, capacity: int) -> None:
+    def __init__(self, model: Decoder, drafts: int, *, rows: int, capacity: int) -> None:
         config, weight = model.config, model.lm_head.weight
-        self.model, self.drafts, self.run = model, drafts, run
+        self.model, self.drafts = model, drafts
         self.heads = [cast(MTPHead, head) for head in model.mtp]
         self.caches = [
             # A head is fed up to 2 K + 1 tokens at once and K - 1 are taken back.
@@ -58,7 +58,7 @@ class Drafter:
         for h, cache in enumerate(self.caches):
             cache.restart(row, start=length, length=length - h)
 
-    def draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, pick: Pick) -> Tensor:
+    def draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, pick: Pick, run: RunLayer) -> Tensor:
         """Reads verified states and drafts K tokens [B, K] behind the last of them.
 
         Row b gives `counts_B[b]` states of the trunk, going on where the last call ended, and for each the token behind
@@ -72,7 +72,7 @@ class Drafter:
         for h, cache in enumerate(self.caches):
             if h:
                 state_BTD = torch.cat((carry_HBD[h].unsqueeze(1), state_BTD), 1)
-            state_BTD = self._read(h, state_BTD, tokens_BY, torch.where(busy_B, counts_B + h, 0), rows)
+            state_BTD = self._read(h, state_BTD, tokens_BY, torch.where(busy_B, counts_B + h, 0), rows, run)
             cache.rollback(torch.where(busy_B, h, 0), rows)
             if h + 1 < self.drafts:
                 verified_BD = torch.where(busy_B[:, None], row_at(state_BTD, last_B), carry_HBD[h + 1])
@@ -88,14 +88,16 @@ class Drafter:
         head = self.heads[h]
         return head.output(head.shared_head_norm(state_BD))
 
-    def _read(self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows) -> Tensor:
+    def _read(
+        self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows, run: RunLayer
+    ) -> Tensor:
         """Head h over the states, each with its token's embedding."""
         tokens = state_BTD.shape[1]
         step = self.caches[h].feed(rows, counts_B).step(tokens)
         embedded_BTD = self.model.model["embed_tokens"](tokens_BY[:, :tokens])
         layout = step.of(self.model.config.layers + h, full=False)
         tables = self.model.tables(layout.position_BT)
-        return self.run(self.heads[h], torch.cat((embedded_BTD, state_BTD), -1), tables, layout)
+        return run(self.heads[h], torch.cat((embedded_BTD, state_BTD), -1), tables, layout)
 
 
 def verify(p_BTV: Tensor, drafts_BK: Tensor, q_BKV: Tensor, draw_BTW: Tensor) -> tuple[Tensor, Tensor]:
