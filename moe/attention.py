@@ -288,25 +288,3 @@ class Mixed:
 
     def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         return (self.full if full else self.windowed).attend(layer, full, q_BHTC, k_BGTC, v_BGTC)
-
-
-class KVCache:
-    """Keys and values of all positions seen so far, [B, G, P, C] a layer, of one document a row; its own layout."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.window, self.length = config.window, 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.position_BT = torch.zeros(1, 0, dtype=torch.int64)
-
-    def step(self, positions: int) -> "KVCache":
-        self.position_BT = torch.arange(self.length, self.length + positions)[None]
-        self.length += positions
-        return self
-
-    def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
-        if layer in self.layers:
-            k_BGTC, v_BGTC = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k_BGTC, v_BGTC), strict=True))
-        self.layers[layer] = k_BGTC, v_BGTC
-        distance_TP = self.position_BT[0][:, None] - torch.arange(self.length)
-        seen_TP = (distance_TP >= 0) & (full | (distance_TP < self.window))
-        return masked_attention(q_BHTC, k_BGTC, v_BGTC, seen_TP[None, None])
