@@ -70,7 +70,7 @@ SAMPLINGS = st.builds(
 )
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=7, deadline=None, derandomize=True)
 @given(st.data())
 def test_company_changes_no_answer(model: Decoder, data: st.DataObject) -> None:
     """Any slots, chunks and lag; requests arrive and are cancelled between steps; rows are used again."""

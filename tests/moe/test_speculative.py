@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from moe.batching import Batcher, Event
-from moe.graphs import Decode
+from moe.decode import Decode
 from moe.model import Decoder
 from moe.presets import preset
 from moe.sampling import DRAFT, Sampling, choose, draws
