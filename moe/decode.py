@@ -26,6 +26,7 @@ from moe.sampling import CHOOSE, DRAFT, DRAWS, Mode, Sampling, Settings, choose,
 from moe.speculative import Drafter, Rows, RunLayer, row_at, verify, verify_greedy
 
 Kind = Literal["plain", "round"]
+Start = tuple[Tensor, Step, dict[bool, Tables]]
 MOST_VARIANTS = 64  # of a compiled layer: four kinds by the batch sizes and by one or K + 1 + h tokens
 
 
@@ -44,7 +45,10 @@ class Decode:
     ) -> None:
         """`capture`: graphs on a GPU. `compiled`: layers by torch.compile, once for each kind and shape of step."""
         config, weight = model.config, model.lm_head.weight
-        self.run, self.begin = _compiled() if compiled else (_run_layer, _begin)
+        self.run: RunLayer = _run_layer
+        self.begin: Callable[..., Start] = _begin
+        if compiled:
+            self.run, self.begin = _compiled()
         self.model, self.rows, self.drafts, self.device = model, rows, drafts, weight.device
         capacity = context + drafts  # a round near the end reads drafts that can no longer count
         self.trunk = Cache(
@@ -254,7 +258,7 @@ def _run_layer(layer: Layer, x_BTD: Tensor, tables: dict[bool, Tables], layout: 
     return layer(x_BTD, tables, layout)
 
 
-def _begin(model: Decoder, feed: Feed, tokens_BT: Tensor) -> tuple[Tensor, Step, dict[bool, Tables]]:
+def _begin(model: Decoder, feed: Feed, tokens_BT: Tensor) -> Start:
     """What comes before the layers: some sixty tiny operations on places and angles, which a compiler fuses."""
     x_BTD = model.model["embed_tokens"](tokens_BT)
     step = feed.step(tokens_BT.shape[1])
@@ -264,11 +268,11 @@ def _begin(model: Decoder, feed: Feed, tokens_BT: Tensor) -> tuple[Tensor, Step,
 
 
 @cache
-def _compiled() -> tuple[RunLayer, Callable]:
+def _compiled() -> tuple[RunLayer, Callable[..., Start]]:
     """One function for all layers, so that those of a kind share code; each batch size is compiled for itself."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     run, begin = (torch.compile(f, fullgraph=True, dynamic=False) for f in (_run_layer, _begin))
-    return run, begin
+    return cast(RunLayer, run), cast(Callable[..., Start], begin)
 
 
 def _view(rows: Rows) -> Tensor | slice:
