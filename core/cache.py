@@ -13,9 +13,9 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import xxhash
 
@@ -27,7 +27,10 @@ from core.stores import disk_faults
 CACHE_ENV = "STEPWELL_CACHE"
 PART = ".part-"  # how the names of half-fetched files begin
 LEAST_FREE_BYTES = 1 << 30  # of the cache's disk, which others use too: chosen, untested
+TRIES = 3  # to open what others may remove: they remove what was used longest ago first, so the second should do
 KEPT_FREE_FRACTION = 0.1  # of it, below which fetched files make room: chosen, untested
+
+T = TypeVar("T")
 
 
 class Stored(NamedTuple):
@@ -52,6 +55,15 @@ def fetched(root: Root, names: Sequence[str], content: str) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):  # another process may just have made room
         os.utime(folder)
     return paths
+
+
+def opened(root: Root, names: Sequence[str], content: str, read: Callable[[list[Path]], T]) -> T:
+    """What `read` makes of `fetched` files. Another process may make room just before it has them open (and not after: what is
+    open or mapped stays): they are fetched again. FileNotFoundError where the store has none."""
+    for _ in range(0 if root.is_local else TRIES - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return read(fetched(root, names, content))
+    return read(fetched(root, names, content))
 
 
 def fetch(root: Root, name: str, path: Path, stored: Stored | None) -> None:

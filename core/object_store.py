@@ -1,10 +1,10 @@
 """A root on an S3 server: objects that appear whole, conditional writes for locks, reads whose every byte was asked for.
 
 `path` is bucket/key throughout. A written object is visible at once and whole, so a put is what a rename is on a disk. Versions
-are ETags. Listings are never cached. An upload above PART_BYTES goes in parts and is aborted if it fails; a process that is
-killed in the middle leaves parts behind that only the bucket's lifecycle rule removes (AbortIncompleteMultipartUpload).
+are ETags. Listings are never cached. Uploads above PART_BYTES and copies above COPY_BYTES go in parts: `core.object_store_parts`.
 
-Costs in requests: note 1 GET (the file's end), small file 1 GET, exists 1 HEAD (2 if it is not there), rename 1 copy + 1 delete.
+Costs in requests: note 1 GET (the file's end), small file 1 GET, exists 1 HEAD (2 if it is not there), rename 1 HEAD
++ 1 copy + 1 delete.
 """
 
 import contextlib
@@ -15,13 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 from core.errors import ConfigError, StageError
-from core.object_store_calls import REFUSALS, TornError, at_once, code_of, is_unmatched, persistently
+from core.object_store_calls import (
+    PROBE_PATIENCE_S,
+    REFUSALS,
+    TornError,
+    at_once,
+    code_of,
+    is_unmatched,
+    persistently,
+)
+from core.object_store_parts import Upload, in_parts
 
 PART_BYTES = 16 << 20  # S3 allows 5 MB to 5 GB; memory is TRANSFERS of them
-MOST_PARTS = 10_000  # S3's limit
+COPY_BYTES = 256 << 20  # S3 copies 5 GB at most in one request, of which no byte may come for READ_S; chosen, untested
 TAIL_BYTES = 64 << 10  # what a Parquet file's footer takes, or a small file altogether
 READ_AHEAD_BYTES = 8 << 20
-PROBE_PATIENCE_S = 15.0  # before any work, a wrong endpoint should be named soon
 
 T = TypeVar("T")
 
@@ -75,14 +83,8 @@ class S3Store:
                 raise TornError(f"{len(data)} of {stop - start} bytes")
             return data
 
-        try:
+        with _one_version(path):
             return self._call(path, get)
-        except Exception as e:
-            if not is_unmatched(e):
-                raise
-            raise StageError(
-                f"root: s3://{path} was replaced while it was read; let other runs end, then run again"
-            ) from e
 
     def tail(self, path: str) -> tuple[bytes, int, str]:
         """The last bytes of an object, at most TAIL_BYTES; its size and version. One request."""
@@ -124,49 +126,18 @@ class S3Store:
 
     def put_file(self, local: str, path: str) -> None:
         size = os.path.getsize(local)
+        bucket, key = _split(path)
+
+        def put(client: Any, upload: Upload, start: int, stop: int) -> dict[str, Any]:
+            data = _local_range(local, start, stop)
+            answer: dict[str, Any] = client.upload_part(**upload, Body=data)
+            return answer
+
         if size > PART_BYTES:
-            self._put_parts(local, path, size)
+            in_parts(bucket, key, size, PART_BYTES, put)
             return
-        with open(local, "rb") as f:
-            data = f.read()
-        bucket, key = _split(path)
+        data = _local_range(local, 0, size)
         self._call(path, lambda c: c.put_object(Bucket=bucket, Key=key, Body=data))
-
-    def _put_parts(self, local: str, path: str, size: int) -> None:
-        bucket, key = _split(path)
-        part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
-        mine = uuid.uuid4().hex
-        begun = self._call(
-            path, lambda c: c.create_multipart_upload(Bucket=bucket, Key=key, Metadata={"stepwell-upload": mine})
-        )
-        upload = {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"]}
-
-        def part(start: int) -> dict[str, Any]:
-            with open(local, "rb") as f:
-                f.seek(start)
-                data = f.read(part_bytes)
-            number = start // part_bytes + 1
-            sent = self._call(path, lambda c: c.upload_part(**upload, PartNumber=number, Body=data))
-            return {"PartNumber": number, **{k: v for k, v in sent.items() if k == "ETag" or k.startswith("Checksum")}}
-
-        def complete(client: Any) -> None:
-            try:
-                client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
-            except client.exceptions.ClientError as e:
-                # An earlier try may have succeeded and only its answer been lost.
-                if code_of(e) != "NoSuchUpload":
-                    raise
-                there = client.head_object(Bucket=bucket, Key=key)
-                if there["Metadata"].get("stepwell-upload") != mine:
-                    raise
-
-        try:
-            parts = at_once(part, range(0, size, part_bytes))
-            self._call(path, complete)
-        except BaseException:
-            with contextlib.suppress(Exception):  # the fault that led here is the one to tell
-                self._call(path, lambda c: c.abort_multipart_upload(**upload), PROBE_PATIENCE_S)
-            raise
 
     def create(self, path: str, data: bytes, patience_s: float | None = None) -> bool:
         """Put `data`, which no other caller writes, only if nothing is there."""
@@ -212,8 +183,19 @@ class S3Store:
         """Copy on the server, then delete. Killed in between, both are there."""
         bucket, key = _split(target)
         old_bucket, old_key = _split(source)
-        place = {"Bucket": old_bucket, "Key": old_key}
-        self._call(source, lambda c: c.copy_object(Bucket=bucket, Key=key, CopySource=place))
+        head = self._head(source)
+        place = {"CopySource": {"Bucket": old_bucket, "Key": old_key}, "CopySourceIfMatch": head["ETag"]}
+
+        def copy(client: Any, upload: Upload, start: int, stop: int) -> dict[str, Any]:
+            answer = client.upload_part_copy(**upload, **place, CopySourceRange=f"bytes={start}-{stop - 1}")
+            copied: dict[str, Any] = answer["CopyPartResult"]
+            return copied
+
+        with _one_version(source):
+            if head["ContentLength"] > COPY_BYTES:
+                in_parts(bucket, key, head["ContentLength"], COPY_BYTES, copy)
+            else:
+                self._call(source, lambda c: c.copy_object(Bucket=bucket, Key=key, **place))
         self._delete(source)
 
     def remove(self, path: str) -> None:
@@ -339,6 +321,23 @@ def _body(answer: dict[str, Any]) -> bytes:
     if len(data) != answer["ContentLength"]:
         raise TornError(f"{len(data)} of {answer['ContentLength']} bytes")
     return data
+
+
+@contextlib.contextmanager
+def _one_version(path: str) -> Iterator[None]:
+    """For reads that name a version: another one in its place is a StageError."""
+    try:
+        yield
+    except Exception as e:
+        if not is_unmatched(e):
+            raise
+        raise StageError(f"root: s3://{path} was replaced while it was read; let other runs end, then run again") from e
+
+
+def _local_range(path: str, start: int, stop: int) -> bytes:
+    with open(path, "rb") as f:
+        f.seek(start)
+        return f.read(stop - start)
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import fsspec
 from core.errors import ConfigError, StageError
 
 PATIENCE_S = 120.0  # from a call's first fault to its last try; a store that throttles recovers in seconds
+PROBE_PATIENCE_S = 15.0  # before any work, where a wrong endpoint should be named soon, and after a failure
 FIRST_WAIT_S = 0.1  # at most; doubled with each try up to LONGEST_WAIT_S, and drawn evenly from zero (full jitter)
 LONGEST_WAIT_S = 10.0
 CONNECT_S, READ_S = 10.0, 60.0  # without a connection, without a byte

@@ -102,9 +102,19 @@ class Root:
         """A local path to write to; on leaving without an exception the file appears under `name`, else it is gone.
         A full or failing disk is a StageError."""
         target = self.path(name)
-        with disk_faults(target), temporary(self._store, target) as path:
+        with temporary(self._store, target) as path:
             yield path
-            self._store.put_file(path, target)
+            with disk_faults(target):
+                self._store.put_file(path, target)
+
+    def upload(self, source: str | Path, name: str) -> None:
+        """Copy a local file, which stays, to `name`. A store reads it where it lies."""
+        if self.is_local:
+            with self.writing(name) as path:
+                shutil.copyfile(source, path)
+        else:
+            with disk_faults(self.path(name)):
+                self._store.put_file(str(source), self.path(name))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writing(name) as path, open(path, "wb") as f:

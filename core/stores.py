@@ -214,13 +214,8 @@ class LocalDisk:
         with _alone(path):
             if not _is_still(self, path, version):
                 return None
-            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-            try:
+            with replacing(path) as temporary:
                 Path(temporary).write_bytes(data)
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
         return digest(data.hex())
 
     def remove_version(self, path: str, version: str) -> bool:
@@ -256,19 +251,46 @@ class LocalDisk:
 
 @contextlib.contextmanager
 def temporary(store: Store, target: str) -> Iterator[str]:
-    """A local path to write to before `put_file`: in the target's folder where that is local. Gone afterwards."""
+    """A local path to write to before `put_file`: in the target's folder where that is local. Gone afterwards. A full or failing
+    disk is a StageError."""
     if store.is_local:
         folder, name = os.path.split(target)
-        os.makedirs(folder, exist_ok=True)
-        path = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        path, place = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp", target
+        with disk_faults(place):
+            os.makedirs(folder, exist_ok=True)
     else:
-        handle, path = tempfile.mkstemp(prefix="stepwell-")
+        handle, path = _on_its_way(target)
         os.close(handle)
+        place = f"{path}, where TMPDIR points, on its way to {target}"
     try:
-        yield path
+        with disk_faults(place):
+            yield path
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def _on_its_way(target: str) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(prefix="stepwell-")
+    except OSError as e:  # without room Python finds no folder for temporary files at all
+        raise StageError(
+            f"root: cannot make a temporary file for {target}: {e}; make room where TMPDIR points, or name another folder in it"
+        ) from e
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A name in the same folder that becomes `path` if the block ends well, and is gone otherwise."""
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager

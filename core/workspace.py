@@ -20,7 +20,6 @@ machines, a file lock for this one. Nothing may write to the files while `commit
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -116,6 +115,8 @@ class Mirror:
         self._index = self._read_index() or self._adopt()
         if self._index.moves or self._index.gone:
             self._publish(again=True)
+        else:
+            self.root.remove(f"{self.folder}/{STAGED}")  # of a commit that was killed before it held
         state = self._state()
         if self._index.commit in state.get("bases", ()):
             self._released = set(state["released"])
@@ -173,8 +174,7 @@ class Mirror:
 
     def _put(self, path: Path, name: str, stored: Stored) -> None:
         before = path.stat()
-        with self.root.writing(name) as temporary:
-            _link_or_copy(path, Path(temporary))
+        self.root.upload(path, name)
         after = path.stat()
         if (before.st_size, before.st_mtime_ns, after.st_size) != (stored.bytes, after.st_mtime_ns, stored.bytes):
             raise StageError(f"{self.folder}: {path} was written to while it was committed; run again")
@@ -322,14 +322,3 @@ def _remove_empty(folder: Path) -> None:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name where both lie on one disk, else a copy."""
-    target.unlink()
-    try:
-        os.link(source, target)
-    except OSError as e:
-        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target)

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from core.dataset import Dataset
 from core.engines.columns import key_starts
-from core.engines.contract import Engine, Unit
+from core.engines.contract import Engine, Unit, rows_in
 from core.hashing import combined, table_digest
 from core.schema import TEXT
 from core.storage import Root
@@ -92,10 +92,6 @@ def _rare(common_docs: int, chunk: pa.Table) -> pa.Table:
     return chunk.filter(pa.array(np.repeat(counts < common_docs, counts)))
 
 
-def _rows_of(piece: pa.Table) -> int:
-    return piece.num_rows
-
-
 class Sampling(NamedTuple):
     """How held-out documents are sampled."""
 
@@ -122,7 +118,7 @@ def sample_held_out(
             label=f"{label}: common windows",
         )
     )
-    check(engine.fold(rare, _rows_of, int.__add__, f"{label}: count windows") or 0)
+    check(rows_in(engine, rare, f"{label}: count windows"))
     return indexed(engine.collect(rare))
 
 

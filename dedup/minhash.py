@@ -20,7 +20,6 @@ Up to `max_edges` verified pairs are collected by the driver, which finds the co
 it the workers find them (`dedup.labels`, `dedup.stars`) and write the relation, with the same bytes in the end.
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from core.engines.contract import Engine, Frame, Report, Unit
+from core.engines.contract import Engine, Frame, Report, Unit, rows_in
 from core.job import Job, Outcome
 from core.schema import TEXT
 from core.stage import Kind, Stage, StageConfig, execution
@@ -166,10 +165,6 @@ def collect_edges(engine: Engine, edges: Frame) -> pa.Table:
     return table.filter(pa.array(fresh)).combine_chunks()
 
 
-def _rows_of(piece: pa.Table) -> int:
-    return piece.num_rows
-
-
 def components_of(edges: pa.Table) -> tuple[Components, np.ndarray]:
     """Components over the rows of `edges`, and the doc_id of each row in them."""
     keys = np.concatenate([edges.column(c).to_numpy() for c in ("a_row", "b_row")])
@@ -205,7 +200,7 @@ def found_there(job: Job, edges: Frame, write: EdgeFiles) -> Found:
     edges = distinct_edges(job.engine, edges, f"{job.instance}: distinct pairs")
     labelled, census = label_nodes(job.engine, edges, job.instance, CROWD)
     labelled = job.engine.persist(labelled)
-    count = job.engine.fold(edges, _rows_of, operator.add, f"{job.instance}: count pairs") or 0
+    count = rows_in(job.engine, edges, f"{job.instance}: count pairs")
     pairs = label_edges(job.engine, edges, labelled, RELATION, job.instance)
     return Found(write_there(job.engine, write, pairs, count, job.instance), labelled, census)
 
@@ -257,7 +252,7 @@ def minhash(job: Job) -> Outcome:
     units = source_units(job.datasets, scopes)
     nodes = job.engine.persist(job.engine.scan(partial(read_nodes, config), units, NODES, f"{job.instance}: sign"))
     edges = job.engine.persist(find_edges(job.engine, nodes, config, job.instance))
-    many = job.engine.fold(edges, _rows_of, operator.add, f"{job.instance}: count edges") or 0
+    many = rows_in(job.engine, edges, f"{job.instance}: count edges")
     write = EdgeFiles(job.root, job.instance, job.identity)
     found = (found_here if many <= config.max_edges else found_there)(job, edges, write)
     labels = job.engine.persist(label_rows(job, found.labelled, units))

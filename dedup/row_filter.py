@@ -5,13 +5,12 @@ Beyond MOST_BITS / BITS_PER_ROW rows it passes more, and where it would pass mos
 out in the join, so the filter decides what is moved, never what comes out.
 """
 
-import operator
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from core.engines.contract import Engine, Frame
+from core.engines.contract import Engine, Frame, rows_in
 
 BITS_PER_ROW = 16
 MOST_BITS = 1 << 25  # 4 MB, which goes to every worker and comes back from every part: chosen, untested
@@ -20,16 +19,12 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 
 def row_filter(engine: Engine, frame: Frame, label: str) -> np.ndarray | None:
     """The filter of the column `row`, uint8 [bits / 8]; None where it would pass more than half of the others."""
-    rows = engine.fold(frame, _rows_of, operator.add, f"{label}: count") or 0
+    rows = rows_in(engine, frame, f"{label}: count")
     bits = min(MOST_BITS, 1 << max(3, (rows * BITS_PER_ROW - 1).bit_length()))
     if rows > bits // 2:
         return None
     found = engine.fold(frame, partial(marked, bits=bits), np.bitwise_or, label)
     return np.zeros(bits // 8, dtype=np.uint8) if found is None else found
-
-
-def _rows_of(piece: pa.Table) -> int:
-    return piece.num_rows
 
 
 def marked(piece: pa.Table, bits: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from core.cache import fetched
+from core.cache import opened
 from core.errors import StageError
 from core.storage import Root
 from mixtures.index_file import Entries, read_index
@@ -91,12 +91,11 @@ class MixtureSource:
 
     def _open(self, ordinal: int) -> TokenShard:
         name, note = self._checked(ordinal)
+        files = [f"{name}.idx", f"{name}.bin", *([f"{name}.levels"] if note.get("levels", False) else [])]
         try:
-            levels = [f"{name}.levels"] if note.get("levels", False) else []
-            index, *_ = fetched(self._root, [f"{name}.idx", f"{name}.bin", *levels], note["content"])
+            return opened(self._root, files, note["content"], lambda found: open_shard(*found))
         except FileNotFoundError as e:
-            raise _missing(f"{self._root.url}/{name}.bin or .idx") from e
-        return open_shard(index.with_suffix(""), note.get("levels", False))
+            raise _missing(e.filename or f"{self._root.url}/{name}.bin or .idx") from e
 
     def _checked(self, ordinal: int) -> tuple[str, dict[str, Any]]:
         """A shard's name and what is stored beside it. In an object store its size is compared as well: opening it would fetch

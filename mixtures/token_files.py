@@ -73,14 +73,10 @@ class TokenShard:
     levels: np.ndarray | None = None  # uint8, one a token; None: all 0
 
 
-def open_shard(prefix: Path, levels: bool = False) -> TokenShard:
-    """Map `prefix.bin`, `prefix.idx` and, with `levels`, `prefix.levels`. Any other length than the index says is a
-    StageError."""
-    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    try:
-        raw, size = index_path.read_bytes(), data_path.stat().st_size
-    except FileNotFoundError as e:
-        raise StageError(f"tokens: {e.filename} is missing; {AGAIN}") from e
+def open_shard(index_path: Path, data_path: Path, levels_path: Path | None = None) -> TokenShard:
+    """Map a `.bin`, read its `.idx` and map its `.levels`, if it has them. Any other length than the index says is a
+    StageError; a file that is not there is FileNotFoundError."""
+    raw, size = index_path.read_bytes(), data_path.stat().st_size
     dtype, n = _header(index_path, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, dtype="<i4", count=n, offset=at)
@@ -88,15 +84,13 @@ def open_shard(prefix: Path, levels: bool = False) -> TokenShard:
     tokens = int(lengths.sum(dtype=np.int64))
     _check_size(data_path, size, tokens * dtype.itemsize)
     mapped = np.memmap(data_path, dtype=dtype, mode="r")
-    return TokenShard(mapped, pointers // dtype.itemsize, lengths, _levels(prefix, tokens) if levels else None)
+    return TokenShard(
+        mapped, pointers // dtype.itemsize, lengths, _levels(levels_path, tokens) if levels_path else None
+    )
 
 
-def _levels(prefix: Path, tokens: int) -> np.ndarray:
-    path = Path(f"{prefix}.levels")
-    try:
-        _check_size(path, path.stat().st_size, tokens)
-    except FileNotFoundError as e:
-        raise StageError(f"tokens: {path} is missing; {AGAIN}") from e
+def _levels(path: Path, tokens: int) -> np.ndarray:
+    _check_size(path, path.stat().st_size, tokens)
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 

@@ -138,15 +138,19 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(spans: Spans) -> Tensor:
-    """Of block n of `window` queries over the keys of blocks n - 1 and n: bool [B or 1, N, 1, window, 2 * window]."""
-    window, (_, positions) = spans.window, spans.shape
+    """Block n of `window` queries over the keys of blocks n - 1 and n, all rows' N blocks in turn.
+
+    bool [B * N, 1, window, 2 * window].
+    """
+    window, (rows, positions) = spans.window, spans.shape
     blocks = -(-positions // window)
     # Queries beyond the row see key 0 of their own block, so that no softmax is empty.
     query_NQ = torch.arange(blocks * window, device=spans.index_T.device).view(blocks, window)
     first_BT = functional.pad(spans.first(False), (0, blocks * window - positions), value=0)
     key_NK = query_NQ[:, :1] - window + torch.arange(2 * window, device=query_NQ.device)
     first_BNQ = torch.maximum(first_BT.view(-1, blocks, window), key_NK[:, :1])
-    return ((key_NK[:, None] >= first_BNQ[..., None]) & (key_NK[:, None] <= query_NQ[..., None])).unsqueeze(2)
+    seen_BNQK = (key_NK[:, None] >= first_BNQ[..., None]) & (key_NK[:, None] <= query_NQ[..., None])
+    return seen_BNQK.expand(rows, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
 
 def blocked_attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, mask: Tensor | None, window: int) -> Tensor:
@@ -163,10 +167,8 @@ def blocked_attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, mask: Tens
         previous = functional.pad(here[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
         return torch.cat((previous, here), dim=3).flatten(0, 1)
 
-    assert mask is not None
-    mask_NQK = mask.expand(rows, -1, -1, -1, -1).flatten(0, 1)
     y = functional.scaled_dot_product_attention(
-        cut(q_BHTC).flatten(0, 1), with_previous(k_BGTC), with_previous(v_BGTC), attn_mask=mask_NQK, enable_gqa=True
+        cut(q_BHTC).flatten(0, 1), with_previous(k_BGTC), with_previous(v_BGTC), attn_mask=mask, enable_gqa=True
     )
     return y.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :positions]
 

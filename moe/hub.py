@@ -72,8 +72,8 @@ def export(
 ) -> Path:
     """Writes a hub folder of a decoder, or of the newest checkpoint of a folder (then with that run's tokenizer).
 
-    `dtype` None keeps each tensor's own. A folder with something in it is a `ConfigError` unless `overwrite`; a kill at
-    any moment leaves the old folder or the new one.
+    `dtype` None keeps each tensor's own. A folder with something in it is a `ConfigError` unless `overwrite`. A kill
+    leaves what was there, or the new folder; between the two renames of an overwrite the old one is FOLDER.replaced.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:

@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pipelines.config import EngineConfig, Pipeline
 from pipelines.plan import Planned, artifacts_of, code_of, identity_of, opened_with, plan_step
 from pipelines.preflight import find_artifacts, preflight, scratch_folder
 from pipelines.scope import DOCUMENT_KINDS, Step, dataset_at, datasets_of, steps
-from pipelines.shard_groups import part_summary, step_lock
+from pipelines.shard_groups import part_of, part_summary, step_lock
 
 Say = Callable[[str], None]
 
@@ -115,14 +115,15 @@ class Runner:
         return f"{self._done} of {self._todo} steps are done" + (f", then came {self._at}" if self._at else "")
 
     def _step(self, step: Step) -> Planned:
-        if self.options.force:
-            remove_output(self.root, step)
-        planned = plan_step(self.pipeline, self.root, step)
-        if not planned.run:
-            self._sweep(step, planned.identity)
-            self.say(f"{step.name}: up to date")
-            return planned
+        if not self.options.force:
+            planned = plan_step(self.pipeline, self.root, step)
+            if not planned.run:
+                self._sweep(step, planned.identity)
+                self.say(f"{step.name}: up to date")
+                return planned
         with self._held(step):
+            if self.options.force:
+                remove_output(self.root, step)
             planned = plan_step(self.pipeline, self.root, step)  # another run may have ended since the first look
             if planned.run:
                 self._execute(step, planned.identity or identity_of(self.pipeline, self.root, step))
@@ -200,41 +201,47 @@ class Runner:
 
     def _annotate(self, group: Sequence[Step]) -> list[Planned]:
         """One dataset's consecutive annotate stages in one pass."""
+        with contextlib.ExitStack() as locks:
+            if self.options.force:
+                for step in group:
+                    locks.enter_context(self._held(step))
+                for step in group:
+                    remove_output(self.root, step)
+            planned = self._planned(group)
+            todo = [p for p in planned if p.run]
+            if not todo:
+                return planned
+            name = group[0].dataset or ""
+            dataset = dataset_at(self.pipeline, self.root, name)
+            if dataset is None:
+                raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
+            part = part_of(dataset, self.options.shards)
+            for p in todo if not self.options.force else ():
+                locks.enter_context(self._held(p.step))
+            self._annotate_dataset(dataset, part, todo)
+        return planned
+
+    def _planned(self, group: Sequence[Step]) -> list[Planned]:
+        """What is to be done for stages of which later ones may read what earlier ones are to write."""
         planned: list[Planned] = []
         running: set[tuple[str | None, str]] = set()
         for step in group:
-            if self.options.force:
-                remove_output(self.root, step)
-            p = plan_step(self.pipeline, self.root, step, running)
-            planned.append(p)
-            if p.run:
+            planned.append(plan_step(self.pipeline, self.root, step, running))
+            if planned[-1].run:
                 running.add((step.dataset, step.manifest))
             else:
                 self.say(f"{step.name}: up to date")
-        todo = [p for p in planned if p.run]
-        if not todo:
-            return planned
-        name = group[0].dataset or ""
-        dataset = dataset_at(self.pipeline, self.root, name)
-        if dataset is None:
-            raise ConfigError(f"{group[0].name}: dataset {name!r} has no documents yet; run stage `extract` first")
-        with contextlib.ExitStack() as locks:
-            for p in todo:
-                locks.enter_context(self._held(p.step))
-            self._annotate_dataset(dataset, todo)
         return planned
 
-    def _annotate_dataset(self, dataset: Dataset, todo: Sequence[Planned]) -> None:
+    def _annotate_dataset(self, dataset: Dataset, part: Dataset, todo: Sequence[Planned]) -> None:
         began, clock = datetime.now(UTC), time.perf_counter()
+        reset_peak_memory()
+        self.engine.begin(self._scratch / "units")  # a name only: units leave nothing there. Peaks count from here
         runs = []
         for p in todo:
             entry = p.step.entry
             code = code_of(identity_of(self.pipeline, self.root, p.step, with_inputs=False))
             runs.append(AnnotateRun(entry.stage, entry.instance, entry.config, opened_with(entry, self.root), code))
-        part = dataset
-        if self.options.shards:
-            first, last = self.options.shards
-            part = replace(dataset, shards=dataset.shards[first:last])
         reports = annotate(self.engine, part, runs, self.pipeline.engine.stall_s)
         figures = total(reports)
         for run, p in zip(runs, todo, strict=True):

@@ -11,6 +11,7 @@ that shares a shard with it, a whole run by every part. What a dead process left
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +76,19 @@ def step_lock(root: Root, name: str, shards: tuple[int, int] | None, run_id: str
             with held(root, rival, run_id):  # refused while its run lives; else it is ours, and gone on leaving
                 pass
         yield
+
+
+def part_of(dataset: Dataset, shards: tuple[int, int] | None) -> Dataset:
+    """The shards A:B of a dataset, those that it has; None: all. ConfigError where it has none of them."""
+    if shards is None:
+        return dataset
+    first, last = shards
+    if first >= len(dataset.shards):
+        raise ConfigError(
+            f"--shards: got {first}:{last}, expected a range that begins below {len(dataset.shards)}, the number of shards of "
+            f"{dataset.name}; `pipelines shards STAGE --dataset {dataset.name}` prints the ranges there are"
+        )
+    return replace(dataset, shards=dataset.shards[first:last])
 
 
 def part_summary(part: Dataset, dataset: Dataset, figures: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ What goes wrong has one form everywhere: ConfigError and StageError arrive as th
 given to a verb arrives as a StageError that names the label, and the unit where there is one.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -196,6 +197,15 @@ class Engine(Protocol):
         """Stop workers and free scratch memory. Committed files stay."""
 
 
+def rows_in(engine: Engine, frame: Frame, label: str) -> int:
+    """Rows of a frame, counted where they are."""
+    return engine.fold(frame, _rows_of, operator.add, label) or 0
+
+
+def _rows_of(piece: pa.Table) -> int:
+    return piece.num_rows
+
+
 def told_by(engine: Engine) -> dict[str, Any]:
     """What an engine has to say of a stage besides its reports, for `observed` in a manifest; empty where nothing stood out."""
     dropped = {label: rows for label, rows in engine.dropped_rows().items() if rows}
@@ -228,35 +238,41 @@ class Totals:
 
 
 def key_aligned(batches: Iterator[pa.Table], by: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
-    """Cut a sorted stream of tables into tables of about `rows` rows that never split a key."""
+    """Cut a sorted stream of tables into tables of about `rows` rows that never split a key. Each row is copied once."""
     held: list[pa.Table] = []
     count = 0
+    border = (0, 0)  # where the last key begins: which of `held`, which row of it
     for batch in batches:
         if batch.num_rows == 0:
             continue
+        start = _last_key_start(batch, by)
+        if start or (held and key_at(batch, 0, by) != key_at(held[-1], -1, by)):
+            border = (len(held), start)
         held.append(batch)
         count += batch.num_rows
-        if count < rows:
+        if count < rows or border == (0, 0):
             continue
-        whole = pa.concat_tables(held).combine_chunks()
-        cut = _last_key_start(whole, by)
-        if cut == 0:
-            held, count = [whole], whole.num_rows
-            continue
-        yield whole.slice(0, cut)
-        held, count = [whole.slice(cut)], whole.num_rows - cut
+        piece, cut = border
+        yield pa.concat_tables([*held[:piece], held[piece].slice(0, cut)]).combine_chunks()
+        held = [held[piece].slice(cut), *held[piece + 1 :]]
+        count, border = sum(table.num_rows for table in held), (0, 0)
     if count:
         yield pa.concat_tables(held).combine_chunks()
+
+
+def key_at(table: pa.Table, row: int, by: Sequence[str]) -> list[Any]:
+    """The values of `by` in one row."""
+    return [table.column(c)[row].as_py() for c in by]
 
 
 def _last_key_start(table: pa.Table, by: Sequence[str]) -> int:
     """Index of the first row of the last key of a sorted table: bisect on equality with the last row."""
     n = table.num_rows
-    last = [table.column(c)[n - 1].as_py() for c in by]
+    last = key_at(table, n - 1, by)
     lo, hi = 0, n - 1
     while lo < hi:
         mid = (lo + hi) // 2
-        if [table.column(c)[mid].as_py() for c in by] == last:
+        if key_at(table, mid, by) == last:
             hi = mid
         else:
             lo = mid + 1

@@ -252,7 +252,7 @@ class RayEngine:
             for p, (ref, size) in enumerate(zip(refs, fact.sizes, strict=True)):
                 if size:
                     slices[p].append(Part(ref, size))
-        self._count_dropped(label, sum(fact.lost for _, fact in done))
+        self._count_dropped(label, sum(fact.told.cut_rows for _, fact in done))
         return _Exchange(slices, (*(r for frame in frames for r in frame.roots), root))
 
     def _handed(self, exchanged: "_Exchange", empty: bool = False) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
@@ -275,7 +275,7 @@ class RayEngine:
         with self.display.task(label, count, 0) as advance:
             done, root = self._called(work, calls, label, lambda fact: advance(0, 0, 1))
         parts = [Part(*made) for refs, fact in done for made in zip(refs, fact.sizes, strict=True)]
-        self._count_dropped(label, sum(fact.lost for _, fact in done))
+        self._count_dropped(label, sum(fact.told.cut_rows for _, fact in done))
         self._skews.add(label, (fact.told.skew for _, fact in done), min(self.partition_bytes, self.block_bytes))
         return RayFrame(schema, tuple(parts), tuple(dict.fromkeys((*roots, root))))
 

@@ -32,32 +32,32 @@ def called(
     `calls` is read as tasks are asked for, so arguments that only it holds are freed when their task has ended. After a failure
     the tasks that were asked for come to their end before it is raised."""
     task = ray.remote(streamed).options(num_returns=returns, max_retries=RETRIES)
-    made: list[Any] = []
-    facts: list[Any] = []
-    waiting: dict[Any, int] = {}
+    done: list[Any] = []
+    waiting: dict[Any, tuple[int, str, Any]] = {}  # last reference of a call -> its place in `done`, name, references
     named = iter(calls)
-    names: list[str] = []
     try:
         while True:
             while len(waiting) < IN_FLIGHT * max(1, room.count()) and (todo := next(named, None)) is not None:
-                names.append(todo[0])
-                made.append(task.remote(root, label, todo[0], *todo[1]))
-                facts.append(None)
-                waiting[_last(made[-1])] = len(made) - 1
+                made = task.remote(root, label, todo[0], *todo[1])
+                waiting[_last(made)] = (len(done), todo[0], made)
+                done.append(None)
                 del todo
             if not waiting:
-                return list(zip(made, facts, strict=True))
+                return done
             for ref in ray.wait(list(waiting), timeout=WAKE_S)[0]:
-                i = waiting.pop(ref)
-                *made[i], fact = made[i]
-                facts[i] = fetched(fact, label, names[i])
-                progress(facts[i])
+                i, name, made = waiting.pop(ref)
+                *tables, fact = made
+                done[i] = (tables, fetched(fact, label, name))
+                progress(done[i][1])
     except StepwellError:
-        while waiting:
-            for ref in ray.wait(list(waiting), timeout=WAKE_S)[0]:
-                del waiting[ref]
-            room.count()
+        _let_end(list(waiting), room)
         raise
+
+
+def _let_end(waiting: list[Any], room: Room) -> None:
+    while waiting:
+        waiting = ray.wait(waiting, timeout=WAKE_S)[1]
+        room.count()
 
 
 def _last(made: Any) -> Any:

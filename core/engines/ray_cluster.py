@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from core.engines.environment import environment
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError, RetryableError, StageError
 from core.stage import Resources
 
 # Ray reads these once, when it is imported.
@@ -137,7 +137,8 @@ def block_bytes(ours: bool, workers: int, memory_gb: float) -> int:
 
 
 def start(address: str | None, scratch: Path, workers: int, memory_gb: float) -> None:
-    """Join the cluster at `address`, or start a Ray on this machine. ConfigError where that fails."""
+    """Join the cluster at `address`, or start a Ray on this machine. ConfigError where that fails, RetryableError where nobody
+    answers at `address`."""
     quiet_logs: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     paths = os.pathsep.join(p for p in sys.path if p)  # workers import what this process can
     try:
@@ -157,7 +158,9 @@ def start(address: str | None, scratch: Path, workers: int, memory_gb: float) ->
                 )
     except (ConnectionError, ValueError, RuntimeError, OSError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ConfigError(
+        # A cluster that does not answer may be starting: exit code 1, which schedulers try again, and not 2.
+        kind = RetryableError if address and isinstance(e, OSError) else ConfigError
+        raise kind(
             f"ray: cannot reach a cluster at {address or 'this machine'}: {reason}; check `engine.address` and RAY_ADDRESS"
         ) from e
 

@@ -11,7 +11,7 @@ import faulthandler
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from core.engines.guard import alone, watched
 from core.engines.measure import peak_memory, reset_peak_memory
 from core.engines.pool import attempted, quiet_note
 from core.engines.ray_cluster import ray
-from core.engines.spill import Cut, Told, chunks, prepared, shards_of, split
+from core.engines.spill import Cut, Told, chunks, gathered, prepared, shards_of, split
 
 STALL_S = 600.0  # for one block of a frame, the contract's default for a unit
 END = object()
@@ -34,7 +34,6 @@ class Fact:
     """What a finished task says to the driver: the size of each of its tables, the rows that a cap cut, the largest key."""
 
     sizes: list[int] = field(default_factory=list)
-    lost: int = 0
     told: Told = field(default_factory=Told)
     peak_memory_bytes: int = 0
     value: Any = None
@@ -126,8 +125,8 @@ def mapped(fn: ChunkFn, schema: pa.Schema, size: int, fact: Fact, *tables: pa.Ta
 
 def cut_up(cut: Cut, schema: pa.Schema, fact: Fact, *tables: pa.Table) -> Iterator[pa.Table]:
     """One slice a partition, empty or not."""
-    fact.lost = 0  # a second try begins anew
-    made, fact.lost = prepared(pa.concat_tables(tables), cut.before_exchange())
+    fact.told = Told()  # a second try begins anew
+    made, fact.told.cut_rows = prepared(pa.concat_tables(tables), cut.before_exchange())
     slices = dict(split(made, cut))
     nothing = schema.empty_table()
     for p in range(cut.partitions):
@@ -138,12 +137,15 @@ def reduced(
     fn: ChunkFn, schema_in: pa.Schema, schema: pa.Schema, cut: Cut, size: int, fact: Fact, passes: int, *slices: Any
 ) -> Iterator[pa.Table]:
     """`fn` over whole keys of one partition, in `passes` shares of its keys."""
-    fact.lost, fact.told = 0, Told()
+    fact.told = Told()
 
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
-            table, lost = _gathered(_share(slices, cut, turn, passes), schema_in, cut, size)
-            fact.lost += lost
+            # Two blocks, or a hot key would be made smaller for each of its slices.
+            share = gathered(_share(slices, cut, turn, passes), schema_in, cut, 2 * size, fact.told)
+            table, lost = prepared(share, cut)
+            del share
+            fact.told.cut_rows += lost
             fact.told.large(table, cut, size)
             for piece in chunks(table, cut.by) if table.num_rows else ():
                 yield fn(piece)
@@ -220,24 +222,6 @@ def _share(slices: Sequence[Any], cut: Cut, turn: int, passes: int) -> Iterator[
             table = table.filter(pa.array(share == np.uint64(turn)))
         if table.num_rows:
             yield table
-
-
-def _gathered(tables: Iterable[pa.Table], schema: pa.Schema, cut: Cut, size: int) -> tuple[pa.Table, int]:
-    """All rows sorted, combined and capped, and how many were cut. Where one hot key makes them more than two blocks, what can
-    be combined or cut is, before the rest is read; where nothing can, the key is held whole."""
-    bounded = cut.combine is not None or cut.max_rows_per_key is not None
-    held: list[pa.Table] = []
-    count = lost = 0
-    limit = 2 * size
-    for table in chain([schema.empty_table()], tables):
-        held.append(table)
-        count += table.nbytes
-        if bounded and count > limit:
-            smaller, cut_rows = prepared(pa.concat_tables(held), cut.before_exchange())
-            held, count, lost = [smaller], smaller.nbytes, lost + cut_rows
-            limit = max(limit, 2 * count)  # or rows that do not shrink would be sorted again and again
-    table, cut_rows = prepared(pa.concat_tables(held), cut)
-    return table, lost + cut_rows
 
 
 _settled = False

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.engines.environment import environment
-from core.errors import ConfigError
+from core.errors import ConfigError, RetryableError, StepwellError
 
 # Said at import already, of a package that nothing here uses: frames are Arrow.
 warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
@@ -44,7 +44,7 @@ LOCAL = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
 def start_session(scratch: Path, workers: int, memory_gb: float, address: str | None) -> SparkSession:
-    """The running session, or a new one. ConfigError where there is no Java or no master."""
+    """The running session, or a new one. ConfigError where there is no Java, RetryableError where the master does not answer."""
     if (running := SparkSession.getActiveSession()) is not None:
         return running
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit started Java and this process
@@ -138,18 +138,23 @@ def _defaults(given: SparkConf, ours: SparkConf) -> SparkConf:
 
 
 def _knock(address: str) -> None:
-    """ConfigError if no standalone master of `address` listens: Spark would go on trying for minutes."""
+    """RetryableError if no standalone master of `address` listens, for it may be starting: Spark would go on trying for minutes.
+    ConfigError if there is none that could be asked."""
     if not address.startswith("spark://"):
         return
-    reasons = []
+    reasons: list[str] = []
+    kind: type[StepwellError] = ConfigError
     for one in address.removeprefix("spark://").split(","):
         host, _, port = one.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
             return
-        except (OSError, ValueError) as e:
+        except OSError as e:
+            kind = RetryableError
             reasons.append(f"{one}: {e}")
-    raise ConfigError(
+        except (ValueError, OverflowError) as e:
+            reasons.append(f"{one}: {e}")
+    raise kind(
         f"spark: cannot reach a master at {address} ({'; '.join(reasons)}); check `engine.address`, as in spark://HOST:7077"
     )
 

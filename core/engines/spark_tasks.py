@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyspark import TaskContext
 
 from core.engines.columns import capped, key_starts, sorted_table
-from core.engines.contract import Align, ChunkFn, Note, Report, Unit, key_aligned
+from core.engines.contract import Align, ChunkFn, Note, Report, Unit, key_aligned, key_at
 from core.engines.pool import FIRST_WAIT_S, attempted, failed_unit
 from core.engines.spark_types import for_spark, out, tables
 from core.engines.spill import CHUNK_ROWS, Cut, Told
@@ -162,16 +162,12 @@ def first_rows(stream: Tables, by: Sequence[str], most: int, facts: Facts) -> Ta
         n = table.num_rows
         first = np.append(np.flatnonzero(key_starts(table, by)), n)
         rank = np.arange(n) - np.repeat(first[:-1], np.diff(first))
-        if _key(table, 0, by) == last:
+        if key_at(table, 0, by) == last:
             rank[: first[1]] += seen
-        last, seen = _key(table, n - 1, by), int(rank[-1]) + 1
+        last, seen = key_at(table, n - 1, by), int(rank[-1]) + 1
         keep = rank < most
         facts.lost += n - int(keep.sum())
         yield table if keep.all() else table.filter(pa.array(keep))
-
-
-def _key(table: pa.Table, row: int, by: Sequence[str]) -> list[Any]:
-    return [table.column(c)[row].as_py() for c in by]
 
 
 def aligned(given: pa.Schema, target: Align, batches: Batches) -> Iterator[tuple[int, Report]]:

@@ -11,8 +11,6 @@ does, the key is held whole and reported.
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from core.engines.columns import capped, key_starts, largest_key, partition_hash
 from core.engines.contract import PARTITION_BYTES, Align, ChunkFn, Skew
 from core.errors import StageError
 from core.rows import dataset_of, shard_of
-from core.stores import DISK_FAULTS
+from core.stores import DISK_FAULTS, replacing
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
 CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested
@@ -203,7 +201,8 @@ def read_partition(
     """
     passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
-        table, lost = prepared(_gathered(parts, p, schema, cut, turn, passes, memory_bytes, told), cut)
+        share = (pa.Table.from_batches([batch]) for batch in share_batches(parts, p, cut, turn, passes))
+        table, lost = prepared(gathered(share, schema, cut, memory_bytes, told).combine_chunks(), cut)
         told.cut_rows += lost
         if cut.target is None:
             told.large(table, cut, memory_bytes)
@@ -213,30 +212,21 @@ def read_partition(
         pa.default_memory_pool().release_unused()
 
 
-def _gathered(
-    parts: Sequence[Part],
-    p: int,
-    schema: pa.Schema,
-    cut: Cut,
-    turn: int,
-    passes: int,
-    memory_bytes: int,
-    told: Told,
-) -> pa.Table:
+def gathered(tables: Iterable[pa.Table], schema: pa.Schema, cut: Cut, memory_bytes: int, told: Told) -> pa.Table:
     """One share of a partition, unsorted; combined or capped on the way as often as it fills memory again."""
     smaller = cut.before_exchange()
     shrinks = smaller.combine is not None or smaller.max_rows_per_key is not None
-    held: list[pa.RecordBatch] = []
+    held = [schema.empty_table()]
     size, full = 0, memory_bytes
-    for batch in share_batches(parts, p, cut, turn, passes):
-        held.append(batch)
-        size += batch.nbytes
+    for table in tables:
+        held.append(table)
+        size += table.nbytes
         if shrinks and size > full:
-            table, lost = prepared(pa.Table.from_batches(held, schema), smaller)
+            table, lost = prepared(pa.concat_tables(held), smaller)
             told.cut_rows += lost
-            held, size = table.to_batches(), table.nbytes
-            full = max(memory_bytes, 2 * size)  # twice: what did not shrink is not sorted again for every batch
-    return pa.Table.from_batches(held, schema).combine_chunks()
+            held, size = [table], table.nbytes
+            full = max(memory_bytes, 2 * size)  # twice: what did not shrink is not sorted again for every table
+    return pa.concat_tables(held)
 
 
 def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
@@ -309,20 +299,15 @@ def _commit(part: Part) -> Part:
 @contextlib.contextmanager
 def _whole_file(path: str) -> Iterator[str]:
     """A temporary name that becomes `path` if the block ends well. A full or failing disk is a StageError."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as e:
         if e.errno not in DISK_FAULTS:
             raise
         raise StageError(
             f"exchange: cannot write {path}: {e}; make room there, or name another folder in `engine.scratch`, then run again"
         ) from e
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 def partitions_for(size: int, partition_bytes: int) -> int:

@@ -109,13 +109,21 @@ class _Parts:
         return f"{self._folder}/{_part_name(self._number)}"
 
     def read(self) -> Iterator[tuple[str, bytes]]:
-        """(place, line) of all whole lines. Only the log of a local root that was copied here can be torn."""
+        """(place, line) of all whole lines. What is torn off at the end of the last part, as of a local log that was copied here,
+        is cut away; of a part that others follow it is a StageError."""
         for number, data in _parts(self._root, self._folder):
+            if self.torn_bytes:
+                raise StageError(
+                    f"answers: {self.name} is damaged, got {self.torn_bytes} bytes after its last whole line, expected none as "
+                    "another part follows; restore the file, or remove these bytes to have that answer paid again"
+                )
             self._number = number
             self._tail = data[: data.rfind(b"\n") + 1]
-            self.torn_bytes += len(data) - len(self._tail)
+            self.torn_bytes = len(data) - len(self._tail)
             for i, line in enumerate(self._tail.split(b"\n")[:-1], start=1):
                 yield f"line {i} of {self.name}", line
+        if self.torn_bytes:
+            self._root.write_bytes(self.name, self._tail)
         self._close_part()
 
     def append(self, data: bytes) -> None:

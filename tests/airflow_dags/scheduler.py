@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.pipelines.small_pipeline import REPO
 
 AIRFLOW = REPO / ".venv-airflow" / "bin"
@@ -46,7 +47,7 @@ class Scheduler:
 
     def run(self, *arguments: str) -> str:
         """What a command of Airflow's environment said; the test fails where it failed."""
-        ran = subprocess.run(arguments, env=self.environment, capture_output=True, text=True)
+        ran = subprocess.run(arguments, env=self.environment, capture_output=True, text=True, timeout=BOUND_S)
         assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
         return ran.stdout
 

@@ -20,6 +20,7 @@ from core.storage import Root
 from pipelines.config import load_pipeline
 from pipelines.options import MOST_GROUPS
 from pipelines.plan import plan, plan_json
+from tests.bounds import BOUND_S
 from tests.pipelines.small_pipeline import JUDGED, write_config, write_jsonl
 
 REPO = Path(__file__).resolve().parents[2]
@@ -203,7 +204,7 @@ def test_the_shell_gets_each_word_whole():
     jinja2 = pytest.importorskip("jinja2")
     line = jinja2.Template(step_line([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"], ODD)).render()
     given = {"STEPWELL_RUN_ID": "$(id) 'x'", "STEPWELL_ENGINE": "", "STEPWELL_WORKERS": "3"}
-    ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True)
+    ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True, timeout=BOUND_S)
     assert ran.stdout.strip() == ascii([*ODD, "--up-to-date-code", "99", "--run-id", "$(id) 'x'", "--workers", "3"])
     assert shlex.split(plain("a b"))[1] == "b"
 
@@ -211,7 +212,7 @@ def test_the_shell_gets_each_word_whole():
 def test_a_part_of_a_step_is_named_in_a_variable():
     line = step_line(["printf", "%s|"], ["run", "stage", "signals"], part=True)
     given = {"STEPWELL_RUN_ID": "r", "STEPWELL_SHARDS": "0:4 $(id)"}
-    ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True)
+    ran = subprocess.run(["bash", "-c", line], env=given, capture_output=True, text=True, check=True, timeout=BOUND_S)
     assert ran.stdout == "run|stage|signals|--shards|0:4 $(id)|--run-id|r|"
 
 
@@ -282,7 +283,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, text, message):
 def test_the_folder_stands_on_the_standard_library():
     """Without installed packages: the scheduler's environment needs Airflow and this folder only, and that when a DAG is made."""
     code = "import airflow_dags.factory, airflow_dags.notices, airflow_dags.tasks, airflow_dags.settings"
-    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=REPO, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=REPO, capture_output=True, text=True, timeout=BOUND_S)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

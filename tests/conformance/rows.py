@@ -87,7 +87,6 @@ ROWS = {
             "tokens/tokenizer/*/*.idx",
             "tokens/tokenizer/*/*.ds",
             "tokens/*/*/*.docs.parquet",
-            "tokens/*/*/*.levels",
         ),
         ("docs", "tokens"),
     ),

@@ -100,9 +100,9 @@ def _unwarned():
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def engine(request, tmp_path_factory):
+def engine(request, tmp_path_factory, shared_spark):
     require(request.param)
-    found = made(request.param, tmp_path_factory.mktemp(request.param))
+    found = made(request.param, tmp_path_factory.mktemp(request.param), shared_spark)
     yield found, request.param, tmp_path_factory.mktemp("stages")
     found.close()
 

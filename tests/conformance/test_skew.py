@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.conformance.heavy_keys import BATCHES, HOT, HOT_FRACTION, ROWS, WIDTH
 from tests.core.test_spill_memory import BASE_BYTES, REPO
 
@@ -42,6 +43,7 @@ def ran(tmp_path, case):
         text=True,
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": str(REPO)},
+        timeout=BOUND_S,
     )
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)

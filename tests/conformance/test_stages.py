@@ -20,6 +20,7 @@ from tests.conformance.arrangements import ARRANGEMENTS, REFERENCE, SETTINGS, Ar
 from tests.conformance.compare import differences, files_of, stage_of
 from tests.conformance.corpus import World, make_inputs, make_repositories, served
 from tests.conformance.rows import ROWS
+from tests.conftest import SPARK_WORKERS
 from tests.engines.conftest import require
 from tests.pipelines.small_pipeline import leftovers
 
@@ -106,10 +107,12 @@ def test_every_two_settings_meet_and_every_value_is_in_the_quick_part():
         if a is not REFERENCE
     ],
 )
-def test_every_stage_leaves_the_same_however_it_is_arranged(how, reference, tmp_path):
+def test_every_stage_leaves_the_same_however_it_is_arranged(how, reference, tmp_path, shared_spark):
     require(how.engine)
     if how.soak and "STEPWELL_SOAK" not in os.environ:
         pytest.skip("set STEPWELL_SOAK to run it: two minutes or more")
+    if how.engine == "spark":
+        shared_spark.start() if how.workers == SPARK_WORKERS else shared_spark.stop()
     for name in CAPTURED:
         shutil.copytree(reference / "root" / name, tmp_path / "root" / name)
     partitions = run(tmp_path, World(reference / "captured"), how)

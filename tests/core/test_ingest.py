@@ -21,6 +21,7 @@ from core.ingest import Reader, check_budget, ingest, side_name
 from core.manifest import read_manifest
 from core.schema import DOCUMENTS
 from core.storage import Root
+from tests.bounds import BOUND_S
 from tests.builders import make_job, strays, tree_digest
 from tests.core.kernels import mended_parse, source_digest, source_parse, source_records
 from tests.core.sources import Listed, run
@@ -239,7 +240,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, soak):
         undisturbed = Root(str(tmp_path / f"fresh-{generation}"))
         command = [sys.executable, str(driver), str(REPO)]
         begin = time.monotonic()
-        subprocess.run([*command, undisturbed.url, str(generation)], check=True)
+        subprocess.run([*command, undisturbed.url, str(generation)], check=True, timeout=BOUND_S)
         whole = time.monotonic() - begin
         for _ in range(2):
             process = subprocess.Popen([*command, root.url, str(generation)], start_new_session=True)
@@ -250,7 +251,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, soak):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 how["killed"] += 1
-        subprocess.run([*command, root.url, str(generation)], check=True)
+        subprocess.run([*command, root.url, str(generation)], check=True, timeout=BOUND_S)
         assert json.dumps(state(root)[1:]) == json.dumps(state(undisturbed)[1:])
         assert rows(root) == rows(undisturbed)
     assert how["killed"] >= 1

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import BOUND_S
+
 REPO = Path(__file__).resolve().parents[2]
 BASE_BYTES = 150e6  # a worker whose libraries are loaded and which holds no row: measured 128-150 MB
 
@@ -41,6 +43,7 @@ def shuffle(tmp_path, units, memory_gb):
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": str(REPO)},
+        timeout=BOUND_S,
     )
     return json.loads(out.stdout)
 

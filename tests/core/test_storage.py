@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from core.errors import ConfigError, StageError
 from core.storage import Root
 from pipelines.preflight import preflight
+from tests.bounds import BOUND_S
 from tests.builders import strays
 
 TABLE = pa.table({"a": [1, 2, 3], "s": pa.array(["x", None, "z"], pa.large_string())})
@@ -47,6 +49,19 @@ def test_an_empty_table_keeps_its_schema(root):
     assert root.write_table("e.parquet", [TABLE.slice(0, 0)], TABLE.schema) == 0
     assert root.write_table("f.parquet", [], TABLE.schema) == 0
     assert root.read_table("e.parquet").schema == root.read_table("f.parquet").schema == TABLE.schema
+
+
+def test_a_local_file_goes_from_where_it_lies(root, tmp_path_factory, monkeypatch):
+    source = tmp_path_factory.mktemp("elsewhere") / "source"
+    source.write_bytes(b"x" * 100_000)
+    monkeypatch.setattr("tempfile.tempdir", str(source.parent / "none"))  # not through a temporary file of this machine
+    for _ in range(2):  # also over what is there
+        root.upload(source, "a/b")
+        assert root.read_bytes("a/b") == source.read_bytes() == b"x" * 100_000
+    assert root.names("a") == ["b"]
+    with pytest.raises(FileNotFoundError):
+        root.upload(source.parent / "none", "a/c")
+    assert root.names("a") == ["b"]
 
 
 def test_an_exception_while_writing_leaves_nothing(root):
@@ -132,13 +147,34 @@ print(json.dumps(said))
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     Root(str(tmp_path)).write_bytes("t/old", b"before")
-    out = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=BOUND_S
+    )
     said = json.loads(out.stdout)
     assert set(said) == {"table", "bytes", "lock"}
     assert all("cannot write" in line and "make room" in line and "\n" not in line for line in said.values())
     assert Root(str(tmp_path)).names("t") == ["old"]
     assert (tmp_path / "t/old").read_bytes() == b"before"
     assert strays(Root(str(tmp_path))) == []
+
+
+def test_a_full_temporary_folder_is_named_and_not_the_store(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, "memory://a"], capture_output=True, text=True, check=True, env=env, timeout=BOUND_S
+    )
+    said = json.loads(out.stdout)
+    assert set(said) == {"table", "bytes"}  # a lock's few bytes go to the store as they are
+    for name, line in (("table", "/a/t/big.parquet"), ("bytes", "/a/t/old")):
+        assert said[name].startswith(f"root: cannot write {tmp_path}/stepwell-")
+        assert f", where TMPDIR points, on its way to {line}: " in said[name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_any_temporary_folder_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StageError, match=r"^root: cannot make a temporary file for /a/x: .*TMPDIR"):
+        Root("memory://a").write_bytes("x", b"")
 
 
 def test_no_space_left_on_a_real_device(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from core import cache
-from core.cache import cache_folder, fetched, make_room
+from core.cache import TRIES, cache_folder, fetched, make_room, opened
 from core.errors import StageError
 from core.storage import Root
 from core.workspace import INDEX, STAGED, mirrored, workspace
@@ -47,6 +47,10 @@ class Dying(Root):
     def writing(self, name):
         self._step()
         return super().writing(name)
+
+    def upload(self, source, name):
+        self._step()
+        super().upload(source, name)
 
     def rename(self, source, target):
         self._step()
@@ -222,6 +226,18 @@ def test_only_changed_files_cross_and_removed_ones_go(caches, root):
     assert below(root) == {"a": b"1", "b": b"two", "d": b"4"}
 
 
+def test_what_a_killed_commit_staged_goes_with_the_next_entry(caches, root):
+    dying = Dying(root.url)
+    with suppress(KilledError), workspace(dying, FOLDER) as folder:
+        write(folder.path, a="1")
+        dying.left = 1  # the file, and not the index
+        folder.commit()
+    assert list(below(root).values()) == [b"1"]
+    caches("two")
+    with workspace(root, FOLDER):
+        assert below(root) == {}
+
+
 class Counting(Root):
     """A root that says what is put into it."""
 
@@ -229,7 +245,12 @@ class Counting(Root):
         super().__init__(url)
         self.puts = puts
 
+    def upload(self, source, name):
+        self.puts.append(name)
+        super().upload(source, name)
+
     def writing(self, name):
+        assert STAGED not in name  # what lies on this disk is not written to it again
         self.puts.append(name)
         return super().writing(name)
 
@@ -324,3 +345,21 @@ def test_fetched_files_come_once_and_make_room(caches, root, tmp_path):
         make_room(1 << 60, "models/x")
     assert not paths[0].exists()
     assert fetched(Root(str(tmp_path)), ["a/b"], "abcdef") == [tmp_path / "a/b"]
+
+
+@pytest.mark.parametrize("evictions", [TRIES - 1, TRIES])
+def test_what_is_evicted_before_it_is_opened_is_fetched_again(caches, root, evictions):
+    root.write_bytes("tokens/s0.bin", b"bin")
+    left = [evictions]
+
+    def read(paths: list[Path]) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(paths[0].parent)  # what `make_room` of another process does
+        return paths[0].read_bytes()
+
+    if evictions < TRIES:
+        assert opened(root, ["tokens/s0.bin"], "abcdef", read) == b"bin"
+    else:
+        with pytest.raises(FileNotFoundError):
+            opened(root, ["tokens/s0.bin"], "abcdef", read)

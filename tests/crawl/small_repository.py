@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.bounds import BOUND_S
+
 MIT = """MIT License
 
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software. The above copyright notice and
@@ -34,6 +36,7 @@ class SmallRepository:
             env=environment,
             capture_output=True,
             check=True,
+            timeout=BOUND_S,
         )
         return done.stdout.decode("utf-8", "replace").strip()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from crawl.stage import CrawlSummary, run_crawl
+from tests.bounds import BOUND_S
 from tests.crawl.loopback import Answer, Loopback, Pages, in_turn, links, moved, page, records, responses
 
 
@@ -495,7 +496,7 @@ def test_tls_verifies_the_name_at_the_pinned_address(tmp_path: Path) -> None:
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=a.test"]
     command += ["-addext", "subjectAltName=DNS:a.test", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=BOUND_S)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
     with Loopback({"/": page("safe")}, context) as web:

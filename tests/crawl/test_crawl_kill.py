@@ -15,6 +15,7 @@ from core.errors import ConfigError, StageError
 from core.hashing import seeded
 from crawl.frontier import Frontier, Scope
 from crawl.stage import run_crawl
+from tests.bounds import BOUND_S
 from tests.crawl.loopback import Answer, Loopback, links, page, records, responses
 
 ROUNDS = int(os.environ.get("STEPWELL_SOAK", "1"))
@@ -144,7 +145,10 @@ def test_a_full_disk_stops_the_crawl_and_a_new_start_goes_on(tmp_path: Path) -> 
     with Loopback({"/": links("/1", "/2", "/3"), "/1": page(noise), "/2": page(noise), "/3": page(noise)}) as web:
         config = web.config()
         child = subprocess.run(
-            [sys.executable, "-c", limited, config.model_dump_json(), str(folder)], capture_output=True, check=False
+            [sys.executable, "-c", limited, config.model_dump_json(), str(folder)],
+            capture_output=True,
+            check=False,
+            timeout=BOUND_S,
         )
         assert child.returncode == 1
         assert b"StageError: crawl: cannot write" in child.stderr

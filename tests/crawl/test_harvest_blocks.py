@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from core.errors import InputError
 from crawl.harvest.blocks import Block, MarkerCollisionError, apply, derive, locate, parse, render
 from crawl.harvest.changes import Edit, changed_lines, edits, pieces, unified
+from tests.bounds import BOUND_S
 
 LINES = st.sampled_from(["a", "b", "", "  a", "c\r", "\u2028", "é", "\x0c", "### x", "---"])
 TEXTS = st.none() | st.lists(LINES, min_size=1, max_size=24).map("\n".join)
@@ -78,12 +79,14 @@ CASES = [
 
 @pytest.mark.parametrize(("base", "head"), CASES)
 def test_git_applies_what_unified_writes(tmp_path, base, head):
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True, timeout=BOUND_S)
     path = tmp_path / "f.txt"
     if base is not None:
         path.write_bytes(base.encode())
     diff = unified("f.txt", base, head, 100).encode()
-    done = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=tmp_path, input=diff, capture_output=True)
+    done = subprocess.run(
+        ["git", "apply", "--whitespace=nowarn", "-"], cwd=tmp_path, input=diff, capture_output=True, timeout=BOUND_S
+    )
     assert done.returncode == 0, done.stderr
     assert (path.read_bytes().decode() if path.exists() else None) == head
 

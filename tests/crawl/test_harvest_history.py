@@ -11,6 +11,7 @@ from crawl.harvest.changes import unified
 from crawl.harvest.config import Repository, Rules
 from crawl.harvest.git import Git, open_repository
 from crawl.harvest.history import history
+from tests.bounds import BOUND_S
 from tests.crawl.small_repository import SmallRepository
 
 TAKE = ("pulls", "merges", "commits")
@@ -166,7 +167,9 @@ def test_benchmarks_fall_by_base_commit_and_bots_by_name(repo):
 
 def test_a_bare_clone_gives_the_same_records(repo, tmp_path):
     repo.pull(3, "Return two, not one", {"app/main.py": "def main():\n    return 2\n"})
-    subprocess.run(["git", "clone", "-q", "--mirror", str(repo.path), str(tmp_path / "x.git")], check=True)
+    subprocess.run(
+        ["git", "clone", "-q", "--mirror", str(repo.path), str(tmp_path / "x.git")], check=True, timeout=BOUND_S
+    )
     bare = SmallRepository.__new__(SmallRepository)
     bare.path = tmp_path / "x.git"
     assert harvest(bare) == harvest(repo)

@@ -25,6 +25,7 @@ from crawl.harvest.templates import chat_messages, joined, masked_for_annealing,
 from crawl.sources import HarvestSource
 from pipelines.config import load_pipeline
 from pipelines.runner import Runner, RunOptions
+from tests.bounds import BOUND_S
 from tests.crawl.small_repository import SmallRepository
 from tests.crawl.test_harvest_inputs import AFTER, BEFORE, as_sdist, comment, package, pull, write
 from tests.pipelines.small_pipeline import command, environment, state
@@ -156,7 +157,9 @@ def test_answers_applied_to_the_clone_give_the_head(harvested):
         paths = {b.path for b in parse(answer)}
 
         def blob(commit, path):
-            done = subprocess.run(["git", "-C", repo.path, "show", f"{commit}:{path}"], capture_output=True)
+            done = subprocess.run(
+                ["git", "-C", repo.path, "show", f"{commit}:{path}"], capture_output=True, timeout=BOUND_S
+            )
             return done.stdout.decode() if done.returncode == 0 else None
 
         after = apply(parse(answer), {p: blob(about["base_commit"], p) for p in paths})

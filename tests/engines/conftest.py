@@ -1,4 +1,4 @@
-"""One engine of each kind for a whole file of tests: Spark takes 15 s to start."""
+"""One engine of each kind for all tests of a process."""
 
 import importlib.util
 import os
@@ -34,7 +34,8 @@ def require(name):
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
 
 
-def made(name, scratch):
+def made(name, scratch, shared_spark):
+    """An engine; of Spark one that works in the shared session."""
     kind, _, workers = name.partition("-")
     if kind == "local":
         from core.engines.local import LocalEngine
@@ -46,12 +47,13 @@ def made(name, scratch):
         return RayEngine(scratch, 2, MEMORY_GB)
     from core.engines.spark import SparkEngine
 
+    shared_spark.start()
     return SparkEngine(scratch, 2, MEMORY_GB)
 
 
 @pytest.fixture(scope="session", params=NAMES)
-def engine(request, tmp_path_factory):
+def engine(request, tmp_path_factory, shared_spark):
     require(request.param)
-    engine = made(request.param, tmp_path_factory.mktemp(request.param))
+    engine = made(request.param, tmp_path_factory.mktemp(request.param), shared_spark)
     yield engine
     engine.close()

@@ -187,13 +187,13 @@ def test_passes_and_partial_reductions_change_nothing(keys, blocks, cap, combine
         step = blocks[i % len(blocks)]
         if at < len(keys):
             slices += list(cut_up(cut, SUMS, part := Fact(), rows.slice(at, step)))
-            fact.lost += part.lost
+            fact.told.cut_rows += part.told.cut_rows
         at += step
     got = list(reduced(identity, SUMS, SUMS, cut, size, reduce_fact := Fact(), passes, *slices))
     assert table_digest(pa.concat_tables(got).sort_by([(n, "ascending") for n in SUMS.names])) == table_digest(
         expected.sort_by([(n, "ascending") for n in SUMS.names])
     )
-    assert fact.lost + reduce_fact.lost == lost
+    assert fact.told.cut_rows + reduce_fact.told.cut_rows == lost
     assert max(t.num_rows for t in got) <= max(1, 2 * size // 20)  # about a block: a row is 30 bytes and more
 
 

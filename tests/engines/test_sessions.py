@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.engines.conftest import require
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,7 +38,11 @@ def pipelines(*arguments, **variables):
     """(exit code, stdout, stderr) of the command."""
     env = {**os.environ, "PYTHONPATH": str(REPO), **variables}
     out = subprocess.run(
-        [sys.executable, "-m", "pipelines", *map(str, arguments)], capture_output=True, text=True, env=env
+        [sys.executable, "-m", "pipelines", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=BOUND_S,
     )
     return out.returncode, out.stdout, out.stderr
 
@@ -94,6 +99,7 @@ def test_without_java_spark_says_what_to_install(config, tmp_path):
         capture_output=True,
         text=True,
         env={**env, "PYTHONPATH": str(REPO), "PATH": str(tmp_path)},
+        timeout=BOUND_S,
     )
     assert out.returncode == 2
     assert out.stderr.splitlines() == [
@@ -101,11 +107,27 @@ def test_without_java_spark_says_what_to_install(config, tmp_path):
     ]
 
 
-@pytest.mark.ray
-def test_a_cluster_that_is_not_there_is_one_line(config):
-    require("ray")
-    config.write_text(CONFIG.replace("workers: 1", "workers: 1, address: '127.0.0.1:1'"))
-    code, out, err = pipelines("run", "all", "-c", config, "--engine", "ray")
-    assert (code, out) == (2, "")
+NOBODY = {  # address where nobody listens -> the engine and what the line begins with
+    "127.0.0.1:1": ("ray", "ray: cannot reach a cluster at 127.0.0.1:1: "),
+    "spark://127.0.0.1:1": ("spark", "spark: cannot reach a master at spark://127.0.0.1:1 (127.0.0.1:1: "),
+    "spark://127.0.0.1:high": ("spark", "spark: cannot reach a master at spark://127.0.0.1:high (127.0.0.1:high: "),
+}
+
+
+@pytest.mark.parametrize(
+    ("address", "code"),
+    [
+        pytest.param("127.0.0.1:1", 1, marks=pytest.mark.ray),
+        pytest.param("spark://127.0.0.1:1", 1, marks=pytest.mark.spark),
+        pytest.param("spark://127.0.0.1:high", 2, marks=pytest.mark.spark),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_line_and_may_be_tried_again(address, code, config):
+    """A scheduler does not try exit code 2 again: that is for an address that never can be one."""
+    name, begins = NOBODY[address]
+    require(name)
+    config.write_text(CONFIG.replace("workers: 1", f"workers: 1, address: '{address}'"))
+    ended, out, err = pipelines("run", "all", "-c", config, "--engine", name)
+    assert (ended, out) == (code, "")
     assert len(err.splitlines()) == 1
-    assert err.startswith("error: ray: cannot reach a cluster at 127.0.0.1:1: ")
+    assert err.startswith(f"error: {begins}")

@@ -254,12 +254,3 @@ def test_what_a_cluster_cannot_give_is_said(cluster, tmp_path):
         kill_tree(run.pid)
         run.wait()
     assert out.startswith(f"alone: no executor for 6 s; see that workers of {cluster.address} are up")
-
-
-def test_a_master_that_is_not_there_is_one_line(source, tmp_path):
-    require("spark")
-    config = configured(tmp_path, source, "spark://127.0.0.1:1")
-    done = pipelines("run", "all", "-c", config, "--engine", "spark")
-    assert (done.code, done.out) == (2, "")
-    assert len(done.err.splitlines()) == 1
-    assert done.err.startswith("error: spark: cannot reach a master at spark://127.0.0.1:1 (127.0.0.1:1: ")

@@ -38,9 +38,9 @@ pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore:PySpark does
 
 
 @pytest.fixture(scope="module")
-def spark(tmp_path_factory):
+def spark(tmp_path_factory, shared_spark):
     require("spark")
-    engine = made("spark", tmp_path_factory.mktemp("spark"))
+    engine = made("spark", tmp_path_factory.mktemp("spark"), shared_spark)
     yield engine
     engine.close()
 

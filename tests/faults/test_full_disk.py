@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from core.hashing import seeded
+from tests.bounds import BOUND_S
 from tests.faults.strikes import different, tree
 from tests.pipelines.small_pipeline import Ran, environment, leftovers
 
@@ -31,17 +32,22 @@ class SmallDisk:
         self.mounted = self._mount("size=1m")
 
     def _mount(self, options: str) -> bool:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(self.folder)], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(self.folder)], capture_output=True, timeout=BOUND_S
+        )
         return done.returncode == 0
 
     def change(self, options: str) -> bool:
         return (
-            subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], capture_output=True).returncode == 0
+            subprocess.run(
+                ["mount", "-o", f"remount,{options}", str(self.folder)], capture_output=True, timeout=BOUND_S
+            ).returncode
+            == 0
         )
 
     def close(self) -> None:
         if self.mounted:
-            subprocess.run(["umount", "-l", str(self.folder)], check=True)
+            subprocess.run(["umount", "-l", str(self.folder)], check=True, timeout=BOUND_S)
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ def test_disks_of_any_size(undisturbed, disk, tmp_path, soak):
         kilobytes = 4 + int(640 * seeded(seed, "size"))
         config = undisturbed.config(tmp_path, folder=disk.folder)
         fails_and_goes_on(undisturbed, disk, config, f"size={kilobytes}k", 0, "error: ")
-        subprocess.run(["rm", "-rf", str(disk.folder / "root")], check=True)
+        subprocess.run(["rm", "-rf", str(disk.folder / "root")], check=True, timeout=BOUND_S)
 
 
 def test_a_read_only_root_is_refused_before_anything_is_done(undisturbed, disk, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from core.annotate import rejects_name
 from core.storage import Root
+from tests.bounds import BOUND_S
 from tests.faults.crashing import MARK
 from tests.pipelines.small_pipeline import Ran, environment, manifests, prose, write_config
 
@@ -27,6 +28,7 @@ def crashing(config: Path) -> Ran:
         capture_output=True,
         text=True,
         env=environment(),
+        timeout=BOUND_S,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -396,6 +396,21 @@ def test_a_torn_local_log_that_was_copied_to_a_store_goes_on() -> None:
         AnswerLog(root, "log")
 
 
+def test_a_part_torn_in_the_middle_of_a_log_is_an_error_that_names_it() -> None:
+    root = Root(f"memory://{uuid.uuid4().hex}")
+    full = json.dumps({"key": "a", "text": "x" * PART_BYTES}).encode() + b"\n"
+    root.write_bytes("log/answers.jsonl", full + b'{"key": "lost", "te')
+    with AnswerLog(root, "log") as log:  # the last part, and full: what follows it goes into the next one
+        assert (set(log.entries), log.torn_bytes) == ({"a"}, 19)
+        log.append([{"key": "b"}])
+    with AnswerLog(root, "log") as log:
+        assert (set(log.entries), log.torn_bytes) == ({"a", "b"}, 0)
+    assert root.read_bytes("log/answers.jsonl") == full
+    root.write_bytes("log/answers.jsonl", full + b'{"key": "lost", "te')
+    with pytest.raises(StageError, match=r"log/answers\.jsonl is damaged, got 19 bytes after its last whole line"):
+        AnswerLog(root, "log")
+
+
 def test_the_order_of_the_log_does_not_matter(tmp_path: Path) -> None:
     root = make_root(tmp_path, 12)
     with ChatServer(good) as server:

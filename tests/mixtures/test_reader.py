@@ -3,14 +3,18 @@
 import pickle
 import subprocess
 import sys
+import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from core.errors import StageError
+from core.storage import Root
 from mixtures import mix, tokenize, tokenizer
 from mixtures.encoder import open_encoder, read_info
 from mixtures.reader import MixtureSource
+from tests.bounds import BOUND_S
 from tests.mixtures.conftest import House
 from tests.mixtures.test_mix import HALVES, component, filled, phase
 
@@ -100,6 +104,29 @@ def test_few_shards_stay_mapped(mixed: House, monkeypatch: pytest.MonkeyPatch) -
     assert whole[0] == MixtureSource(mixed.root.url, "pretrain").tokens(0).tolist()
 
 
+def test_a_shard_that_another_process_evicts_from_the_cache_is_fetched_again(mixed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("STEPWELL_CACHE", str(tmp_path / "cache"))
+    there = Root(f"memory://{uuid.uuid4().hex}")
+    for path in (p for p in Path(mixed.root.url).rglob("*") if p.is_file()):
+        there.upload(path, path.relative_to(mixed.root.url).as_posix())
+    left = [1]
+
+    class Evicting(Root):
+        """Another process makes room while a shard is on its way."""
+
+        def download(self, name, target):
+            super().download(name, target)
+            if name.endswith(".bin") and left[0]:
+                left[0] -= 1
+                next(Path(target).parent.glob("*.idx")).unlink()
+
+    source, local = MixtureSource(Evicting(there.url), "pretrain"), MixtureSource(mixed.root, "pretrain")
+    assert [source.tokens(i).tolist() for i in range(len(source))] == [
+        local.tokens(i).tolist() for i in range(len(local))
+    ]
+    assert left == [0]
+
+
 def test_an_empty_held_out_index_reads(house: House) -> None:
     filled(house).run(mix.STAGE, held_out="kind == 'mail'", phases={"p": phase(component("web", 1.0))})
     source = MixtureSource(house.root.url, "held_out")
@@ -108,7 +135,7 @@ def test_an_empty_held_out_index_reads(house: House) -> None:
 
 def test_the_reader_needs_no_pydantic() -> None:
     script = "import mixtures.reader, sys; print(sorted({'pydantic', 'tokenizers', 'torch'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=BOUND_S)
     assert done.stdout.strip() == "[]"
 
 

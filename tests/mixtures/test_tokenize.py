@@ -18,6 +18,7 @@ from mixtures import tokenizer
 from mixtures.encoder import open_encoder, read_info
 from mixtures.token_files import index_bytes, open_shard, token_dtype
 from mixtures.tokenize import STAGE, TokenizeConfig
+from tests.bounds import BOUND_S
 from tests.mixtures.conftest import House, documents, sentence
 
 UGLY = [
@@ -45,7 +46,8 @@ def filled(house: House, cut: int = 14, texts: list[str] = TEXTS) -> House:
 
 
 def tokens_of(house: House, shard: str, dataset: str = "web") -> list[list[int]]:
-    opened = open_shard(Path(house.root.path(f"tokens/tokenizer/{dataset}/{shard}")))
+    prefix = house.root.path(f"tokens/tokenizer/{dataset}/{shard}")
+    opened = open_shard(Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
     return [opened.tokens[s : s + n].tolist() for s, n in zip(opened.starts, opened.lengths, strict=True)]
 
 
@@ -233,7 +235,7 @@ def test_killed_at_any_rename_then_run_again(make_house: Callable[[str], House],
         house = filled(make_house(f"killed-{step}"))
         house.run(STAGE, where="fate@final.keep == false")  # other tokens lie there already
         args = [sys.executable, "-c", KILL, house.root.url, str(tmp_path / f"k{step}"), str(step)]
-        assert subprocess.run(args, env=env, capture_output=True).returncode == -9
+        assert subprocess.run(args, env=env, capture_output=True, timeout=BOUND_S).returncode == -9
         assert house.run(STAGE, formats=["megatron", "ds"]).outputs == expected
         assert files(house) == whole
 

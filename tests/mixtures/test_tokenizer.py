@@ -17,6 +17,7 @@ from core.errors import ConfigError, StageError
 from core.schema import SPANS
 from mixtures.encoder import Encoder, as_text, describe, open_encoder, pieces_of, read_info
 from mixtures.tokenizer import EOS, PAD, STAGE, TokenizerConfig, train
+from tests.bounds import BOUND_S
 from tests.mixtures.conftest import House, documents, sentence
 
 TEXTS = [sentence(i, 40) for i in range(30)]
@@ -45,7 +46,12 @@ def test_training_does_not_depend_on_order_or_threads(tmp_path: Path) -> None:
     for order, threads in ((1, "1"), (-1, "4")):
         env = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
-            [sys.executable, "-c", script, str(order)], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", script, str(order)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=BOUND_S,
         )
         made.add(done.stdout)
     assert len(made) == 1

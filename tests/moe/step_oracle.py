@@ -43,7 +43,7 @@ def perturbed(config: ModelConfig, seed: int = 0) -> Decoder:
             elif name.endswith(("lm_head.weight", "output.weight")):
                 tensor.copy_(config.dim**-0.5 * noise)
             else:
-                tensor.mul_(1.7)
+                tensor.mul_(1.2)
     return model.eval()
 
 

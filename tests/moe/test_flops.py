@@ -1,5 +1,7 @@
 """Counts against hand computation, torch's own counter, and the paper's figures."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -116,6 +118,11 @@ def test_whole_trunk_beside_the_table() -> None:
     for i, n in enumerate(LENGTHS):
         for name, ratio in flops.relative_costs(n, decode=False).items():
             assert ratio == pytest.approx(PREFILL[name][i], rel=0.04)
+
+
+def test_counting_needs_no_torch() -> None:
+    command = "import sys, moe, moe.flops, moe.hub_config, moe.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 def test_peaks_are_of_known_devices_only() -> None:

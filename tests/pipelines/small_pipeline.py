@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.hashing import digest
+from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 WHO = "the miller|a teacher|our neighbour|the old captain|every gardener|the printer|a young doctor|the baker|my aunt"
@@ -108,7 +109,12 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
 def pipelines(*arguments: Any, variables: Mapping[str, str] | None = None, preexec: Any = None) -> Ran:
     """The command, run to its end."""
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(variables), preexec_fn=preexec
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment(variables),
+        preexec_fn=preexec,
+        timeout=BOUND_S,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

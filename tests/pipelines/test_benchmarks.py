@@ -1,6 +1,7 @@
 """Every benchmark runs at toy size, measures what it says, and its figures reach the docs through JSON only."""
 
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from benchmarks import corpus, overhead, redecide, spill
-from benchmarks.__main__ import BENCHMARKS, chosen
+from benchmarks import corpus, overhead, redecide, spill, store
+from benchmarks.__main__ import BENCHMARKS, chosen, found
 from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.measure import Sample, interleaved, median_cpu_s, timed
 from benchmarks.result import DOCS, Check, Result, Table, keep, kept, write_docs
@@ -228,3 +229,28 @@ def test_components_are_measured_both_ways() -> None:
     assert result.figures["here"][0]["bytes"] > 0
     assert result.figures["there"][0]["rounds"] > 2
     assert result.figures["there"][0]["peak"] > 10e6
+
+
+def test_a_store_is_measured_beside_a_disk() -> None:
+    if found("weed") is None:
+        pytest.skip("no command `weed`")
+    variables = dict(os.environ)
+    result = toy("store")
+    assert dict(os.environ) == variables
+    names = (
+        {"put", "download", "rename"},
+        {"write manifest", "read manifest", "is there", "is not there", "lock and release"},
+    )
+    for place in ("store", "disk"):
+        assert (set(result.figures["large"][place]), set(result.figures["small"][place])) == names
+        assert len(result.figures["pipeline"][place]) == 1
+        assert all(seconds > 0 for kind in ("large", "small") for seconds in result.figures[kind][place].values())
+    assert [row[0] for row in result.tables[2].rows] == ["store", "disk"]
+
+
+def test_a_store_that_is_named_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("1")
+    with store.place(f"file://{tmp_path}", tmp_path) as root:
+        root.write_bytes("x", b"")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import BOUND_S
+
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """\
 root: ./root
@@ -32,7 +34,11 @@ def pipelines(*arguments, **variables):
     """(exit code, stdout, stderr) of the command."""
     env = {**os.environ, "PYTHONPATH": str(REPO), **variables}
     out = subprocess.run(
-        [sys.executable, "-m", "pipelines", *map(str, arguments)], capture_output=True, text=True, env=env
+        [sys.executable, "-m", "pipelines", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=BOUND_S,
     )
     return out.returncode, out.stdout, out.stderr
 

@@ -31,6 +31,7 @@ from pipelines.config import load_pipeline
 from pipelines.datatrove import Step
 from pipelines.runner import Runner, RunOptions
 from pipelines.stages import BY_NAME, Line, load
+from tests.bounds import BOUND_S
 from tests.pipelines.small_pipeline import REPO, environment, texts, write_jsonl
 
 LAYERS = ("language", "signals", "pii", "split")
@@ -338,7 +339,7 @@ def test_the_example_of_the_docs_runs(tmp_path):
     (tmp_path / "example.py").write_text(found.group(1))
     write_jsonl(tmp_path / "notes", texts(18), 2)
     ran = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=BOUND_S
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [

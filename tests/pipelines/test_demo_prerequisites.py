@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import BOUND_S
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = ROOT / ".ci" / "check_prerequisites.py"
 
@@ -19,6 +21,7 @@ def check(path: Path, *arguments: str, **environment: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=BOUND_S,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -81,5 +84,7 @@ def test_every_target_checks_first(target: str) -> None:
     outside = {
         k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
     }  # this may run in `make test`
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", target], cwd=ROOT, env=outside, capture_output=True, text=True, check=True, timeout=BOUND_S
+    )
     assert "check_prerequisites.py --plan" in done.stdout.splitlines()[0]

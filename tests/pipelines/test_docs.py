@@ -16,6 +16,7 @@ from pipelines.config import load_pipeline
 from pipelines.figures import figures, fill
 from pipelines.runner import Runner, RunOptions
 from pipelines.stages import STAGES
+from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
@@ -83,7 +84,9 @@ def test_asking_for_help_loads_nothing_heavy():
         "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
         "print('loaded:', *[m for m in 'numpy pyarrow pydantic torch fasttext'.split() if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True, timeout=BOUND_S
+    ).stdout
     assert out.rstrip().endswith("loaded:"), out.splitlines()[-1]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from core.lock import held
 from core.schema import LAYER_HEAD
 from core.storage import Root
 from mixtures.posttrain.sft import STAGE as SFT
@@ -35,6 +36,22 @@ def test_a_changed_file_is_found_and_made_again(tmp_path: Path) -> None:
     assert pipelines("run", "stage", "signals", "-c", config, "--force").code == 0
     assert pipelines("check", "-c", config, "--content").code == 0
     assert state(tmp_path / "root") == before
+
+
+@pytest.mark.parametrize(("stage", "lock"), [("signals", "notes.signals"), ("exact", "root.exact")])
+def test_what_another_run_works_on_is_not_removed(tmp_path, stage, lock):
+    write_jsonl(tmp_path / "notes", texts(12), files=1)
+    config = write_config(tmp_path / "p.yaml", JUDGED, root="./root", workers=1, source="./notes")
+    assert pipelines("run", "all", "-c", config, "--until", "exact").code == 0
+    before = files_of(tmp_path / "root")
+    with held(Root(str(tmp_path / "root")), lock, "other"):
+        refused = pipelines("run", "stage", stage, "-c", config, "--force")
+        assert (refused.code, "held by run other" in refused.err) == (1, True)
+    assert files_of(tmp_path / "root") == before
+
+
+def files_of(root: Path) -> set[str]:
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
 
 
 def test_lines_that_would_vouch_for_themselves_are_forgotten_too(tmp_path):

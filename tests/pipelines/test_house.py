@@ -15,6 +15,7 @@ import pytest
 
 from core.hashing import digest, file_digest
 from pipelines.stages import STAGES, load
+from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 ORDER = ["core", "classifiers", "crawl", "dedup", "mixtures", "moe", "pipelines", "airflow_dags"]
@@ -32,6 +33,7 @@ def tracked(*patterns):
         capture_output=True,
         text=True,
         check=True,
+        timeout=BOUND_S,
     )
     return sorted(Path(p) for p in listed.stdout.splitlines() if (REPO / p).exists())
 
@@ -136,7 +138,9 @@ except SystemExit as e:
 heavy = "numpy pyarrow torch ray pyspark sklearn scipy trafilatura numba fasttext faiss lxml tokenizers".split()
 print("loaded:", *[m for m in heavy if m in sys.modules])
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True, timeout=BOUND_S
+    ).stdout
     assert out.rstrip().endswith("loaded:"), out.splitlines()[-1]
 
 

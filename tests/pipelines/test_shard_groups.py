@@ -20,6 +20,7 @@ from pipelines.options import MOST_GROUPS
 from pipelines.runner import Runner, RunOptions
 from pipelines.scope import steps
 from pipelines.shard_groups import check_options, parts_to_run, ranges, step_lock
+from tests.bounds import BOUND_S
 from tests.pipelines.small_pipeline import environment, manifests, pipelines, state, texts, write_config, write_jsonl
 
 FILES = 6
@@ -91,7 +92,7 @@ def test_what_a_killed_run_left_excludes_nobody(tmp_path, left):
     root = Root(str(tmp_path))
     code = "import os, sys; from core.lock import held; from core.storage import Root\n"
     code += "with held(Root(sys.argv[1]), sys.argv[2], 'dead'): os.kill(os.getpid(), 9)"
-    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path), left], env=environment())
+    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path), left], env=environment(), timeout=BOUND_S)
     assert dead.returncode == -9
     assert root.exists(f"locks/{left}.json")
     for shards in ((0, 2), None):
@@ -146,6 +147,17 @@ def test_parts_and_a_finish_are_one_run(config, tmp_path):
 def test_options_without_a_meaning_are_refused(config, stage, shards, finish, force, message):
     with pytest.raises(ConfigError, match=message):
         check_options(load_pipeline(config).entry(stage), shards, finish, force)
+
+
+def test_a_part_begins_within_the_dataset_and_may_end_beyond_it(config):
+    go(config, "extract")
+    with pytest.raises(ConfigError, match=r"--shards: got 6:9, expected a range that begins below 6, the number of sh"):
+        go(config, "signals", (6, 9))
+    assert go(config, "signals", (5, 9)) == [
+        "signals [notes]: 1 of 6 shards are committed; `--finish` writes the manifest"
+    ]
+    ran = pipelines("run", "stage", "signals", "-c", config, "--dataset", "notes", "--shards", "500:600")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
 def test_parts_that_cannot_be_listed_are_refused(config):

@@ -13,6 +13,7 @@ import pytest
 from core.errors import InputError
 from mixtures.posttrain.sandbox import Limits, protections, run_program, run_tests
 from mixtures.posttrain.verify_code import candidate_of, code_reward, same_output
+from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 SHORT = Limits(wall_s=1.0, cpu_s=1)  # for what is meant to run into a limit
@@ -140,7 +141,7 @@ def test_without_seccomp_names_are_blocked_in_python() -> None:
     tries = f"for f in ({', '.join(f'lambda: {c}' for c in calls)}):"
     source += f"block_in_python()\nimport socket, subprocess\n{tries}\n"
     source += "    try: f(); print('ran')\n    except PermissionError: pass"
-    done = subprocess.run([sys.executable, "-I", "-c", source], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "-c", source], capture_output=True, text=True, timeout=BOUND_S)
     assert (done.stdout, done.returncode) == ("", 0), done.stderr
 
 
@@ -290,6 +291,7 @@ def test_the_command_scores_a_file(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPO)},
+        timeout=BOUND_S,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]

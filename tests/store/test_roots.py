@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from core import object_store
 from core.errors import ConfigError, StageError
 from core.object_store import PART_BYTES, READ_AHEAD_BYTES, TAIL_BYTES
 from core.storage import Root
@@ -125,6 +126,23 @@ def test_large_files(root, tmp_path):
     with pytest.raises(FileNotFoundError):
         root.download("none", back)
     assert not back.exists()
+
+
+def test_a_large_copy_goes_in_parts(s3, monkeypatch):
+    """S3 copies 5 GB at most in one request; here the limit is what a test can send. An upload in parts is known by its ETag."""
+    monkeypatch.setattr(object_store, "COPY_BYTES", 5 << 20)  # the least that S3 allows
+    root, client = Root(s3.url), s3.server.client()
+    whole = os.urandom(11 << 20)
+    for size, parts in ((5 << 20, 0), ((5 << 20) + 1, 2), (11 << 20, 3)):
+        root.write_bytes("%20 +ü&?#", whole[:size])
+        root.rename("%20 +ü&?#", "copy")
+        assert root.read_bytes("copy") == whole[:size]
+        assert not root.exists("%20 +ü&?#")
+        etag = client.head_object(Bucket=s3.bucket, Key="root/copy")["ETag"]
+        assert etag.strip('"').partition("-")[2] == (str(parts) if parts else "")
+    assert s3.server.unfinished(s3.bucket) == []
+    with pytest.raises(FileNotFoundError):
+        root.rename("none", "copy")
 
 
 def test_a_large_table(root):

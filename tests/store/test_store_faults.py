@@ -42,14 +42,17 @@ def worked(root: Root, n: int, big: bytes, tmp_path) -> None:
         f.write(big)
     root.download(f"{n}/big", tmp_path / "big")
     assert (tmp_path / "big").read_bytes() == big
-    assert root.names(str(n)) == ["a", "big", "lock", "u"]
+    root.rename(f"{n}/big", f"{n}/copy")
+    assert root.read_bytes(f"{n}/copy") == big
+    assert root.names(str(n)) == ["a", "copy", "lock", "u"]
     root.remove(str(n))
     assert not root.exists(str(n))
 
 
 def test_every_kind_of_fault_on_every_kind_of_call(root, s3, proxy, tmp_path, monkeypatch, soak):
     monkeypatch.setenv("FSSPEC_S3", '{"config_kwargs": {"read_timeout": 2}}')  # below a stall: it becomes a timeout
-    monkeypatch.setattr(object_store, "PART_BYTES", SMALL_PART_BYTES)
+    for what in ("PART_BYTES", "COPY_BYTES"):
+        monkeypatch.setattr(object_store, what, SMALL_PART_BYTES)
     big = os.urandom(SMALL_PART_BYTES + 100_000)
     for n, kind in enumerate(KINDS * max(1, int(soak)), start=1):
         proxy.seed = n
