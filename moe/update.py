@@ -238,7 +238,6 @@ def placed(model: Decoder, config: TrainConfig, world: World) -> Decoder:
     model = model.to(world.device, PRECISION[config.precision]).train()
     for layer in model.routed:
         layer.expert_groups = config.optim.expert_groups
-        layer.gate.weight.requires_grad_(not config.optim.freeze_router)
     split_experts(model, world)
     if config.compile:
         for block in (*model.model["layers"].children(), *model.mtp):
