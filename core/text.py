@@ -237,7 +237,8 @@ def unite_spans(stages: Sequence[Sequence[Span]]) -> list[Span]:
     first span. Spans that only touch stay two. Empty spans cut nothing and are left out.
     """
     flat = sorted(
-        (s.start, s.end, rank, s.replacement) for rank, spans in enumerate(stages) for s in spans if s.start < s.end
+        ((s.start, s.end, rank, s.replacement) for rank, spans in enumerate(stages) for s in spans if s.start < s.end),
+        key=lambda s: (*s[:3], s[3] or ""),
     )
     united: list[tuple[Span, int]] = []
     for start, end, rank, replacement in flat:

@@ -11,6 +11,7 @@ appendix C) annealing leaves out a template's own words, `content`, and mid-trai
   the empty line that ends it, so the end of a turn is learned as well; the line that names the speaker never is.
 
 All other text is ANSWER. A token with bytes of several levels counts as the lowest of its first and last character.
+Cost: a text with levels is encoded with offsets, 1.6 times as long as without; the others as before. One byte a token is stored.
 """
 
 import json

@@ -48,20 +48,18 @@ def layout(
     """The layout of whole rows of `shape` [B, T] by `config.attention_backend`."""
     spans = Spans(segments_BT, shape, config.window, device)
     name = config.attention_backend
-    if name == "varlen" and not (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)):
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "varlen" and not half:
         raise ConfigError(
             f"moe.attention_backend: varlen runs on a GPU in half precision, got {dtype} on {device.type}; use auto"
         )
+    if name == "auto" and half and segments_BT is None and shape[1] > config.window:
+        return Mixed(spans, Sdpa(spans, dtype), Flex(spans))
     if name == "auto":
-        if dtype == torch.float64:
-            name = "math"
-        elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-            name = "flex"
-            if segments_BT is None:
-                return Mixed(spans, Sdpa(spans), Flex(spans))
-        else:
-            name = "sdpa"
-    kinds: dict[str, Callable[[Spans], Layout]] = {"math": Math, "sdpa": Sdpa, "flex": Flex, "varlen": Varlen}
+        name = "math" if dtype == torch.float64 else "flex" if half and segments_BT is not None else "sdpa"
+    if name == "sdpa":
+        return Sdpa(spans, dtype)
+    kinds: dict[str, Callable[[Spans], Layout]] = {"math": Math, "flex": Flex, "varlen": Varlen}
     return kinds[name](spans)
 
 
@@ -114,16 +112,16 @@ def masked_attention(q_BHTC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, mask: Tenso
 class Sdpa:
     """torch's fused kernel. Windows shorter than the row are cut into blocks, so that no mask is [T, T]."""
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: Spans, dtype: torch.dtype) -> None:
         self.position_BT, self.window = spans.position_BT, spans.window
-        positions = spans.shape[1]
-        whole = spans.start_BT is None
-        self.full_mask = None if whole else spans.mask(True)
+        positions, whole = spans.shape[1], spans.start_BT is None
         self.blocked = positions > 2 * self.window
+        self.full_mask = None if whole else _additive(spans.mask(True), dtype)
+        self.window_mask: Tensor | None = None
         if self.blocked:
-            self.window_mask: Tensor | None = block_mask(spans)
-        else:
-            self.window_mask = None if whole and positions <= self.window else spans.mask(False)
+            self.window_mask = _additive(block_mask(spans), dtype)
+        elif not whole or positions > self.window:
+            self.window_mask = _additive(spans.mask(False), dtype)
 
     def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         if not full and self.blocked:
@@ -132,6 +130,11 @@ class Sdpa:
         return functional.scaled_dot_product_attention(
             q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The form that the kernels take; given a bool mask they make it anew in every layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def block_mask(spans: Spans) -> Tensor:
@@ -188,7 +191,7 @@ class Flex:
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex.flex_attention, dynamic=False)
+    return torch.compile(flex.flex_attention)
 
 
 @cache
@@ -215,12 +218,8 @@ def flex_mask(first_BT: Tensor, rule: Callable[..., Tensor] | None = None) -> fl
     """
     rows, positions = first_BT.shape
     blocks = -(-positions // FLEX_BLOCK)
-    padded = (
-        functional.pad(first_BT[:, None], (0, blocks * FLEX_BLOCK - positions), mode="replicate")
-        if (positions % FLEX_BLOCK)
-        else first_BT[:, None]
-    )
-    first_BNQ = padded.view(rows, blocks, FLEX_BLOCK)
+    inside = torch.arange(blocks * FLEX_BLOCK, device=first_BT.device).clamp(max=positions - 1)
+    first_BNQ = first_BT[:, inside].view(rows, blocks, FLEX_BLOCK)
     index_N = torch.arange(blocks, device=first_BT.device)
     seen_BNN = (index_N >= first_BNQ[:, :, :1] // FLEX_BLOCK) & (index_N <= index_N[:, None])
     whole_BNN = (index_N * FLEX_BLOCK >= first_BNQ[:, :, -1:]) & (index_N < index_N[:, None])
@@ -289,25 +288,3 @@ class Mixed:
 
     def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         return (self.full if full else self.windowed).attend(layer, full, q_BHTC, k_BGTC, v_BGTC)
-
-
-class KVCache:
-    """Keys and values of all positions seen so far, [B, G, P, C] a layer, of one document a row; its own layout."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.window, self.length = config.window, 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.position_BT = torch.zeros(1, 0, dtype=torch.int64)
-
-    def step(self, positions: int) -> "KVCache":
-        self.position_BT = torch.arange(self.length, self.length + positions)[None]
-        self.length += positions
-        return self
-
-    def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
-        if layer in self.layers:
-            k_BGTC, v_BGTC = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k_BGTC, v_BGTC), strict=True))
-        self.layers[layer] = k_BGTC, v_BGTC
-        distance_TP = self.position_BT[0][:, None] - torch.arange(self.length)
-        seen_TP = (distance_TP >= 0) & (full | (distance_TP < self.window))
-        return masked_attention(q_BHTC, k_BGTC, v_BGTC, seen_TP[None, None])

@@ -20,7 +20,7 @@ routed copies of tokens.
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from moe.config import ModelConfig
 
 WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
+SMALLEST = 1e-30  # of a squared weight: a row whose weight vanished shows no activity
 IDLE = 0.1  # an expert counts as dead below this share of the mean load or of the median RMS (chosen)
 
 
@@ -101,16 +102,15 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
 
-    def forward(self, x_RI: Tensor, load_E: Tensor, grouped: bool) -> Tensor:
-        """`load_E` rows of x for each expert in turn.
+    def forward(self, x_RI: Tensor, rows: Tensor | list[int]) -> Tensor:
+        """`rows` of each expert in turn: as their running sum, int32, by one grouped product, as numbers by a loop.
 
-        Both ways give the same bits on CPU (tests hold them to it).
+        Both give the same bits on CPU (tests hold them to it).
         """
-        if grouped:
-            ends_E = load_E.cumsum(0).to(torch.int32)
-            return functional.grouped_mm(x_RI, self.weight.transpose(-2, -1), offs=ends_E)
+        if isinstance(rows, Tensor):
+            return functional.grouped_mm(x_RI, self.weight.transpose(-2, -1), offs=rows)
         # One unbind: indexing the weight E times would write E full-sized gradients (5x slower for 16 experts).
-        parts = zip(x_RI.split(load_E.tolist()), self.weight.unbind(0), strict=True)
+        parts = zip(x_RI.split(rows), self.weight.unbind(0), strict=True)
         return torch.cat([functional.linear(x, w) for x, w in parts])
 
 
@@ -134,6 +134,10 @@ class MoE(ExactBuffers):
         self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim)
         self.register_buffer("router_bias", torch.zeros(c.experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.experts, dtype=torch.int64), persistent=False)
+        self.pieces = PLAIN
+        if c.experts_backend == "triton":
+            kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
+            self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
         self.group_loss: Tensor | None = None
@@ -145,20 +149,11 @@ class MoE(ExactBuffers):
         """Router logits [S, E], in fp32 at least."""
         if self.router_dtype == "bfloat16":
             return functional.linear(x_SD.bfloat16(), self.gate.weight.bfloat16()).float()
-        x_wide = wide(x_SD)
-        return functional.linear(x_wide, self.gate.weight.to(x_wide.dtype))
+        return self.pieces.logits(x_SD, self.gate.weight)
 
     def choose(self, score_SE: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [S, K], int64, and their weights [S, K] in the scores' precision.
-
-        On CPU the lower of two equal experts wins; on a GPU, where a stable sort takes longer than the experts' own
-        glue, what `topk` finds first.
-        """
-        biased_SE = (score_SE + self.router_bias).detach()
-        if biased_SE.is_cuda:
-            chosen_SK = biased_SE.topk(self.top_k, dim=-1).indices
-        else:
-            chosen_SK = biased_SE.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
+        """Experts [S, K], int64, and their weights [S, K] in the scores' precision."""
+        chosen_SK = self.pieces.top((score_SE + self.router_bias).detach(), self.top_k)
         weight_SK = score_SE.gather(1, chosen_SK)
         return chosen_SK, weight_SK / (weight_SK.sum(-1, keepdim=True) + WEIGHT_SUM_EPS) * self.routed_scale
 
@@ -171,36 +166,34 @@ class MoE(ExactBuffers):
         logit_SE = self.logits(x_SD)
         score_SE = logit_SE.sigmoid()
         chosen_SK, weight_SK = self.choose(score_SE)
-        order_R, inverse_R, load_E = sort_by_expert(chosen_SK, len(self.router_bias))
+        order_R, inverse_R, ends_E = self.pieces.sort(chosen_SK.flatten(), len(self.router_bias))
+        load_E = functional.pad(ends_E, (1, 0)).diff()
         if self.training:
             self.load += load_E
             self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
             if self.watch:
                 self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
         x_RD = _Dispatch.apply(x_SD, order_R, inverse_R, self.top_k)
-        weight_R1 = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1).unsqueeze(1)
+        weight_R = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1)
         if self.exchange is None:
-            y_RD = self.experts(x_RD, load_E, weight_R1)
+            y_RD = self.experts(x_RD, load_E, weight_R)
         else:
             y_RD = self.exchange(x_RD, load_E, self.experts)
-            y_RD = (y_RD * weight_R1).to(y_RD.dtype)
+            y_RD = (y_RD * weight_R[:, None]).to(y_RD.dtype)
         return _Combine.apply(y_RD, order_R, inverse_R, self.top_k).view_as(x_BTD)
 
-    def experts(self, x_RD: Tensor, load_E: Tensor, weight_R1: Tensor | None = None) -> Tensor:
-        """Rows sorted by expert through their experts; `weight_R1` scales each row's output."""
-        grouped = self.backend != "loop" and x_RD.dtype != torch.float64
-        h_RF = self.gate_up_proj(x_RD, load_E, grouped)
-        if self.backend == "triton":
-            # Imported on use: needs a GPU.
-            a_RF = import_module("moe.kernels").swiglu(h_RF, weight_R1, self.limit)
-            return self.down_proj(a_RF, load_E, grouped)
-        gate_RF, up_RF = h_RF.chunk(2, dim=-1)
-        a_RF = gated(gate_RF, up_RF, self.limit)
+    def experts(self, x_RD: Tensor, load_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert through their experts; `weight_R` scales each row's output."""
+        # What grouped_mm takes: no fp64, and rows of whole 16 bytes.
+        odd = any(n * x_RD.element_size() % 16 for n in (x_RD.shape[1], self.down_proj.weight.shape[2]))
+        looped = self.backend == "loop" or x_RD.dtype == torch.float64 or odd
+        if weight_R is None:
+            weight_R = torch.ones(len(x_RD), device=x_RD.device)
+        rows = load_E.tolist() if looped else load_E.cumsum(0).to(torch.int32)
+        a_RF = self.pieces.swiglu(self.gate_up_proj(x_RD, rows), weight_R, self.limit)
         if self.training and self.watch:
-            self.activity = _mean_squares(a_RF.detach(), load_E), load_E
-        if weight_R1 is not None:
-            a_RF = (a_RF * weight_R1).to(x_RD.dtype)
-        return self.down_proj(a_RF, load_E, grouped)
+            self.activity = _mean_squares(a_RF.detach(), weight_R, load_E), load_E
+        return self.down_proj(a_RF, rows)
 
     def stats(self) -> dict[str, Tensor]:
         """What the last forward in training showed, as 0-d tensors; nothing is read back from a GPU.
@@ -261,24 +254,60 @@ def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
     return groups * (share_E.view(groups, -1).sum(1) * probability_E.view(groups, -1).sum(1)).sum()
 
 
-def sort_by_expert(chosen_SK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order of copies by expert, then token; its inverse; and each expert's number of copies, int64.
+def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight.T in fp32 at least."""
+    x_wide = wide(x_SD)
+    return functional.linear(x_wide, weight_ED.to(x_wide.dtype))
+
+
+def top_experts(score_SE: Tensor, k: int) -> Tensor:
+    """Experts of the k greatest scores, falling.
+
+    The lower of two equal experts wins; on a GPU the one that `topk` finds first, as a stable sort would take longer
+    than all else around the products.
+    """
+    if score_SE.is_cuda:
+        return score_SE.topk(k, dim=-1).indices
+    return score_SE.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+
+def sort_by_expert(chosen_R: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of copies by expert, then token; its inverse; and where each expert's copies end, int32.
 
     Keys are 16 bits wide, which halves the sort's time on a GPU.
     """
-    key_R = chosen_SK.flatten().to(torch.int16 if experts <= 2**15 else torch.int32)
+    key_R = chosen_R.to(torch.int16 if experts <= 2**15 else torch.int32)
     sorted_R, order_R = key_R.sort(stable=True)
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    ends_E = torch.searchsorted(sorted_R, torch.arange(experts, dtype=key_R.dtype, device=key_R.device), right=True)
-    return order_R, inverse_R, functional.pad(ends_E, (1, 0)).diff()
+    each_E = torch.arange(experts, dtype=key_R.dtype, device=key_R.device)
+    return order_R, inverse_R, torch.searchsorted(sorted_R, each_E, right=True, out_int32=True)
 
 
-def _mean_squares(a_RF: Tensor, load_E: Tensor) -> Tensor:
-    """Mean square of each expert's rows, fp32 [E]; NaN for an expert without rows."""
-    # A running sum in fp64 and its differences: sums over blocks without atomic additions or a loop.
-    total_R = functional.pad(wide(a_RF).square().mean(-1).double().cumsum(0), (1, 0))
-    ends_E = load_E.cumsum(0)
-    return ((total_R[ends_E] - total_R[ends_E - load_E]) / load_E).float()
+def swiglu(h_RH: Tensor, weight_R: Tensor, limit: float | None) -> Tensor:
+    """SwiGLU of gate and up columns side by side, each row times its weight in the weight's precision."""
+    gate_RF, up_RF = h_RH.chunk(2, dim=-1)
+    return (gated(gate_RF, up_RF, limit) * weight_R[:, None]).to(h_RH.dtype)
+
+
+class Pieces(NamedTuple):
+    """What stands around the experts' products; moe/kernels.py has the same by name, fused."""
+
+    logits: Callable[[Tensor, Tensor], Tensor]
+    top: Callable[[Tensor, int], Tensor]
+    sort: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    swiglu: Callable[[Tensor, Tensor, float | None], Tensor]
+
+
+PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
+
+
+def _mean_squares(a_RF: Tensor, weight_R: Tensor, load_E: Tensor) -> Tensor:
+    """Mean square of each expert's rows before they were weighed, fp32 [E]; NaN for an expert without rows."""
+    square_R = wide(a_RF).square().mean(-1) / weight_R.detach().square().clamp(min=SMALLEST)
+    # Every row against every expert, as running sums of floats and atomic additions depend on the run on a GPU.
+    ends_E, index_R1 = load_E.cumsum(0), torch.arange(len(a_RF), device=a_RF.device)[:, None]
+    own_RE = (index_R1 >= ends_E - load_E) & (index_R1 < ends_E)
+    return (torch.where(own_RE, square_R[:, None], 0).sum(0) / load_E).float()
 
 
 class _Dispatch(torch.autograd.Function):

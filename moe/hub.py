@@ -36,7 +36,8 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers wrote shards of this size for years; hubs take files of up to 50 GB
 TEMPORARY, REPLACED = ".writing", ".replaced"
-OTHER_TOWERS = ("vision_model.", "vit_large_projector.")  # of Step 3.7, whose text trunk is this decoder
+# Of Step 3.7, whose text trunk is this decoder; by the hub's names and by transformers' own.
+OTHER_TOWERS = ("vision_model.", "vit_large_projector.", "model.vision_model.", "model.multi_modal_projector.")
 MTP_NAMES = {"shared_head_norm.": "transformer.shared_head.norm.", "output.": "transformer.shared_head.output."}
 LISTED_PROBLEMS = 20
 
@@ -198,7 +199,7 @@ def _of_run(folder: Path, tokenizer: str | Path | None) -> "tuple[Decoder, str |
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> None:
     """The tensors in order, in files of at most `max_bytes` (or one tensor), and the index."""
     plan = list(_plan(tensors, dtype, max_bytes))
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", _stored_type(name, tensors[name], dtype)) for name in names}

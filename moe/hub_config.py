@@ -14,6 +14,7 @@ from core.errors import ConfigError
 from moe.config import ModelConfig, RopeScaling
 
 MODEL_TYPE, ARCHITECTURE = "step3p5", "Step3p5ForCausalLM"
+DEFAULT_THETA = 10_000.0  # of transformers 5.23, and of the released code
 FULL, WINDOWED = "full_attention", "sliding_attention"
 ROUTER_BIAS = "moe.router_bias"  # float32 at every precision: bfloat16 would round steps of 0.001 away
 # The one value of each key that this decoder computes. A key left out means that value: it is the default of the
@@ -68,8 +69,6 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def to_hub(config: ModelConfig) -> dict[str, Any]:
     """The values of `config.json`: the released file's keys, and those of generation that transformers wants beside."""
     c = config
-    layers = range(c.layers + c.mtp_heads)
-    scaling = c.rope_scaling
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -77,29 +76,13 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
         "max_seq_len": c.context,
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
-        "layer_types": [FULL if c.full(i) else WINDOWED for i in layers],
-        "sliding_window": c.window,
-        "attention_other_setting": {
-            "attention_type": WINDOWED,
-            "num_attention_heads": c.swa_heads,
-            "num_attention_groups": c.kv_heads,
-            "head_dim": c.head_dim,
-            "true_head_dim": c.head_dim,
-        },
-        "use_head_wise_attn_gate": c.gate,
-        "rope_theta": [c.rope_theta if c.full(i) else c.swa_rope_theta for i in layers],
-        "partial_rotary_factors": [c.rotary_fraction if c.full(i) else 1.0 for i in layers],
-        "rope_scaling": None if scaling is None else _scaling_to_hub(scaling),
-        "use_moe": c.dense_layers < c.layers,
-        "moe_layers_enum": ",".join(map(str, range(c.dense_layers, c.layers))),
-        "need_fp32_gate": c.router_dtype == "float32",
-        "swiglu_limits": [float(c.routed_limit(i) or 0) if i < c.layers else 0.0 for i in layers],
-        "swiglu_limits_shared": [float(c.shared_limit(i) or 0) if i < c.layers else 0.0 for i in layers],
         "num_nextn_predict_layers": c.mtp_heads,
+        **_attention_to_hub(c),
+        **_feed_forward_to_hub(c),
         # transformers never trains the embedding of the pad token, and takes token 1 where none is named.
         **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), c.eos),
     }
-    return values | {name: only[0] for name, only in FIXED.items() if only != (None,) and name not in values}
+    return values | {name: only[0] for name, only in FIXED.items() if only != (None,)}
 
 
 def from_hub(values: Mapping[str, Any], context: int | None = None) -> ModelConfig:
@@ -111,8 +94,9 @@ def from_hub(values: Mapping[str, Any], context: int | None = None) -> ModelConf
     text = values.get("text_config", values)
     reader = Reader(text)
     fields: dict[str, Any] = {ours: reader.size(names) for ours, names in SIZES.items()}
+    sized = not reader.problems
     reader.fixed()
-    if not reader.problems:
+    if sized:
         reader.layers, reader.mtp_heads = fields["layers"], text.get("num_nextn_predict_layers") or 0
         fields |= {"mtp_heads": reader.mtp_heads, "norm_eps": text.get("rms_norm_eps", 1e-5)}
         fields |= {"context": context or reader.context(), "eos": reader.eos(values)}
@@ -202,13 +186,13 @@ class Reader:
         nested = self.values.get("rope_parameters") or {}
         if nested.get(FULL) or nested.get(WINDOWED):
             full, windowed = nested.get(FULL) or {}, nested.get(WINDOWED) or {}
-            theta = [part.get("rope_theta", 10_000.0) for part in (full, windowed)]
-            fraction = [part.get("partial_rotary_factor", 1.0) for part in (full, windowed)]
+            theta = (full.get("rope_theta", DEFAULT_THETA), windowed.get("rope_theta", DEFAULT_THETA))
+            fraction = (full.get("partial_rotary_factor", 1.0), windowed.get("partial_rotary_factor", 1.0))
             scaling = full if full.get("rope_type", "default") != "default" else None
             if windowed.get("rope_type", "default") != "default":
                 self.wrong(f"rope_parameters.{WINDOWED}.rope_type", windowed["rope_type"], "default")
         else:
-            theta = self.by_kind("rope_theta", 10_000.0)
+            theta = self.by_kind("rope_theta", DEFAULT_THETA)
             fraction = self.by_kind("partial_rotary_factors", 1.0)
             scaling = self.values.get("rope_scaling")
         if fraction[1] != 1:
@@ -260,8 +244,11 @@ class Reader:
                 "hub: config.json has no moe_layers_enum, got no mlp_layer_types either, expected '1,2,3' or a list"
             )
             return []
-        items = listed.split(",") if isinstance(listed, str) else listed
-        return sorted({int(item) for item in items if str(item).strip()} & set(range(self.layers)))
+        items = [str(item).strip() for item in (listed.split(",") if isinstance(listed, str) else listed)]
+        if not all(item.isdecimal() for item in items if item):
+            self.wrong("moe_layers_enum", repr(listed), "numbers of layers")
+            return []
+        return sorted({int(item) for item in items if item} & set(range(self.layers)))
 
     def per_layer(self, key: str, default: Any, default_mtp: Any) -> list[Any]:
         """A list of one value a layer and MTP head; a list that ends with the layers leaves the heads their default."""
@@ -311,6 +298,36 @@ def _block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
 def _glu(prefix: str, stack: tuple[int, ...], dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
     wide, narrow = (*stack, hidden, dim), (*stack, dim, hidden)
     return {f"{prefix}.gate_proj": wide, f"{prefix}.up_proj": wide, f"{prefix}.down_proj": narrow}
+
+
+def _attention_to_hub(config: ModelConfig) -> dict[str, Any]:
+    c, layers = config, range(config.layers + config.mtp_heads)
+    return {
+        "layer_types": [FULL if c.full(i) else WINDOWED for i in layers],
+        "sliding_window": c.window,
+        "attention_other_setting": {
+            "attention_type": WINDOWED,
+            "num_attention_heads": c.swa_heads,
+            "num_attention_groups": c.kv_heads,
+            "head_dim": c.head_dim,
+            "true_head_dim": c.head_dim,
+        },
+        "use_head_wise_attn_gate": c.gate,
+        "rope_theta": [c.rope_theta if c.full(i) else c.swa_rope_theta for i in layers],
+        "partial_rotary_factors": [c.rotary_fraction if c.full(i) else 1.0 for i in layers],
+        "rope_scaling": None if c.rope_scaling is None else _scaling_to_hub(c.rope_scaling),
+    }
+
+
+def _feed_forward_to_hub(config: ModelConfig) -> dict[str, Any]:
+    c, heads = config, [0.0] * config.mtp_heads
+    return {
+        "use_moe": c.dense_layers < c.layers,
+        "moe_layers_enum": ",".join(map(str, range(c.dense_layers, c.layers))),
+        "need_fp32_gate": c.router_dtype == "float32",
+        "swiglu_limits": [float(c.routed_limit(i) or 0) for i in range(c.layers)] + heads,
+        "swiglu_limits_shared": [float(c.shared_limit(i) or 0) for i in range(c.layers)] + heads,
+    }
 
 
 def _scaling_to_hub(scaling: RopeScaling) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moe import attention
+from moe import attention, flops
 from moe.attention import Layout
 from moe.config import ModelConfig
 from moe.experts import ExpertLinear, MoE
@@ -32,7 +32,7 @@ EMBEDDING_STD = 0.02  # GPT-2's; the paper does not publish its initialisation
 class Cache(Protocol):
     """Keys and values of earlier positions (moe/cache.py)."""
 
-    def step(self, positions: int) -> Layout:
+    def step(self, positions: int, /) -> Layout:
         """The layout of that many new positions, which go on where the cache ends."""
         ...
 
@@ -40,7 +40,7 @@ class Cache(Protocol):
 class Decoder(nn.Module):
     """`hidden` gives the normed states, for a loss that never holds all logits; calling the model gives the logits.
 
-    The weights are a function of config and seed: they are drawn on the CPU whatever the default device, and the
+    The weights are a function of config and seed: they are drawn on the CPU in fp32, whatever the defaults, and the
     trunk's do not depend on the number of MTP heads.
     """
 
@@ -120,6 +120,10 @@ class Decoder(nn.Module):
         ahead = sum(p.numel() for p in self.mtp.parameters())
         return total, total - ahead - idle - (c.vocab_size - 1) * c.dim
 
+    def flops_per_token(self, context: int) -> float:
+        """Operations of training on one token, on average over a row of `context` (moe/flops.py); MTP heads count."""
+        return flops.training_flops(self.config, context, mtp=bool(self.mtp))
+
     def _layout(self, x_BTD: Tensor, segments_BT: Tensor | None) -> Layout:
         rows, positions, _ = x_BTD.shape
         return attention.layout(self.config, segments_BT, (rows, positions), x_BTD.device, x_BTD.dtype)
@@ -136,4 +140,5 @@ class Decoder(nn.Module):
                     std /= math.sqrt(2 * self.config.layers)
             else:
                 continue
-            module.weight.copy_(torch.empty(module.weight.shape, device="cpu").normal_(0, std, generator=generator))
+            drawn = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
+            module.weight.copy_(drawn.normal_(0, std, generator=generator))

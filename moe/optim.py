@@ -55,7 +55,12 @@ class Optimizer:
     ) -> None:
         self.parameters, self.config, self.world, self.updates = dict(parameters), config, world, 0
         self.slabs = list(_slabs(self.parameters, sharded, config, world))
-        self._muon: Callable[..., None] = torch.compile(muon.update, dynamic=False) if compiled else muon.update
+        self._muon: Callable[..., None] = muon.update
+        if compiled:
+            # One graph a slab's shape; past the limit torch would go on uncompiled without a word.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, len(self.slabs) + 8)
+            self._muon = torch.compile(muon.update, fullgraph=True, dynamic=False)
         self._norm: Tensor | None = None
 
     @torch.no_grad()
@@ -132,7 +137,9 @@ class Optimizer:
         grad, slab.grad = grad.to(wide) * scale.to(wide), None
         weights = self._weights()
         weight = state["master"] if "master" in state else slab.own(weights, wide)
-        if slab.shape:
+        if not slab.units:
+            pass  # nothing of it is this rank's
+        elif slab.shape:
             self._muon(weight, state["momentum"], grad, rates[0], rates[1], slab.kind.decay)
         else:
             c = self.config
@@ -141,7 +148,7 @@ class Optimizer:
                 [torch.full((), float(self.updates), device=weight.device)], fused=True, amsgrad=False, beta1=c.beta1,
                 beta2=c.beta2, lr=float(rates[0]), weight_decay=slab.kind.decay, eps=c.eps, maximize=False,
             )  # fmt: skip
-        slab.spread(weight, weights)
+        slab.unpack(slab.whole(weight), weights)
 
     def _start(self, slab: Slab) -> None:
         for key, dtype in _state_keys(slab).items():
@@ -151,7 +158,7 @@ class Optimizer:
     def _gather(self, slab: Slab, key: str, own: Tensor, out: dict[str, Tensor]) -> None:
         """Adds the slab's part of whole tensors to `out` on rank 0."""
         team = self.world.experts
-        whole = slab.kind.team.join_parts(own.flatten())
+        whole = slab.whole(own)
         parts = team.join_parts(whole[None]) if slab.kind.sharded else whole[None]
         if self.world.rank > 0:
             return

@@ -67,7 +67,7 @@ class Stream:
     def cut_docs(self) -> int:
         """Documents of which a row's border divides the tokens, the pass's last border included."""
         begins = np.concatenate(([0], self._ends[:-1]))
-        borders = np.minimum((self._ends - 1) // self.context, self.rows) - begins // self.context
+        borders = (self._ends - 1) // self.context - begins // self.context
         return int(np.count_nonzero((borders > 0) & (self._ends > begins)))
 
     def pieces(self, row: int) -> Iterator[Piece]:

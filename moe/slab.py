@@ -1,10 +1,10 @@
 """Slabs: pieces of many parameters laid end to end, so that ranks share their update and one kernel does many at once.
 
 In: parameters and the shapes of the units (whole matrices, or single elements) that must not be cut. Out: `Slab`s. A
-slab has `size * count` units in rank-major order, `count` of them owned by each member of the team and padded with zeros
-where there are fewer; so one reduce-scatter brings an owner the summed gradients of whole matrices and one all-gather
-the new weights to all (ZeRO-1, after Step 3.5 Flash, arXiv 2602.10604, section on infrastructure). What is stored under
-a parameter's name has that parameter's shape, so no file depends on the number of ranks.
+slab is rank-major: every member of the team owns an equal share of it, padded with zeros where it has fewer units. So
+one reduce-scatter brings an owner the summed gradients of whole matrices, and one all-gather the new weights to all
+(ZeRO-1, after Step 3.5 Flash, arXiv 2602.10604). What is stored under a parameter's name has that parameter's shape, so
+no file depends on the number of ranks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe.parallel import Team
 
@@ -51,17 +52,21 @@ class Kind:
 
 @dataclass
 class Slab:
-    """Units of `shape` ((m, n) of matrices, () of elements); `state` holds what the owner keeps, [count, *shape] each."""
+    """Units of `shape` ((m, n) of matrices, () of elements), of which member r owns the first `owned[r]` of its share.
+
+    `state` holds what this owner keeps, [units, *shape] each.
+    """
 
     kind: Kind
     shape: tuple[int, ...]
-    count: int
+    owned: tuple[int, ...]
     pieces: tuple[Piece, ...]
     state: dict[str, Tensor] = field(default_factory=dict)
     grad: Tensor | None = None  # the owner's share between the reduction and the step
 
     def __post_init__(self) -> None:
-        self._share = self.count * int(torch.Size(self.shape).numel())
+        self.units = self.owned[self.kind.team.rank]
+        self._share = max(self.owned) * torch.Size(self.shape).numel()
         first = self._share * self.kind.team.rank
         self._own = tuple(
             Piece(p.name, p.start, p.place - first, p.length)
@@ -75,18 +80,20 @@ class Slab:
         return list(dict.fromkeys(p.name for p in self.pieces))
 
     def reduced(self, grads: Mapping[str, Tensor | None]) -> Tensor:
-        """The owner's gradients [count, *shape], summed over the team; a parameter without one counts as zero."""
+        """The owner's gradients [units, *shape], summed over the team; a parameter without one counts as zero."""
         team, dtype = self.kind.team, self.kind.dtype
         whole = _packed(self.pieces, grads, self._share * team.size, dtype, self.kind.device)
-        return team.sum_parts(whole).view(self.count, *self.shape)
+        return team.sum_parts(whole).view(-1, *self.shape)[: self.units]
 
     def own(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The owner's part [count, *shape] of tensors by parameter name."""
-        return _packed(self._own, tensors, self._share, dtype, self.kind.device).view(self.count, *self.shape)
+        """The owner's part [units, *shape] of tensors by parameter name."""
+        size = self.units * torch.Size(self.shape).numel()
+        return _packed(self._own, tensors, size, dtype, self.kind.device).view(-1, *self.shape)
 
-    def spread(self, own: Tensor, into: Mapping[str, Tensor]) -> None:
-        """Writes every owner's part into tensors by parameter name, on all members, in their type."""
-        self.unpack(self.kind.team.join_parts(own.flatten()), into)
+    def whole(self, own: Tensor) -> Tensor:
+        """The flat slab from every owner's part, on all members."""
+        flat = own.flatten()
+        return self.kind.team.join_parts(functional.pad(flat, (0, self._share - len(flat))))
 
     def unpack(self, whole: Tensor, into: Mapping[str, Tensor]) -> None:
         """Writes a flat slab into tensors by parameter name."""
@@ -101,7 +108,7 @@ def matrix_slabs(units: Sequence[Unit], kind: Kind, held: list[int]) -> Iterator
     remainders of all shapes.
     """
     team, shape = kind.team, units[0].shape
-    size = int(torch.Size(shape).numel())
+    size = torch.Size(shape).numel()
     most = max(1, SLAB_ELEMENTS // size) * team.size
     for low in range(0, len(units), most):
         here = units[low : low + most]
@@ -112,7 +119,7 @@ def matrix_slabs(units: Sequence[Unit], kind: Kind, held: list[int]) -> Iterator
         for rank in range(team.size):
             held[rank] += owned[rank] * size
         pieces = [Piece(u.name, u.start, place * size, size) for u, place in zip(here, places, strict=True)]
-        yield Slab(kind, shape, count, tuple(_merged(pieces, count * size)))
+        yield Slab(kind, shape, tuple(owned), tuple(_merged(pieces, count * size)))
 
 
 def element_slabs(parameters: Mapping[str, nn.Parameter], kind: Kind) -> Iterator[Slab]:
@@ -124,7 +131,7 @@ def element_slabs(parameters: Mapping[str, nn.Parameter], kind: Kind) -> Iterato
     for low in range(0, lasts[-1], most):
         high = min(low + most, lasts[-1])
         count = -(-(high - low) // kind.team.size)
-        shares = [(cut, min(cut + count, high)) for cut in range(low, high, count)]
+        shares = [(min(high, low + r * count), min(high, low + (r + 1) * count)) for r in range(kind.team.size)]
         cuts = [
             (name, first, max(first, start), min(last, end))
             for start, end in shares
@@ -132,7 +139,8 @@ def element_slabs(parameters: Mapping[str, nn.Parameter], kind: Kind) -> Iterato
             if max(first, start) < min(last, end)
         ]
         pieces = [Piece(name, start - first, start - low, end - start) for name, first, start, end in cuts]
-        yield Slab(kind, (), count, tuple(pieces))
+        owned = [end - start for start, end in shares]
+        yield Slab(kind, (), tuple(owned), tuple(pieces))
 
 
 def _merged(pieces: Sequence[Piece], share: int) -> list[Piece]:

@@ -87,6 +87,7 @@ ROWS = {
             "tokens/tokenizer/*/*.idx",
             "tokens/tokenizer/*/*.ds",
             "tokens/*/*/*.docs.parquet",
+            "tokens/*/*/*.levels",
         ),
         ("docs", "tokens"),
     ),

@@ -159,3 +159,8 @@ def test_apply_spans_replaces_each_covered_run_once(text: str, data: st.DataObje
         elif i == 0 or not joined[i - 1]:
             want += b"|"
     assert apply_spans(raw, stages) == want.decode()
+
+
+def test_one_range_with_and_without_a_replacement() -> None:
+    both = [Span(0, 3, "x"), Span(0, 3, None)]
+    assert unite_spans([both]) == unite_spans([both[::-1]]) == [Span(0, 3, None)]

@@ -15,6 +15,7 @@ from core.text import Span, apply_spans
 from crawl.harvest.templates import Segment, joined, masked_for_annealing, masked_for_chat
 from crawl.sources.conversations import render
 from mixtures import mix, tokenize, tokenizer
+from mixtures.encoder import PIECE_CHARS, open_encoder, read_info
 from mixtures.levels import LevelsError, byte_levels, character_levels, text_levels, token_levels
 from mixtures.reader import MixtureSource
 from mixtures.token_files import ANSWER, PROMPT, SCAFFOLD
@@ -230,6 +231,19 @@ def test_levels_that_are_cut_or_missing_are_named_and_made_again(spoken: House) 
         MixtureSource(spoken.root.url, "midtrain").check()
     assert spoken.run(tokenize.STAGE, levels=True).observed["resumed_units"] == 2
     assert path.read_bytes() == whole
+
+
+def test_levels_of_a_text_that_is_encoded_in_pieces(spoken: House) -> None:
+    encoder = open_encoder(spoken.root.url, read_info(spoken.root, "tokenizer"))
+    lines = PIECE_CHARS // 12 + 1000
+    text, levels = "water stone\n" * lines, np.repeat(np.arange(lines) % 2, 12).astype(np.uint8)
+    tokens, lengths, found = encoder.encode_levels(["plain", text], [None, levels])
+    alone, _ = encoder.encode([text])
+    assert tokens[lengths[0] :].tolist() == alone.tolist()
+    assert (found[: lengths[0]] == 0).all()
+    by_line = found[lengths[0] : -1].reshape(lines, -1)
+    assert (by_line == (np.arange(lines) % 2)[:, None]).all()
+    assert found[-1] == levels[-1]
 
 
 def test_a_phase_that_learns_a_part_needs_levels(spoken: House) -> None:

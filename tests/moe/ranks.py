@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,8 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], folder: Pa
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        work(folder, rank)
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        sys.exit(1)
+    os.dup2(os.open(folder / f"error-{rank}", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    work(folder, rank)
 
 
 def train_steps(world: World, dtype: torch.dtype, config: OptimConfig = OPTIM, start: Any = None) -> dict[str, Any]:
@@ -105,9 +101,10 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_ranks(folder: Path, rank: int) -> None:
-    """Data parallel in fp32, fp64 and bf16, a resume of one rank's run, then expert parallel over the same two."""
+    """Data parallel in fp32, fp64 and bf16, and a resume of one rank's run; then the same two split the experts."""
     slab.SLAB_ELEMENTS = 5000
-    world = World.from_env(timeout_s=60)
+    split = World.from_env(expert_ranks=2, timeout_s=60)
+    world = World(split.device, split.everyone)
     found = {
         "fp32": train_steps(world, torch.float32),
         "fp64": train_steps(world, torch.float64),
@@ -115,6 +112,7 @@ def two_ranks(folder: Path, rank: int) -> None:
         "adamw": train_steps(world, torch.float64, OptimConfig(optimizer="adamw", grad_clip=0.3)),
     }
     found["resumed"] = train_steps(world, torch.float64, start=torch.load(folder / "one.pt"))
+    found["split"] = train_steps(split, torch.float32)
     found["values"] = world.gather(rank * 10)
     world.wait()
     world.close()
@@ -126,7 +124,7 @@ def four_ranks(folder: Path, rank: int) -> None:
     """Two teams of two ranks that split the experts, resumed from one rank's file; and four plain replicas."""
     world = World.from_env(expert_ranks=2, timeout_s=60)
     found = {"places": world.gather((world.experts.rank, world.replicas.rank))}
-    found |= {"fp32": train_steps(world, torch.float32), "fp64": train_steps(world, torch.float64)}
+    found["fp64"] = train_steps(world, torch.float64)
     found["resumed"] = train_steps(world, torch.float64, start=torch.load(folder / "one.pt"))
     plain = World(world.device, world.everyone)
     found["plain"] = train_steps(plain, torch.float64)

@@ -1,6 +1,10 @@
-"""Router against numbers worked out by hand; experts against the plain definition."""
+"""Router, losses and statistics against numbers worked out by hand; experts against the plain definition."""
 
+import copy
 import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from moe.config import ModelConfig
-from moe.experts import MoE, halves
+from moe.experts import MoE, SwiGLU, _Combine, _Dispatch, group_loss, halves, sort_by_expert
 
 
 @pytest.fixture
@@ -76,20 +80,223 @@ def test_output_is_the_weighted_sum_of_experts(config: ModelConfig, backend: Lit
         torch.testing.assert_close(moe(x).flatten(0, 1)[s], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["spread", "experts without tokens"])
-def test_loop_and_grouped_give_the_same_bits(config: ModelConfig, crowded: bool) -> None:
-    x = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(2))
-    backends: tuple[Literal["grouped", "loop"], ...] = ("grouped", "loop")
-    results = []
-    for backend in backends:
-        moe = _moe(dataclasses.replace(config, experts_backend=backend))
-        if crowded:
-            moe.router_bias.copy_(torch.tensor([0.0, 9.0, 0.0, 9.0]))
-        y = moe(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in moe.parameters())])
+Backend = Literal["grouped", "loop", "triton"]
+ROUTINGS = {  # router biases
+    "spread": [0.0, 0.0, 0.0, 0.0],
+    "experts without tokens": [0.0, 9.0, 0.0, 9.0],
+}
+
+
+def _results(config: ModelConfig, backend: Backend, bias: list[float], x: torch.Tensor) -> list[torch.Tensor]:
+    moe = _moe(dataclasses.replace(config, experts_backend=backend))
+    moe.router_bias.copy_(torch.tensor(bias))
+    x = x.clone().requires_grad_()
+    y = moe(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return [y, x.grad, *(p.grad for p in moe.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", [(3, 50), (1, 1)], ids=["many", "one token"])
+def test_loop_and_grouped_give_the_same_bits(
+    config: ModelConfig, routing: str, shape: tuple[int, int], top_k: int
+) -> None:
+    config = dataclasses.replace(config, top_k=top_k, routed_clip=(0.0, 0.5, 0.0))
+    x = torch.randn(*shape, 4, generator=torch.Generator().manual_seed(2))
+    results = [_results(config, backend, ROUTINGS[routing], x) for backend in ("grouped", "loop")]
+    assert len(results[0]) == 5
     for grouped, loop in zip(*results, strict=True):
         assert torch.equal(grouped, loop)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("moe.kernels") is None, reason="the fused operators are not installed")
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_fused_operators_give_the_same_numbers(config: ModelConfig, routing: str) -> None:
+    x = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(2))
+    config = dataclasses.replace(config, routed_clip=(0.0, 0.5, 0.0))
+    fused, plain = (_results(config, backend, ROUTINGS[routing], x) for backend in ("triton", "grouped"))
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_float64_stays_float64(config: ModelConfig) -> None:
+    moe = _moe(config).double()
+    x = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    chosen, weight = moe.route(x[0])
+    logits = x[0] @ moe.gate.weight.T
+    scores = (1 / (1 + (-logits).exp())).gather(1, chosen)
+    torch.testing.assert_close(weight, scores / scores.sum(1, keepdim=True) * 3, atol=1e-14, rtol=1e-14)
+    gate, up = halves("moe.gate_up_proj.weight", moe.gate_up_proj.weight).values()
+    expected = sum(
+        weight[s, k] * (moe.down_proj.weight[e] @ (functional.silu(gate[e] @ x[0, s]) * (up[e] @ x[0, s])))
+        for s, k, e in [(7, k, chosen[7, k]) for k in range(2)]
+    )
+    torch.testing.assert_close(moe(x)[0, 7], expected, atol=1e-13, rtol=1e-13)
+
+
+def test_bounds_lie_behind_the_silu() -> None:
+    mlp = SwiGLU(1, 1, limit=2.0).double()
+    with torch.no_grad():
+        for p in mlp.parameters():
+            p.fill_(1.0)
+    # silu(2.1) = 1.871 is below the bound although 2.1 is not; silu(-3) = -0.142 has no lower bound, up = -3 has.
+    for x, expected in ((2.1, 2.1 / (1 + math.exp(-2.1)) * 2), (5.0, 2 * 2), (-3.0, -3 / (1 + math.exp(3)) * -2)):
+        assert mlp(torch.tensor([[x]], dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_routed_bounds_are_those_of_the_layer(config: ModelConfig) -> None:
+    config = dataclasses.replace(config, routed_clip=(0.0, 0.0, 0.25))
+    x = 3 * torch.randn(1, 20, 4, generator=torch.Generator().manual_seed(1))
+    free, bounded = MoE(config, 1), MoE(config, 2)
+    with torch.no_grad():
+        for p, q in zip(free.parameters(), bounded.parameters(), strict=True):
+            q.copy_(p.normal_(0, 0.5, generator=torch.Generator().manual_seed(p.numel())))
+    assert (free.limit, bounded.limit) == (None, 0.25)
+    difference = (free(x) - bounded(x)).abs().max()
+    with torch.no_grad():
+        bounded.down_proj.weight.fill_(1.0)
+    assert difference > 0.1
+    assert bounded(x).abs().max() <= 3 * 8 * 0.25**2 + 1e-5  # scale, width and the greatest product of both factors
+
+
+def test_order_by_expert_and_its_inverse() -> None:
+    order, inverse, ends = sort_by_expert(torch.tensor([2, 0, 3, 2, 0, 2]), 5)
+    assert order.tolist() == [1, 4, 0, 3, 5, 2]
+    assert inverse.tolist() == [2, 0, 5, 3, 1, 4]
+    assert ends.tolist() == [2, 2, 5, 6, 6]
+
+
+def test_gather_and_sum_are_each_others_gradient() -> None:
+    x, y = (torch.randn(n, 2, dtype=torch.float64, requires_grad=True) for n in (3, 6))
+    order, inverse, _ = sort_by_expert(torch.tensor([2, 0, 3, 2, 0, 2]), 5)
+    assert _Dispatch.apply(x, order, inverse, 2).tolist() == [x[i // 2].tolist() for i in order]
+    assert torch.autograd.gradcheck(lambda a: _Dispatch.apply(a, order, inverse, 2), (x,))
+    assert torch.autograd.gradcheck(lambda a: _Combine.apply(a, order, inverse, 2), (y,))
+
+
+def test_an_exchange_stands_around_the_products(config: ModelConfig) -> None:
+    x = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(1))
+    plain, carried = _moe(config), _moe(config)
+    seen: list[list[int]] = []
+
+    def exchange(x_RD: torch.Tensor, load_E: torch.Tensor, experts: Callable[..., torch.Tensor]) -> torch.Tensor:
+        seen.append(load_E.tolist())
+        return experts(x_RD, load_E)
+
+    carried.exchange = exchange
+    torch.testing.assert_close(carried(x), plain(x), atol=1e-6, rtol=1e-5)
+    assert seen == [plain.load.tolist()]
+    for name, value in plain.stats().items():
+        torch.testing.assert_close(carried.stats()[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_group_loss_by_hand() -> None:
+    # Two tokens, two groups of two: probabilities (.4 .2 .2 .2) and (.25 .25 .25 .25), so .55 and .45 a group.
+    scores = torch.tensor([[0.8, 0.4, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5]])
+    assert group_loss(scores, torch.tensor([3, 0, 1, 0]), 2).item() == pytest.approx(2 * (0.75 * 0.55 + 0.25 * 0.45))
+    balanced = group_loss(torch.full((5, 4), 0.3), torch.tensor([5, 5, 5, 5]), 4)
+    assert balanced.item() == pytest.approx(1.0)
+    assert group_loss(scores, torch.tensor([4, 0, 0, 0]), 1).item() == 1.0
+
+
+def test_group_loss_moves_the_router_only(config: ModelConfig) -> None:
+    moe = _moe(config)
+    moe.expert_groups = 2
+    moe.router_bias.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0]))  # all tokens go to the first group
+    moe(torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(1)))
+    assert moe.group_loss is not None
+    before = moe.group_loss.item()
+    moe.group_loss.backward()
+    assert [name for name, p in moe.named_parameters() if p.grad is not None] == ["gate.weight"]
+    with torch.no_grad():
+        assert moe.gate.weight.grad is not None
+        moe.gate.weight -= moe.gate.weight.grad
+    moe(torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(1)))
+    assert moe.group_loss.item() < before
+
+
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_statistics_by_hand(config: ModelConfig, backend: Backend) -> None:
+    moe = _moe(dataclasses.replace(config, experts_backend=backend, top_k=1))
+    with torch.no_grad():
+        moe.gate.weight.copy_(torch.eye(4))
+        gate, up = halves("moe.gate_up_proj.weight", moe.gate_up_proj.weight).values()
+        gate.zero_()
+        gate[:, :, 0] = 20.0  # silu(20) = 20
+        up.zero_()
+        up[:, :, 0] = torch.tensor([0.05, 0.05, 0.2, 7.0])[:, None]  # RMS 1, 1 and 4; nothing reaches the last
+    x = torch.zeros(1, 6, 4)
+    x[0, :, 0] = 1.0
+    for t, e in enumerate([0, 0, 1, 2, 2, 2]):
+        x[0, t, e] += 2.0
+    x[0, :2, 0] = 1.0
+    moe.router_bias[3] = -9.0
+    moe.router_bias[0] = 0.0
+    moe(x)
+    stats = {name: value.item() for name, value in moe.stats().items()}
+    scores = (x[0].sigmoid()).sort(-1, descending=True).values
+    assert moe.load.tolist() == [2, 1, 3, 0]
+    assert stats["rms_min_median"] == pytest.approx(1.0, rel=1e-3)
+    assert stats["rms_max_median"] == pytest.approx(4.0, rel=1e-3)
+    assert stats["dead_fraction"] == 0.25
+    assert stats["confidence"] == pytest.approx((scores[:, 0] / scores.sum(-1)).mean().item(), rel=1e-5)
+    assert stats["router_logit_max"] == 2.0
+    assert stats["router_logit_std"] == pytest.approx(x.std(correction=0).item(), rel=1e-5)
+    shares = [2 / 6, 1 / 6, 3 / 6]
+    assert stats["load_entropy"] == pytest.approx(-sum(s * math.log(s) for s in shares) / math.log(4), rel=1e-5)
+
+
+def test_statistics_are_of_the_last_forward_in_training(config: ModelConfig) -> None:
+    moe = _moe(config).eval()
+    x = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(1))
+    moe(x)
+    assert moe.stats() == {}
+    moe.train()
+    moe.watch = False
+    moe(x)
+    assert moe.stats() == {}
+    moe.watch = True
+    moe(x)
+    first = moe.stats()
+    moe(5 * x)
+    assert moe.stats()["router_logit_max"].item() == pytest.approx(5 * first["router_logit_max"].item())
+    assert moe.load.sum() == 3 * 9 * 2
+
+
+def test_a_cast_leaves_the_bias_exact(config: ModelConfig) -> None:
+    moe = _moe(config)
+    bias = torch.tensor([0.1, 1e-3, 1 / 3, -0.7])
+    moe.router_bias.copy_(bias)
+    half = copy.deepcopy(moe).to(torch.bfloat16)
+    assert half.gate.weight.dtype == torch.bfloat16
+    assert torch.equal(half.router_bias, bias)
+    y = half(torch.randn(1, 5, 4, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1)))
+    assert y.dtype == torch.bfloat16
+    assert copy.deepcopy(moe).double().router_bias.dtype == torch.float64
+
+
+def test_the_router_in_half_precision_is_a_switch(config: ModelConfig) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    exact, rounded = _moe(config), _moe(dataclasses.replace(config, router_dtype="bfloat16"))
+    difference = (exact.logits(x) - rounded.logits(x)).abs().max()
+    assert rounded.logits(x).dtype == torch.float32
+    assert 1e-4 < difference < 0.1
+
+
+def test_halves_are_views_by_released_names(config: ModelConfig) -> None:
+    moe = _moe(config)
+    parts = halves("model.layers.4.moe.gate_up_proj.weight", moe.gate_up_proj.weight)
+    assert list(parts) == ["model.layers.4.moe.gate_proj.weight", "model.layers.4.moe.up_proj.weight"]
+    assert all(part.shape == (4, 8, 4) for part in parts.values())
+    assert torch.equal(torch.cat(tuple(parts.values()), 1), moe.gate_up_proj.weight)
+    with torch.no_grad():
+        parts["model.layers.4.moe.up_proj.weight"].fill_(5.0)
+    assert (moe.gate_up_proj.weight[:, 8:] == 5).all()
+    assert list(halves("model.layers.0.mlp.gate_proj.weight", torch.zeros(1))) == [
+        "model.layers.0.mlp.gate_proj.weight"
+    ]
 
 
 def test_no_token_is_dropped_and_loads_are_counted_in_training_only(config: ModelConfig) -> None:

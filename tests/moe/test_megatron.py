@@ -46,8 +46,9 @@ def test_documents_end_in_eos_whatever_the_file_does(tmp_path: Path, dtype: str,
     assert source.lengths().tolist() == [source.length(i) for i in range(5)] == [3, 4, 2, 0, 5]
     assert source.mask(0) is None
     assert source.bytes(0) == 0
-    with pytest.raises(IndexError):
-        source.tokens(5)
+    for i in (-1, 5):
+        with pytest.raises(IndexError, match=f"entry {i} of 5"):
+            source.tokens(i)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 70_000])
