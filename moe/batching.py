@@ -10,7 +10,9 @@ host, and a request that ends by what it wrote takes part in one step too many, 
 
 A request's tokens depend on its prompt, settings and seed alone, up to the last bits of its logits: which rows and
 chunks stand beside it changes the shapes of matrix products, and with them the order of their sums. In fp64 that is
-1e-15 and no test has seen a token change by it; in bfloat16 near ties may turn.
+1e-15 and no test has seen a token change by it; in bfloat16 near ties may turn. With `speculate`, greedy answers are
+those of plain decoding; sampled ones keep their distribution, but which draws they take also depends on when rounds and
+plain steps alternate, and `Pace` decides that for all rows at once.
 """
 
 import threading
@@ -21,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.errors import ConfigError, RetryableError
-from moe.graphs import Decode, Kind, Readback
+from moe.decode import Decode, Kind
+from moe.graphs import Readback
 from moe.model import Decoder
 from moe.sampling import MODES, Mode, Sampling
 from moe.speculative import Acceptance, Pace
@@ -72,6 +75,10 @@ class Request:
     promised: int = 0  # `made` when all steps under way are read, at the least
     finished: Finish | None = None
 
+    @property
+    def drafted(self) -> Acceptance | None:
+        return self.acceptance if self.acceptance.rounds else None
+
 
 @dataclass
 class Launch:
@@ -89,6 +96,7 @@ class Batcher:
     `context` None: the model's. `tokenizer` (a `tokenizers.Tokenizer`) is needed for texts and stop strings. `prefix`
     precedes every prompt: None is EOS, with which every document begins in training. `speculate` uses the model's MTP
     heads, where it has any and while it pays by `pace`; `lag`, steps that may be under way unread, is 1 on a GPU.
+    `capture` and `compiled` are those of `Decode`.
     """
 
     model: Decoder
@@ -101,21 +109,25 @@ class Batcher:
     prefix: tuple[int, ...] | None = field(default=None, kw_only=True)
     pace: Pace | None = field(default=None, kw_only=True)
     lag: int | None = field(default=None, kw_only=True)
+    capture: bool = field(default=True, kw_only=True)
+    compiled: bool = field(default=False, kw_only=True)
     clock: Callable[[], float] = field(default=time.perf_counter, kw_only=True)
 
     def __post_init__(self) -> None:
         config = self.model.config
-        if self.slots < 1 or self.queue < 1 or self.chunk < 1:
-            raise ConfigError(
-                f"batcher: slots, queue and chunk must be positive, got {self.slots}, {self.queue} and {self.chunk}"
-            )
+        if min(self.slots, self.queue, self.chunk) < 1:
+            sizes = f"{self.slots}, {self.queue} and {self.chunk}"
+            raise ConfigError(f"batcher: slots, queue and chunk must be positive, got {sizes}")
         self.limit = config.context if self.context is None else self.context
         self.start = (config.eos,) if self.prefix is None else self.prefix
         self.drafts = config.mtp_heads if self.speculate else 0
         if self.drafts and self.pace is None:
             self.pace = Pace(self.drafts)
         self.acceptance = Acceptance.none(self.drafts)
-        self.decode = Decode(self.model, rows=self.slots, context=self.limit, drafts=self.drafts)
+        self.decode = Decode(
+            self.model, rows=self.slots, context=self.limit, drafts=self.drafts, capture=self.capture,
+            compiled=self.compiled,
+        )  # fmt: skip
         self.steps_behind = (1 if self.decode.device.type == "cuda" else 0) if self.lag is None else self.lag
         self._lock = threading.Condition()
         self._waiting: deque[Request] = deque()
@@ -129,9 +141,7 @@ class Batcher:
         """Queues a request and returns its id. `Full` where there is no place, `ConfigError` where it cannot be served."""
         sampling = sampling or Sampling()
         limit = self._check(prompt, sampling)
-        stream = None
-        if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer.decode, sampling.stop)
+        stream = None if self.tokenizer is None else TextStream(self.tokenizer.decode, sampling.stop)
         ends = frozenset((self.model.config.eos, *sampling.stop_tokens))
         with self._lock:
             if len(self._waiting) >= self.queue:
@@ -169,8 +179,7 @@ class Batcher:
         self._admit()
         started = [launch for launch in (self._prefill(), self._launch()) if launch is not None]
         self._launches.extend(started)
-        unread = self.steps_behind * 2 if started else 0  # a step is up to two launches
-        while len(self._launches) > unread:
+        while len(self._launches) > (self.steps_behind * 2 if started else 0):  # a step is up to two launches
             events += self._read(self._launches.popleft())
         return events
 
@@ -202,15 +211,14 @@ class Batcher:
             self._waiting = deque(r for r in self._waiting if r.id not in gone)
         for request in found:
             self._finish(request, "cancelled")
-        return [Event(r.id, (), finished="cancelled", acceptance=self._acceptance(r)) for r in found]
+        return [Event(r.id, (), finished="cancelled", acceptance=r.drafted) for r in found]
 
     def _admit(self) -> None:
         with self._lock:
             free = [row for row in range(self.slots) if row not in self._running]
             admitted = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
             for row, request in zip(free, admitted, strict=False):
-                request.row = row
-                self._running[row] = request
+                request.row, self._running[row] = row, request
         for request in admitted:
             self.decode.admit(request.row, request.prompt[len(self.start) :], request.sampling)
 
@@ -315,8 +323,7 @@ class Batcher:
         if finished:
             self._finish(request, finished)
         logprobs = self._logprobs(request, readback, index, len(taken))
-        acceptance = self._acceptance(request) if finished else None
-        return Event(request.id, tuple(taken), logprobs, finished, text, acceptance)
+        return Event(request.id, tuple(taken), logprobs, finished, text, request.drafted if finished else None)
 
     def _logprobs(
         self, request: Request, readback: Readback, index: int, tokens: int
@@ -329,9 +336,6 @@ class Batcher:
             TokenLogprobs(logprob, tuple(zip(i[:wanted], p[:wanted], strict=True)))
             for logprob, p, i in zip(chosen, top, ids, strict=True)
         )
-
-    def _acceptance(self, request: Request) -> Acceptance | None:
-        return request.acceptance if request.acceptance.rounds else None
 
     def _finish(self, request: Request, how: Finish) -> None:
         request.finished = how

@@ -74,7 +74,7 @@ class Cache:
 
     def step(self, tokens: int) -> "Step":
         """The layout of `tokens` new tokens in every row."""
-        return Step(self, self.rows_B, slice(None), tokens, None, None)
+        return Step(self, None, tokens, None, None)
 
     def feed(
         self, rows: int | Tensor | None = None, counts_B: Tensor | None = None, reach: int | None = None
@@ -100,57 +100,47 @@ class Feed:
     """A cache and the rows that a forward feeds."""
 
     def __init__(self, cache: Cache, rows: int | Tensor | None, counts_B: Tensor | None, reach: int | None) -> None:
-        self.cache, self.counts_B, self.reach = cache, counts_B, reach
-        self.view: slice | Tensor = rows if isinstance(rows, Tensor) else slice(rows)
-        self.index_B = rows if isinstance(rows, Tensor) else cache.rows_B[:rows]
+        self.cache, self.rows, self.counts_B, self.reach = cache, rows, counts_B, reach
 
     def step(self, tokens: int) -> "Step":
         """The layout of `tokens` new tokens, padding included; lengths move on by the counts at once."""
-        return Step(self.cache, self.index_B, self.view, tokens, self.counts_B, self.reach)
+        return Step(self.cache, self.rows, tokens, self.counts_B, self.reach)
 
 
 class Step:
     """Attention of T new tokens a row over what the cache holds and themselves."""
 
     def __init__(
-        self,
-        cache: Cache,
-        index_B: Tensor,
-        view: slice | Tensor,
-        tokens: int,
-        counts_B: Tensor | None,
-        reach: int | None,
+        self, cache: Cache, rows: int | Tensor | None, tokens: int, counts_B: Tensor | None, reach: int | None
     ) -> None:
-        self.cache, self.view, self.index_B1 = cache, view, index_B[:, None]
+        self.cache, self.view = cache, rows if isinstance(rows, Tensor) else slice(rows)
         self.reach = cache.capacity if reach is None else min(reach, cache.capacity)
-        index_T = torch.arange(tokens, device=index_B.device)
-        self.old_B1 = cache.lengths_B[view][:, None].clone()
-        self.first_B1 = cache.starts_B[view][:, None]
+        index_T = torch.arange(tokens, device=cache.rows_B.device)
+        self.old_B1 = cache.lengths_B[self.view][:, None].clone()
+        self.first_B1 = cache.starts_B[self.view][:, None]
         counts_B1 = torch.full_like(self.old_B1, tokens) if counts_B is None else counts_B[:, None]
         self.place_BT = self.old_B1 + index_T
         self.end_B1 = self.old_B1 + counts_B1
         self.held_BT = (index_T < counts_B1) & (self.place_BT >= self.first_B1)
         self.position_BT = self.place_BT.clamp(min=0)
-        cache.lengths_B[view] = self.end_B1[:, 0]
+        cache.lengths_B[self.view] = self.end_B1[:, 0]
         self.reaches: dict[bool, Reach] = {}
 
     def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         """Stores keys and values and returns the queries' outputs [B, H, T, C]."""
+        return self.of(layer, full).attend(layer, full, q_BHTC, k_BGTC, v_BGTC)
+
+    def of(self, layer: int, full: bool) -> "LayerStep":
+        """The same for one layer alone: nothing in it but tensors, so that layers of a kind share compiled code."""
         if full not in self.reaches:
             self.reaches[full] = self._reach(full)
-        reach, (keys, values) = self.reaches[full], self.cache.buffers[layer]
-        if not reach.joined:
-            self._write(keys, values, reach, k_BGTC, v_BGTC)
-            k_BGPC, v_BGPC = keys[self.view][:, :, : reach.slots], values[self.view][:, :, : reach.slots]
-            return attention(q_BHTC, k_BGPC, v_BGPC, reach.visible)
-        k_BGPC = torch.cat((keys[self.view][:, :, : reach.slots], k_BGTC), 2)
-        v_BGPC = torch.cat((values[self.view][:, :, : reach.slots], v_BGTC), 2)
-        self._write(keys, values, reach, k_BGTC, v_BGTC)
-        return attention(q_BHTC, k_BGPC, v_BGPC, reach.visible)
-
-    def _write(self, keys: Tensor, values: Tensor, reach: Reach, k_BGTC: Tensor, v_BGTC: Tensor) -> None:
-        keys[self.index_B1, :, reach.slot] = k_BGTC.transpose(1, 2)
-        values[self.index_B1, :, reach.slot] = v_BGTC.transpose(1, 2)
+        keys, values = self.cache.buffers[layer]
+        if isinstance(self.view, Tensor):
+            return LayerStep(self.position_BT, self.reaches[full], keys, values, self.view[:, None], gather=True)
+        rows_B1 = self.cache.rows_B[self.view, None]
+        return LayerStep(
+            self.position_BT, self.reaches[full], keys[self.view], values[self.view], rows_B1, gather=False
+        )
 
     def _reach(self, full: bool) -> Reach:
         cache, tokens = self.cache, self.place_BT.shape[1]
@@ -176,6 +166,36 @@ class Step:
         if not full:
             visible_BTP &= place_BP[:, None] > query_BT1 - cache.window
         return Reach(joined, slots, slot_BT, visible_BTP)
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """A layer's buffers and the rows of them that are fed."""
+
+    position_BT: Tensor  # noqa: N815 - the name that every layout has
+    reach: Reach
+    keys: Tensor
+    values: Tensor
+    rows: Tensor  # [B, 1]
+    gather: bool  # the rows are some of the buffers' and not all
+
+    def attend(self, layer: int, full: bool, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+        """`Step.attend`; the layer is known."""
+        reach = self.reach
+        if not reach.joined:
+            self._write(k_BGTC, v_BGTC)
+            return attention(q_BHTC, self._read(self.keys), self._read(self.values), reach.visible)
+        k_BGPC = torch.cat((self._read(self.keys), k_BGTC), 2)
+        v_BGPC = torch.cat((self._read(self.values), v_BGTC), 2)
+        self._write(k_BGTC, v_BGTC)
+        return attention(q_BHTC, k_BGPC, v_BGPC, reach.visible)
+
+    def _read(self, buffer: Tensor) -> Tensor:
+        return (buffer[self.rows[:, 0]] if self.gather else buffer)[:, :, : self.reach.slots]
+
+    def _write(self, k_BGTC: Tensor, v_BGTC: Tensor) -> None:
+        self.keys[self.rows, :, self.reach.slot] = k_BGTC.transpose(1, 2)
+        self.values[self.rows, :, self.reach.slot] = v_BGTC.transpose(1, 2)
 
 
 def attention(q_BHTC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, visible_BTP: Tensor) -> Tensor:

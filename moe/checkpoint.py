@@ -4,7 +4,9 @@
     RUN/latest                              name of the newest complete checkpoint
     RUN/checkpoints/step-00000100/          model.safetensors, optimizer.safetensors, config.json, state.json
 
-In: model, optimiser, `TrainConfig` and the step. Out: the same, bit for bit. A checkpoint is written under a temporary
+In: weights and optimiser state by parameter name, `TrainConfig` and the step. Out: the same, bit for bit. All tensors are whole,
+so no file depends on the number of ranks, and no file names a path of the machine: `tokenizer` of config.json is the file's hash
+there. A checkpoint is written under a temporary
 name, synced, renamed, and only then named by `latest`, so a kill at any moment leaves the one before it in force.
 `state.json` holds the step, the fingerprints of mixture and tokenizer, and the hash of each file; a file that differs
 is a `StageError` and nothing is changed. There is no generator state: training draws no random number after
@@ -15,17 +17,15 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.errors import ConfigError, StageError
 from core.hashing import file_digest
-from moe import optim
 from moe.config import TrainConfig, from_json, to_json
 from moe.model import Decoder
 
@@ -47,20 +47,24 @@ def save(
     folder: Path,
     *,
     step: int,
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     config: TrainConfig,
     mixture: str,
     tokenizer: str | None,
 ) -> Path:
-    """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder."""
+    """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder.
+
+    `weights` are the model's parameters and buffers, `moments` the optimiser's state, both whole and by name.
+    """
     name = _name(step)
     final, temporary = folder / CHECKPOINTS / name, folder / CHECKPOINTS / (name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_plain(model.state_dict()), temporary / WEIGHTS)
-    save_file(_plain(optim.state_tensors(optimizer, model)), temporary / OPTIMIZER)
-    _write_json(temporary / CONFIG, to_json(config))
+    save_file(_plain(weights), temporary / WEIGHTS)
+    save_file(_plain(moments), temporary / OPTIMIZER)
+    # The tokenizer's path is this machine's; its content is what the run was given.
+    _write_json(temporary / CONFIG, to_json(replace(config, tokenizer=tokenizer)))
     files = {n: file_digest(temporary / n) for n in (WEIGHTS, OPTIMIZER, CONFIG)}
     _write_json(temporary / STATE, {"step": step, "mixture": mixture, "tokenizer": tokenizer, "files": files})
     for path in (*temporary.iterdir(), temporary):
@@ -103,17 +107,30 @@ def load(folder: Path) -> Decoder:
     path = find(folder)
     config, _ = read(path)
     model = Decoder(config.model)
-    _load_weights(path, model)
+    put_weights(path.name, model, load_file(path / WEIGHTS))
     return model.eval()
 
 
-def restore(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's weights, router biases and optimiser state in place.
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint's weights and moments by name, on the CPU; `read` has been called and its config compared."""
+    return load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
 
-    `read` has been called and its config compared.
-    """
-    _load_weights(path, model)
-    optim.load_state_tensors(optimizer, model, load_file(path / OPTIMIZER))
+
+def put_weights(name: str, model: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Copies weights into a model; other names or shapes than its own are a `StageError`, and nothing is copied."""
+    wanted = model.state_dict()
+    problems = [
+        f"{key} {tuple(tensors[key].shape) if key in tensors else 'absent'} instead of "
+        f"{tuple(wanted[key].shape) if key in wanted else 'nothing'}"
+        for key in sorted(wanted.keys() | tensors.keys())
+        if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape
+    ]
+    if problems:
+        raise StageError(
+            f"checkpoint: {name} holds another model, got {problems[0]} and {len(problems) - 1} more, "
+            "expected the shapes of its config; use the config that it was trained with"
+        )
+    model.load_state_dict(dict(tensors))
 
 
 def read(path: Path) -> tuple[TrainConfig, State]:
@@ -176,24 +193,8 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _load_weights(path: Path, model: Decoder) -> None:
-    tensors, wanted = load_file(path / WEIGHTS), model.state_dict()
-    problems = [
-        f"{name} {tuple(tensors[name].shape) if name in tensors else 'absent'} instead of "
-        f"{tuple(wanted[name].shape) if name in wanted else 'nothing'}"
-        for name in sorted(wanted.keys() | tensors.keys())
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
-    ]
-    if problems:
-        raise StageError(
-            f"checkpoint: {path.name} holds another model, got {problems[0]} and {len(problems) - 1} more, "
-            "expected the shapes of its config; use the config that it was trained with"
-        )
-    model.load_state_dict(tensors)
-
-
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().contiguous() for name, t in tensors.items()}
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,58 +1,36 @@
-"""The device's half of decoding: every row's state in tensors of fixed shape, and steps that work on them in place.
+"""CUDA graphs, and reading back what they leave: the two places where decoding meets the device's clock.
 
-In: a decoder and how many rows it serves. Out: tokens, read back with one copy a step. A step takes no argument and
-reads nothing back, so on a GPU it is captured once for each batch size (powers of two) and mode, and replayed; on a CPU
-the same code runs as it is. Its first rows take part, those that are not `active` without effect: their keys go to the
-cache's spare slot and their lengths stay.
+In: a step's body, which works in place on tensors of fixed shape. Out: the same step as one launch, and its tokens on
+the host one copy later. Without a GPU the body is called and the copy is a copy.
 
-Two kinds: `plain` reads each row's pending token and chooses the next; `round` reads it with K drafts behind it, keeps
-what `verify` lets stand, and drafts anew. Either can follow the other.
-
-Legend: B rows of a step, N rows in all, K drafts, T = tokens that a step reads (1 or K + 1), V vocabulary, W draws.
+Legend: B rows of a step, T tokens a row, C candidates with log probabilities, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.cache import Cache
-from moe.model import Decoder
-from moe.sampling import (
-    CHOOSE,
-    DRAFT,
-    DRAWS,
-    Mode,
-    Sampling,
-    Settings,
-    choose,
-    distribution,
-    draws,
-    log_probabilities,
-)  # fmt: skip
-from moe.speculative import Drafter, Rows, row_at, verify, verify_greedy
+from moe.sampling import log_probabilities
 
-Kind = Literal["plain", "round"]
 WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
 
 class Replay:
-    """A function without arguments; on a GPU captured at its first call and replayed from then on.
+    """A function without arguments: called, or, once it was captured as a CUDA graph, replayed.
 
-    Its result lies in the same memory each time, so it is to be copied before the next call.
+    A replay's result lies in the same memory each time, so it is to be copied before the next one.
     """
 
-    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object = None) -> None:
-        self.body, self.device, self.pool = body, device, pool
+    def __init__(self, body: Callable[[], Tensor], pool: Any = None) -> None:
+        self.body, self.pool = body, pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
     def prepare(self) -> None:
         """Captures. The body runs a few times first, so its effects must be harmless at that moment."""
-        if self.device.type != "cuda":
-            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -60,7 +38,7 @@ class Replay:
                 self.body()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self.pool):
             self.result = self.body()
         self.graph = graph
 
@@ -100,211 +78,6 @@ class Readback:
         if self.ready is not None:
             self.ready.synchronize()
         return [row[: row[-1]] for row in self.packet.tolist()]
-
-
-class Decode:
-    """State of `rows` rows of at most `context` tokens, and the steps on it."""
-
-    def __init__(self, model: Decoder, *, rows: int, context: int, drafts: int = 0) -> None:
-        config, weight = model.config, model.lm_head.weight
-        self.model, self.rows, self.drafts, self.device = model, rows, drafts, weight.device
-        capacity = context + drafts  # a round near the end reads drafts that can no longer count
-        self.trunk = Cache(
-            config, range(config.layers), rows=rows, capacity=capacity, slack=drafts,
-            device=self.device, dtype=weight.dtype,
-        )  # fmt: skip
-        self.drafter = Drafter(model, drafts, rows=rows, capacity=capacity) if drafts else None
-        vocab = config.vocab_size
-        self.settings = Settings(rows, vocab, self.device)
-        self.token_B, self.active_B, self.made_B = (self._zeros(rows) for _ in range(3))
-        self.kept_B, self.out_BT = self._zeros(rows), self._zeros(rows, drafts + 1)
-        self.draft_BK = self._zeros(rows, drafts)
-        self.q_BKV = torch.ones(rows, drafts, vocab, device=self.device)
-        self.seen_BV = self._zeros(rows, vocab, dtype=torch.bool)
-        self.draw_BNW = self._zeros(rows, capacity + 1, DRAWS, dtype=torch.float64)
-        self.replays: dict[tuple[Kind, int, Mode], Replay] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-
-    def admit(self, row: int, prompt: Sequence[int], sampling: Sampling) -> None:
-        """Gives a row to a request. `prompt` counts for the repetition penalty; it is not read here."""
-        index = torch.tensor([row], device=self.device)
-        self.trunk.restart(index)
-        if self.drafter is not None:
-            self.drafter.restart(index)
-        self.settings.put(row, sampling)
-        self.active_B[row] = self.made_B[row] = 0
-        self.seen_BV[row] = False
-        self.seen_BV[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
-        if sampling.temperature > 0:
-            self.draw_BNW[row] = torch.from_numpy(draws(sampling.seed, self.draw_BNW.shape[1])).to(self.device)
-
-    def release(self, row: int) -> None:
-        """Takes the row out of the following steps."""
-        self.active_B[row] = 0
-
-    @torch.inference_mode()
-    def prefill(
-        self, index: Sequence[int], chunks: Sequence[Sequence[int]], ahead: Sequence[int | None], reach: int, mode: Mode
-    ) -> Tensor:
-        """Reads one chunk of each row's prompt. `ahead`: the token behind it, None where the prompt ends with it.
-
-        Where it ends the row becomes active, and its first token is in `out_BT`. Returns logits [B, 1, V]. `reach`: a
-        bound on the rows' lengths afterwards.
-        """
-        rows_B, last_B = self._tensor(index), self._tensor([a is None for a in ahead])
-        counts_B, most = self._tensor([len(c) for c in chunks]), max(len(c) for c in chunks)
-        tokens_BT = self._tensor([[*c, *[0] * (most - len(c))] for c in chunks])
-        x_BTD = self.model.states(tokens_BT, cache=self.trunk.feed(rows_B, counts_B, reach))
-        logits_B1V = self.model.lm_head(self.model.norm(row_at(x_BTD, counts_B - 1))).unsqueeze(1)
-        token_B = self._next(logits_B1V[:, 0], rows_B, mode)
-        following_B = torch.where(last_B, token_B, self._tensor([a or 0 for a in ahead]))
-        self.active_B[rows_B] = last_B.long()
-        self._gain(rows_B, token_B.unsqueeze(1), last_B.long(), mode)
-        if self.drafter is not None:
-            next_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1))
-            self._draft(
-                x_BTD, next_BT.scatter(1, (counts_B - 1)[:, None], following_B[:, None]), counts_B, rows_B, mode
-            )
-        return logits_B1V
-
-    @torch.inference_mode()
-    def step(self, kind: Kind, rows: int, mode: Mode) -> Tensor:
-        """One step of the first `rows` rows; tokens are in `out_BT`, counts in `kept_B`. Returns logits [B, T, V]."""
-        return self._replay(kind, rows, mode)()
-
-    @torch.inference_mode()
-    def restart_drafts(self, rows: int) -> None:
-        """Before the first round behind plain steps: heads begin where the rows are, and the first drafts are a guess.
-
-        Token 0 with certainty is as valid a draft as any other: verification makes up for it.
-        """
-        assert self.drafter is not None
-        self.drafter.restart(self.trunk.rows_B[:rows], self.trunk.lengths_B[:rows])
-        self.draft_BK[:rows] = 0
-        self.q_BKV[:rows] = 0
-        self.q_BKV[:rows, :, 0] = 1
-
-    @torch.inference_mode()
-    def measure(self, rows: int, mode: Mode, clock: Callable[[], float], repeats: int = 3) -> tuple[float, float]:
-        """Seconds of a plain step and of a round, each the least of a few; changes no row's state."""
-        active_B = self.active_B.clone()
-        self.active_B.zero_()
-        least = []
-        for kind in ("plain", "round"):
-            replay, times = self._replay(kind, rows, mode), []
-            for _ in range(repeats + 1):  # the first warms caches and is not counted
-                self.wait()
-                begin = clock()
-                replay()
-                self.wait()
-                times.append(clock() - begin)
-            least.append(min(times[1:]))
-        self.active_B.copy_(active_B)
-        return least[0], least[1]
-
-    def wait(self) -> None:
-        """Returns when the device has done all that it was told to."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _replay(self, kind: Kind, rows: int, mode: Mode) -> Replay:
-        key = kind, rows, mode
-        if key not in self.replays:
-            body = self._plain if kind == "plain" else self._round
-            replay = Replay(lambda: body(rows, mode), self.device, self.pool)
-            active_B = self.active_B.clone()
-            self.active_B.zero_()  # the runs before a capture change nothing then
-            replay.prepare()
-            self.active_B.copy_(active_B)
-            self.replays[key] = replay
-        return self.replays[key]
-
-    def _plain(self, rows: int, mode: Mode) -> Tensor:
-        active_B = self.active_B[:rows]
-        x_B1D = self.model.states(self.token_B[:rows, None], cache=self.trunk.feed(rows, active_B))
-        logits_B1V = self.model.lm_head(self.model.norm(x_B1D))
-        self._gain(rows, self._next(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
-        return logits_B1V
-
-    def _round(self, rows: int, mode: Mode) -> Tensor:
-        active_B, tokens = self.active_B[:rows], self.drafts + 1
-        drafts_BK = self.draft_BK[:rows]
-        tokens_BT = torch.cat((self.token_B[:rows, None], drafts_BK), 1)
-        x_BTD = self.model.states(tokens_BT, cache=self.trunk.feed(rows, active_B * tokens))
-        logits_BTV = self.model.lm_head(self.model.norm(x_BTD))
-        if mode == "greedy":
-            gained_B, out_BT = verify_greedy(logits_BTV.argmax(-1), drafts_BK)
-        else:
-            p_BTV = torch.stack(
-                [self._distribution(logits_BTV[:, i], rows, drafts_BK[:, :i], mode) for i in range(tokens)], 1
-            )
-            at_BT = self.made_B[:rows, None] + torch.arange(tokens, device=self.device)
-            draw_BTW = self.draw_BNW[self.trunk.rows_B[:rows, None], at_BT.clamp(max=self.draw_BNW.shape[1] - 1)]
-            gained_B, out_BT = verify(p_BTV, drafts_BK, self.q_BKV[:rows], draw_BTW)
-        kept_B = gained_B * active_B
-        self.trunk.rollback(tokens * active_B - kept_B, rows)
-        self._gain(rows, out_BT, kept_B, mode)
-        self._draft(x_BTD, out_BT, kept_B, rows, mode)
-        return logits_BTV
-
-    def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode) -> None:
-        """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`; idle rows keep theirs."""
-        assert self.drafter is not None
-        view, busy_B1 = _view(rows), counts_B[:, None] > 0
-
-        def pick(head: int, logits_BV: Tensor, before_BH: Tensor) -> Tensor:
-            if mode == "greedy":
-                return logits_BV.argmax(-1)
-            q_BV = self._distribution(logits_BV, rows, before_BH, mode).float()
-            self.q_BKV[view, head] = torch.where(busy_B1, q_BV, self.q_BKV[view, head])
-            return choose(q_BV, self._draw(rows, head, DRAFT))
-
-        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick)
-        self.draft_BK[view] = torch.where(busy_B1, drafts_BK, self.draft_BK[view])
-
-    def _next(self, logits_BV: Tensor, rows: Rows, mode: Mode) -> Tensor:
-        if mode == "greedy":
-            return logits_BV.argmax(-1)
-        no_drafts = self._zeros(len(logits_BV), 0)
-        return choose(self._distribution(logits_BV, rows, no_drafts, mode), self._draw(rows, 0, CHOOSE))
-
-    def _distribution(self, logits_BV: Tensor, rows: Rows, before_BH: Tensor, mode: Mode) -> Tensor:
-        """Of the token behind drafts that are not yet part of the answer."""
-        settings, seen_BV = self.settings.part(_view(rows)), self.seen_BV[_view(rows)]
-        if before_BH.shape[1]:
-            seen_BV = seen_BV.scatter(1, before_BH, True)
-        return distribution(logits_BV, settings, seen_BV, mode)
-
-    def _draw(self, rows: Rows, ahead: int, column: int) -> Tensor:
-        index_B = rows if isinstance(rows, Tensor) else self.trunk.rows_B[:rows]
-        at_B = (self.made_B[index_B] + ahead).clamp(max=self.draw_BNW.shape[1] - 1)
-        return self.draw_BNW[index_B, at_B, column]
-
-    def _gain(self, rows: Rows, out_BT: Tensor, kept_B: Tensor, mode: Mode) -> None:
-        """Notes the first `kept_B` of each row's tokens; the last of them is read next."""
-        view, tokens = _view(rows), out_BT.shape[1]
-        busy_B = kept_B > 0
-        last_B = out_BT.gather(1, (kept_B - 1).clamp(min=0)[:, None])[:, 0]
-        self.token_B[view] = torch.where(busy_B, last_B, self.token_B[view])
-        self.made_B[view] += kept_B
-        self.out_BT[view, :tokens] = out_BT
-        self.kept_B[view] = kept_B
-        if mode != "greedy":  # a request without penalty never asks; with one the mode is another
-            new_BT = torch.arange(tokens, device=self.device) < kept_B[:, None]
-            marks = torch.zeros_like(self.seen_BV[view]).scatter_(
-                1, torch.where(new_BT, out_BT, out_BT[:, :1]), busy_B[:, None].expand(-1, tokens)
-            )
-            self.seen_BV[view] |= marks
-
-    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def _tensor(self, values: Sequence) -> Tensor:
-        return torch.tensor(values, device=self.device)
-
-
-def _view(rows: Rows) -> Tensor | slice:
-    return rows if isinstance(rows, Tensor) else slice(rows)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -10,9 +10,6 @@ Precision: scaling to norm one in fp32 (fp64 for fp64), by the greatest entry fi
 breaks it; the iteration in fp16 on a GPU, since bf16 keeps 8 bits and the paper saw rare unrecoverable spikes from it,
 and in fp32 on a CPU, where fp16 products are slow. Cost: 12 products of m * m * n for the shorter side m; E32 F512 at
 width 1024 (96 matrices of a layer) 2.65 ms on one H100.
-
-Momentum stays at `OptimConfig.momentum` from the first update: the polar factor ignores the momentum's size, so there
-is no small start to correct, and the learning rate's warm-up already guards the first updates.
 """
 
 import torch

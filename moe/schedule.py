@@ -1,12 +1,15 @@
-"""Learning rate and router-bias rate as functions of the step alone, so that a resumed run needs no state for them.
+"""Learning rate, router-bias rate and momentum as functions of the step alone: a resumed run needs no state for them.
 
-In: step (counted from 0), the run's steps, an `OptimConfig`. Out: a float. Muon's momentum has no schedule: see
-`moe/muon.py`.
+In: step (counted from 0), the run's steps, an `OptimConfig`. Out: a float.
 """
 
 import math
 
 from moe.config import OptimConfig
+
+# modded-nanogpt's warm-up of Muon's momentum, which the paper does not mention.
+FIRST_MOMENTUM = 0.85
+MOMENTUM_STEPS = 300
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -27,6 +30,17 @@ def bias_rate(step: int, steps: int, config: OptimConfig) -> float:
     """
     stopped = steps - step <= config.bias_stop_fraction * steps
     return 0.0 if stopped or config.freeze_router else config.bias_rate
+
+
+def momentum(update: int, config: OptimConfig) -> float:
+    """Muon's momentum at an update counted from the optimiser's first: from 0.85 (or less) straight to the config's.
+
+    Early gradients turn fast, and a momentum of 0.95 averages over 20 of them. Preset ci against 0.95 throughout, loss
+    over the last 40 updates: 0.06 and 0.11 nats lower after 400 of 512 tokens (two seeds), 0.018 and 0.006 lower after
+    150 of 1,024 (lr 0.003 and 0.01). Too few seeds for a size, but the sign is the same in all four.
+    """
+    first = min(FIRST_MOMENTUM, config.momentum)
+    return first + (config.momentum - first) * min(1.0, update / MOMENTUM_STEPS)
 
 
 def _height(step: int, steps: int, config: OptimConfig) -> float:

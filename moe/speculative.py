@@ -23,13 +23,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe.cache import Cache
+from moe.cache import Cache, LayerStep
+from moe.layers import Layer, Tables
 from moe.model import Decoder
 from moe.mtp import MTPHead
 from moe.sampling import ACCEPT, CHOOSE, choose
 
 Rows = int | Tensor  # the first so many rows, or those of an index
 # (head, its logits [B, V], drafts so far [B, h]) -> the drafted token [B]
+RunLayer = Callable[[Layer, Tensor, dict[bool, Tables], LayerStep], Tensor]
 Pick = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -56,7 +58,7 @@ class Drafter:
         for h, cache in enumerate(self.caches):
             cache.restart(row, start=length, length=length - h)
 
-    def draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, pick: Pick) -> Tensor:
+    def draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, pick: Pick, run: RunLayer) -> Tensor:
         """Reads verified states and drafts K tokens [B, K] behind the last of them.
 
         Row b gives `counts_B[b]` states of the trunk, going on where the last call ended, and for each the token behind
@@ -70,7 +72,7 @@ class Drafter:
         for h, cache in enumerate(self.caches):
             if h:
                 state_BTD = torch.cat((carry_HBD[h].unsqueeze(1), state_BTD), 1)
-            state_BTD = self._read(h, state_BTD, tokens_BY, torch.where(busy_B, counts_B + h, 0), rows)
+            state_BTD = self._read(h, state_BTD, tokens_BY, torch.where(busy_B, counts_B + h, 0), rows, run)
             cache.rollback(torch.where(busy_B, h, 0), rows)
             if h + 1 < self.drafts:
                 verified_BD = torch.where(busy_B[:, None], row_at(state_BTD, last_B), carry_HBD[h + 1])
@@ -86,12 +88,16 @@ class Drafter:
         head = self.heads[h]
         return head.output(head.shared_head_norm(state_BD))
 
-    def _read(self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows) -> Tensor:
+    def _read(
+        self, h: int, state_BTD: Tensor, tokens_BY: Tensor, counts_B: Tensor, rows: Rows, run: RunLayer
+    ) -> Tensor:
         """Head h over the states, each with its token's embedding."""
         tokens = state_BTD.shape[1]
-        layout = self.caches[h].feed(rows, counts_B).step(tokens)
-        head, embedded_BTD = self.heads[h], self.model.model["embed_tokens"](tokens_BY[:, :tokens])
-        return head(torch.cat((embedded_BTD, state_BTD), -1), self.model.tables(layout.position_BT), layout)
+        step = self.caches[h].feed(rows, counts_B).step(tokens)
+        embedded_BTD = self.model.model["embed_tokens"](tokens_BY[:, :tokens])
+        layout = step.of(self.model.config.layers + h, full=False)
+        tables = self.model.tables(layout.position_BT)
+        return run(self.heads[h], torch.cat((embedded_BTD, state_BTD), -1), tables, layout)
 
 
 def verify(p_BTV: Tensor, drafts_BK: Tensor, q_BKV: Tensor, draw_BTW: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,43 +1,50 @@
 """Trains a decoder on a mixture: same config, same mixture, same thread count, same bytes.
 
-In: `TrainConfig`, a `TokenSource`, a folder. Out, in the folder: checkpoints (moe/checkpoint.py) and `metrics.jsonl`,
-one line an update:
+In: `TrainConfig`, a `TokenSource`, a folder. Out, in the folder: checkpoints (moe/checkpoint.py) and `metrics.jsonl`, one line an
+update:
 
-    step int, from 1          tokens int, so far       loss float, nats a token      lr float
-    grad_norm float, before clipping                   load_violation [float], one per MoE layer (moe/experts.py)
-    domain_loss {name: float}, domains of this batch   step_s, tokens_per_s float: alone differ between equal runs
+    step int, from 1          tokens int, so far            loss float, nats a counted target       targets int, of this update
+    lr float                  grad_norm float, before clipping                  domain_loss {name: float}, domains of this batch
+    mtp_loss [float] by head  load_violation [float] and group_loss float of the routed layers (moe/experts.py)
+    experts {name: [float]}, attention_logit_bound [float] by layer: at the first, the last and each EXPERT_STEPS-th update
+    alarms [{name, found, expected}], where some hold (moe/alarms.py)
+    step_s, tokens_per_s, mfu float, memory_bytes int: alone differ between equal runs; mfu on known GPUs only
 
-A run may start from another run's last checkpoint, as one phase of training from the one before: it takes the weights,
-router biases and optimiser moments, and begins its own schedule at step 1.
-
-The same call on a folder with a checkpoint goes on from it, and ends with the weights and metrics of an undisturbed
-run, bit for bit. A config or mixture that differs from the checkpoint's is refused. All checks come before the first
-byte is written.
+A run may start from another run's checkpoint (moe/start.py). The same call on a folder with a checkpoint goes on from it, on
+any number of ranks. On one CPU rank the run then ends with the weights and metrics of an undisturbed one, bit for bit; on a GPU
+too where `deterministic`; on another number of ranks within rounding. A config or mixture that differs from the checkpoint's is
+refused. All checks come before the first byte is written; a run that an alarm or a number that is not finite stops overwrites
+nothing. Ranks share the folder: rank 0 writes it, the others read it.
 """
 
-import json
+import gc
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from core.errors import ConfigError, StageError
 from core.hashing import file_digest
-from moe import checkpoint, optim
+from moe import checkpoint
+from moe.alarms import Alarm, Alarms, Limits
 from moe.config import TrainConfig, differences
-from moe.data import Batch, PackedRows, TokenSource
-from moe.loss import next_token_loss
+from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
+from moe.device import device_of, memory_bytes, memory_named, repeatable, utilisation
+from moe.exchange import whole_weights
+from moe.metrics import METRICS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
 from moe.model import Decoder
+from moe.optim import build
+from moe.parallel import World
+from moe.start import begin, start_problems
+from moe.update import Updater, placed
 
-METRICS = "metrics.jsonl"
-TIME_FIELDS = ("step_s", "tokens_per_s")
+EXPERT_STEPS = 10  # between readings of the experts' statistics; chosen, untested
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,9 @@ class TrainSummary:
     parameters: int
     active_parameters: int
     threads: int
+    ranks: int
+    device: str
+    alarms: tuple[str, ...]
     train_s: float
     tokens_per_s: float | None
 
@@ -65,55 +75,145 @@ def train(
     folder: Path,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     start: Path | None = None,
+    world: World | None = None,
+    *,
+    limits: Limits | None = None,
 ) -> TrainSummary:
-    """Trains to `config.steps`, from the folder's checkpoint if it has one.
+    """Trains to `config.steps`, from the folder's checkpoint if it has one; all ranks of `world` call it.
 
     A fresh run starts from the newest checkpoint in the folder `start`, whose weights have the hash `config.init`.
-    `on_step` gets each metrics row after it is written.
+    `on_step` gets each metrics row after it is written. `limits` say when an alarm holds and which ones stop the run.
     """
-    rows = _preflight(config, source, start)
+    world = world or World.alone(device_of(config.device))
+    rows = _preflight(config, source, start, world)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = _Run(config, rows, Path(folder))
-    resumed = run.resume(start)
-    began = time.perf_counter()
-    with open(run.folder / METRICS, "a", encoding="utf-8") as metrics:
-        for step in range(run.step, config.steps):
-            row = run.update(rows.batch(step))
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            if run.step % config.checkpoint_steps == 0 or run.step == config.steps:
-                os.fsync(metrics.fileno())
-                run.save()
-            if on_step is not None:
-                on_step(row)
-    return run.summary(resumed, time.perf_counter() - began)
+    folder = Path(folder)
+    with repeatable(config.deterministic, world.device), memory_named(config, folder, world.size):
+        run = _Run(config, rows, folder, world, limits or Limits(), start)
+        began = time.perf_counter()
+        try:
+            run.to_end(on_step)
+        finally:
+            gc.unfreeze()
+    return run.summary(time.perf_counter() - began)
 
 
 class _Run:
     """Model, optimiser and step of one run folder."""
 
-    def __init__(self, config: TrainConfig, rows: PackedRows, folder: Path) -> None:
-        self.config, self.rows, self.folder, self.step = config, rows, folder, 0
+    def __init__(
+        self, config: TrainConfig, rows: PackedRows, folder: Path, world: World, limits: Limits, start: Path | None
+    ) -> None:
+        self.config, self.rows, self.folder, self.world = config, rows, folder, world
         self.tokenizer = file_digest(config.tokenizer) if config.tokenizer else None
-        self.model = Decoder(config.model, config.seed).train()
-        self.optimizer = optim.build(self.model, config.optim)
-        self.started_at_step = 0
+        found = self._found()
+        self.resumed_step: int | None = None if found is None else found[1].step
+        self.step = self.started_at_step = self.resumed_step or 0
+        model = Decoder(config.model, config.seed)
+        moments: dict[str, Tensor] | None = None
+        if found is not None:
+            weights, moments = checkpoint.load_tensors(found[0])
+            checkpoint.put_weights(found[0].name, model, weights)
+        elif start is not None:
+            moments = begin(checkpoint.find(start), model, config)
+        self.parameters, self.active_parameters = model.parameter_counts()
+        self.model = placed(model, config, world)
+        self.optimizer = build(self.model, config.optim, world, compiled=config.compile and world.device.type == "cuda")
+        if moments:
+            self.optimizer.load_state_tensors(moments)
+        self.updater = Updater(config, self.model, self.optimizer, world, rows.source.domains)
+        self.alarms = Alarms(limits, config.model.experts / config.model.top_k - 1)
+        self.holding: list[Alarm] = []  # of the last update
+        self.raised: set[str] = set()
+        self._open(None if found is None else found[0].name)
 
-    def resume(self, start: Path | None) -> int | None:
-        """Takes the folder's checkpoint, or starts the folder with one of step 0.
+    def to_end(self, on_step: Callable[[dict[str, Any]], None] | None) -> None:
+        """The updates that are left."""
+        first, writes = self.step + 1, self.world.rank == 0
+        with (
+            ReadAhead(self.rows, self.world.rank, self.world.size) as batches,
+            MetricsFile(self.folder, self.step, self.config.tensorboard, writes) as metrics,
+        ):
+            while self.step < self.config.steps:
+                row = self.update(batches)
+                metrics.write(row)
+                self._stop_if_doomed()
+                if self.step == self.config.steps or (
+                    self.step % self.config.checkpoint_steps == 0 and self.alarms.calm
+                ):
+                    metrics.sync()
+                    self.save()
+                if on_step is not None:
+                    on_step(row)
+                if self.step == first:
+                    # What lives now lives to the end; a full collection that looks at it stops the run for up to 0.5 s.
+                    gc.collect()
+                    gc.freeze()
 
-        Returns the step it goes on from, None for a fresh run.
-        """
+    def update(self, batches: ReadAhead) -> dict[str, Any]:
+        """One update. Returns its metrics row; one that is not finite is a `StageError`."""
+        began, last = time.perf_counter(), self.step + 1 == self.config.steps
+        watch = self.step == 0 or last or (self.step + 1) % EXPERT_STEPS == 0
+        figures = self.updater.run(batches.batch(self.step), self.step, watch)
+        values = figures.read()
+        self.step += 1
+        self._check_finite(values["loss"], values["grad_norm"])
+        row = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context, **values}
+        self.holding = self.alarms.see(row)
+        if self.holding:
+            self.raised |= {alarm.name for alarm in self.holding}
+            row["alarms"] = [{"name": a.name, "found": a.found, "expected": a.expected} for a in self.holding]
+        step_s = time.perf_counter() - began
+        row |= {"step_s": step_s, "tokens_per_s": figures.tokens / step_s}
+        share = utilisation(self.config, row["tokens_per_s"], self.world.device, self.world.size)
+        return row | ({} if share is None else {"mfu": share}) | {"memory_bytes": memory_bytes(self.world.device)}
+
+    def save(self) -> None:
+        """Commits a checkpoint of the state that is there; all ranks call it and rank 0 writes."""
+        weights, moments = whole_weights(self.model, self.world), self.optimizer.state_tensors()
+        if self.world.rank == 0:
+            broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+            if broken:
+                raise StageError(
+                    f"train: weights after update {self.step} are not finite, got {broken[0]} and {len(broken) - 1} more, "
+                    f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
+                )
+            checkpoint.save(
+                self.folder,
+                step=self.step,
+                weights=weights,
+                moments=moments,
+                config=self.config,
+                mixture=self.rows.fingerprint,
+                tokenizer=self.tokenizer,
+            )
+        self.world.wait()
+
+    def summary(self, train_s: float) -> TrainSummary:
+        context = self.config.model.context
+        trained = (self.rows.first_row(self.step) - self.rows.first_row(self.started_at_step)) * context
+        return TrainSummary(
+            checkpoint=checkpoint.find(self.folder),
+            steps=self.step,
+            resumed_step=self.resumed_step,
+            tokens=self.rows.first_row(self.step) * context,
+            loss=read_metrics(self.folder)[-1]["loss"],
+            parameters=self.parameters,
+            active_parameters=self.active_parameters,
+            threads=torch.get_num_threads(),
+            ranks=self.world.size,
+            device=str(self.world.device),
+            alarms=tuple(sorted(self.raised)),
+            train_s=train_s,
+            tokens_per_s=trained / train_s if trained else None,
+        )
+
+    def _found(self) -> tuple[Path, checkpoint.State] | None:
+        """The folder's newest checkpoint, if it is one of this run; on every rank before any of them writes."""
         if not (self.folder / checkpoint.LATEST).is_file():
             checkpoint.check_empty(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.tokenizer:
-                shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
-            checkpoint.replace_text(self.folder / METRICS, "")
-            if start is not None:
-                checkpoint.restore(checkpoint.find(start), self.model, self.optimizer)
-            self.save()
+            self.world.wait()
             return None
         path = checkpoint.find(self.folder)
         config, state = checkpoint.read(path)
@@ -126,132 +226,67 @@ class _Run:
             raise ConfigError(
                 f"train: {self.folder} holds another run, expected equal settings; use a new folder", *problems
             )
-        checkpoint.restore(path, self.model, self.optimizer)
-        self.step = self.started_at_step = state.step
-        _cut_metrics(self.folder / METRICS, state.step)
-        checkpoint.remove_old(self.folder, path.name, self.config.keep)
-        return state.step
+        self.world.wait()
+        return path, state
 
-    def update(self, batch: Batch) -> dict[str, Any]:
-        """One optimiser step.
+    def _open(self, name: str | None) -> None:
+        """Brings the folder to where the run goes on: at a checkpoint's name, or at a fresh start with one of step 0."""
+        if name is not None:
+            self.alarms.replay(read_metrics(self.folder)[: self.step])
+            self.world.wait()
+            if self.world.rank == 0:
+                cut_metrics(self.folder, self.step)
+                checkpoint.remove_old(self.folder, name, self.config.keep)
+            return
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.config.tokenizer:
+                shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
+            checkpoint.replace_text(self.folder / METRICS, "")
+        self.save()
 
-        Returns its metrics row. A loss or gradient that is not finite is a `StageError` and changes nothing.
-        """
-        began, optim_config = time.perf_counter(), self.config.optim
-        lr = optim.learning_rate(self.step, self.config.steps, optim_config)
-        x_BTD = self.model.hidden(torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments))
-        targets_S = torch.from_numpy(batch.targets).flatten()
-        loss, nll_S = next_token_loss(x_BTD.flatten(0, 1), self.model.lm_head.weight, targets_S)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim_config.grad_clip)
-        self._check_finite(loss.item(), grad_norm.item())
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        violations = [layer.rebalance(optim_config.bias_rate) for layer in self.model.routed]
-        self.step += 1
-        step_s = time.perf_counter() - began
-        return {
-            "step": self.step,
-            "tokens": self.step * targets_S.numel(),
-            "loss": loss.item(),
-            "lr": lr,
-            "grad_norm": grad_norm.item(),
-            "load_violation": violations,
-            "domain_loss": _domain_losses(nll_S.numpy(), batch.domains.ravel(), self.rows.source.domains),
-            "step_s": step_s,
-            "tokens_per_s": targets_S.numel() / step_s,
-        }
+    def _stands(self) -> str:
+        return f"{checkpoint.find(self.folder).name} stands"
 
-    def save(self) -> None:
-        checkpoint.save(
-            self.folder,
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            config=self.config,
-            mixture=self.rows.fingerprint,
-            tokenizer=self.tokenizer,
-        )
-
-    def summary(self, resumed_step: int | None, train_s: float) -> TrainSummary:
-        batch_tokens = self.config.rows * self.config.model.context
-        trained = (self.step - self.started_at_step) * batch_tokens
-        total, active = self.model.parameter_counts()
-        return TrainSummary(
-            checkpoint=checkpoint.find(self.folder),
-            steps=self.step,
-            resumed_step=resumed_step,
-            tokens=self.step * batch_tokens,
-            loss=read_metrics(self.folder)[-1]["loss"],
-            parameters=total,
-            active_parameters=active,
-            threads=torch.get_num_threads(),
-            train_s=train_s,
-            tokens_per_s=trained / train_s if trained else None,
-        )
+    def _stop_if_doomed(self) -> None:
+        alarm = self.alarms.stops(self.holding)
+        if alarm is not None:
+            raise StageError(
+                f"train: update {self.step}: {alarm} in a new folder that starts from {checkpoint.find(self.folder).name}, "
+                f"which stands, or go on here with {alarm.name} left out of alarms.stop"
+            )
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise StageError(
-                f"train: update {self.step + 1} is not finite, got loss {loss} and gradient norm {grad_norm}, "
-                f"expected numbers; {checkpoint.find(self.folder).name} stands, lower optim.lr and use a new folder"
+                f"train: update {self.step} is not finite, got loss {loss} and gradient norm {grad_norm}, "
+                f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
             )
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines = (folder / METRICS).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Leaves the rows up to `step`: those behind it are written again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-    if len(lines) < step:
-        raise StageError(
-            f"train: {path} lost rows, got {len(lines)}, expected {step} as the checkpoint says; "
-            "restore it or train into a new folder"
-        )
-    checkpoint.replace_text(path, "".join(lines))
-
-
-def _domain_losses(nll_S: np.ndarray, domains_S: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    tokens = np.bincount(domains_S, minlength=len(names))
-    nats = np.bincount(domains_S, weights=nll_S, minlength=len(names))
-    return {name: float(nats[d] / tokens[d]) for d, name in enumerate(names) if tokens[d]}
-
-
-def _preflight(config: TrainConfig, source: TokenSource, start: Path | None) -> PackedRows:
+def _preflight(config: TrainConfig, source: TokenSource, start: Path | None, world: World) -> PackedRows:
     """All that can be wrong before any work, shown together."""
-    model, problems = config.model, []
-    if source.vocab_size > model.vocab_size:
+    problems = []
+    if config.model.experts % config.optim.expert_groups:
         problems.append(
-            f"train: the mixture's vocabulary exceeds the embedding, got {source.vocab_size} tokens, "
-            f"expected at most {model.vocab_size}; raise model.vocab_size"
+            f"optim.expert_groups: must divide the experts, got {config.optim.expert_groups} for {config.model.experts}"
         )
-    if source.eos != model.eos:
+    uneven = [rows for rows in (config.rows, *(r for _, r in config.row_growth)) if rows % world.size]
+    if uneven:
         problems.append(
-            f"train: the mixture ends documents differently, got token {source.eos}, expected model.eos {model.eos}"
-        )
-    found = checkpoint.weights_digest(start) if start is not None else None
-    if found != config.init:
-        problems.append(
-            f"train: the weights to start from are not those of the config, got {found} in {start}, expected {config.init}; "
-            "set train.init to the hash of the weights there"
+            f"train.rows: must divide among the ranks, got {uneven[0]} rows for {world.size} ranks; change train.rows or "
+            "train.row_growth"
         )
     if config.tokenizer and not Path(config.tokenizer).is_file():
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
-    if problems:
+    problems += start_problems(config, start)
+    rows = None
+    try:
+        if config.tensorboard:
+            check_tensorboard()
+        rows = training_rows(config, source)
+    except ConfigError as error:
+        problems = [*error.problems, *problems]
+    if problems or rows is None:
         raise ConfigError(*problems)
-    order_seed = config.seed if config.order_seed is None else config.order_seed
-    rows = PackedRows(
-        source, context=model.context, rows=config.rows, seed=order_seed, shuffle=config.shuffle, repeat=config.repeat
-    )
-    if rows.steps is not None and rows.steps < config.steps:
-        raise ConfigError(
-            f"train: the mixture is too short, got {rows.tokens} tokens = {rows.steps} steps of {config.rows} x "
-            f"{model.context}, expected {config.steps}; lower train.steps, add tokens or set train.repeat"
-        )
     return rows

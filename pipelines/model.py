@@ -5,12 +5,14 @@ the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metri
 object store each checkpoint is there before the next update begins, and what a machine takes with it is the work since then.
 
 A pipeline may train through phases: `train@anneal: {phase: anneal, after: train}` starts from the weights that `train` left, and
-`evaluate@anneal: {model: train@anneal}` measures what came of it.
+`evaluate@anneal: {model: train@anneal}` measures what came of it. A later phase may have a longer context with its own positions
+(`model: {context: 1024, rope_theta: 1.0e+6}`) and more MTP heads than the one before (moe/start.py).
 """
 
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 from pydantic import Field
@@ -22,8 +24,29 @@ from core.manifest import read_manifest
 from core.stage import Kind, Resources, Stage, StageConfig, execution
 from core.storage import Root
 from core.workspace import mirrored, workspace
+from moe.presets import Name, preset
+
+if TYPE_CHECKING:
+    from mixtures.reader import MixtureSource
+    from moe.config import TrainConfig
 
 EVALUATION = "evaluation.json"
+# Knobs that are fields of moe.config.TrainConfig under the same name.
+PLAN = (
+    *(
+        "rows",
+        "row_growth",
+        "seed",
+        "shuffle",
+        "packing",
+        "fim_fraction",
+        "fim_domains",
+        "precision",
+        "device",
+        "compile",
+    ),
+    *("deterministic", "micro_rows", "threads", "checkpoint_steps", "keep", "tensorboard"),
+)
 
 
 class TrainStageConfig(StageConfig):
@@ -31,18 +54,39 @@ class TrainStageConfig(StageConfig):
 
     phase: str = Field(default="pretrain", description="a phase of `mix`")
     after: str | None = Field(default=None, description="instance of train to go on from; null: new weights")
-    preset: Literal["ci", "tiny"] = Field(
-        default="tiny", description="named model shape; `model` overrides single values"
-    )
+    preset: Name = Field(default="tiny", description="named model shape; `model` overrides single values")
     model: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
     optim: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
     steps: int | None = Field(default=None, ge=1, description="updates; null: until the phase's tokens are used up")
     max_steps: int = Field(default=400, ge=1, description="cap when `steps` is null")
     rows: int = Field(default=32, ge=1, description="packed rows of `context` tokens an update")
+    row_growth: tuple[tuple[int, int], ...] = Field(
+        default=(), description="[update, rows] pairs: from that update on, counted from 0, that many rows"
+    )
+    packing: Literal["stream", "best_fit"] = Field(
+        default="stream", description="documents end to end, or few of them cut"
+    )
     shuffle: bool = Field(default=True, description="rows in a seeded order: a long document fills many rows in a row")
+    fim_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="of documents in `fim_domains`, whose middle is moved to their end"
+    )
+    fim_domains: tuple[str, ...] = Field(default=(), description="datasets of code")
+    fim_tokens: tuple[str, str, str] | None = Field(
+        default=None, description="the tokenizer's special tokens for prefix, middle and suffix"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the weights in use; the optimiser's stay float32"
+    )
     seed: int = Field(default=0, description="of the initial weights, and of the order of rows")
     checkpoint_steps: int = execution(50, "updates between checkpoints")
+    keep: int = execution(2, "newest checkpoints that stay")
+    micro_rows: int | None = execution(None, "rows taken at once, for memory; null: all rows of an update")
+    device: str = execution("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = execution(False, "each layer by torch.compile")
+    deterministic: bool = execution(True, "the same bits from run to run on a GPU too")
     threads: int | None = execution(None, "CPU threads; null: torch's choice")
+    tensorboard: bool = execution(False, "event files beside metrics.jsonl")
+    alarms: dict[str, Any] = execution({}, "limits of moe.alarms.Limits that differ, and which alarms `stop` the run")
 
 
 class EvaluateStageConfig(StageConfig):
@@ -59,56 +103,71 @@ class EvaluateStageConfig(StageConfig):
 def train(job: Job) -> Outcome:
     """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
     from mixtures.reader import MixtureSource
+    from moe.alarms import Limits
     from moe.checkpoint import weights_digest
-    from moe.config import OptimConfig, TrainConfig
-    from moe.presets import preset
+    from moe.config import build
+    from moe.progress import live
     from moe.trainer import train as train_model
 
     config: TrainStageConfig = job.config
     source = MixtureSource(job.root, config.phase)
     source.check()
-    shape = preset(config.preset, vocab_size=source.vocab_size, eos=source.eos)
-    model = type(shape)(**{**asdict(shape), **config.model})
-    tokens = int(source.lengths().sum())
-    available = tokens // (config.rows * model.context)
-    steps = config.steps or min(config.max_steps, available)
-    if steps < 1:
-        raise ConfigError(
-            f"train: phase {config.phase!r} holds {tokens:,} tokens, expected at least one update of "
-            f"{config.rows * model.context:,}; lower `rows`, or put more documents into the mixture"
-        )
     folder = f"models/{config.phase}-{job.identity[:12]}"
     start = model_folder(job.root, config.after) if config.after else None
-    plan = TrainConfig(
-        model=model,
-        optim=OptimConfig(**config.optim),
-        steps=steps,
-        rows=config.rows,
-        seed=config.seed,
-        init=weights_digest(start) if start else None,
-        shuffle=config.shuffle,
-        repeat=steps > available,
-        tokenizer=str(fetched(job.root, ["models/tokenizer/tokenizer.json"], source.tokenizer)[0]),
-        threads=config.threads,
-        checkpoint_steps=config.checkpoint_steps,
-    )
+    tokenizer = fetched(job.root, ["models/tokenizer/tokenizer.json"], source.tokenizer)[0]
+    plan = train_plan(config, source, tokenizer, weights_digest(start) if start else None)
+    limits = build(Limits, config.alarms, "alarms")
     with (
         workspace(job.root, folder, apart=[EVALUATION]) as place,
-        job.display.task(f"{job.instance}: {config.phase}", steps, 0) as advance,
+        live(plan.steps, label=job.instance) if job.display.live else nullcontext() as show,
     ):
 
         def on_step(row: dict[str, Any]) -> None:
-            advance(0, 0, 1)
+            if show is not None:
+                show(row)
             if row["step"] % config.checkpoint_steps == 0:
                 place.commit()
 
-        summary = train_model(plan, source, place.path, on_step, start)
+        summary = train_model(plan, source, place.path, on_step, start, limits=limits)
         place.commit()
         content = weights_digest(place.path)
     figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
     outputs = {"weights": {"content": content, "folder": folder}}
-    accounts = {"train_tokens": summary.tokens, "steps": steps, "parameters": summary.parameters}
+    accounts = {"train_tokens": summary.tokens, "steps": plan.steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)
+
+
+def train_plan(config: TrainStageConfig, source: "MixtureSource", tokenizer: Path, init: str | None) -> "TrainConfig":
+    """What the knobs say, with the steps that the phase holds."""
+    from moe.config import from_json
+    from moe.data import training_rows
+
+    shape = asdict(preset(config.preset, vocab_size=source.vocab_size, eos=source.eos))
+    plan = from_json(
+        {name: getattr(config, name) for name in PLAN}
+        | {"model": shape | config.model, "optim": config.optim, "steps": 1, "init": init}
+        | {"tokenizer": str(tokenizer), "fim_tokens": _fim_ids(config, tokenizer)}
+    )
+    available = training_rows(plan, source).steps
+    assert available is not None  # it does not repeat
+    steps = config.steps or min(config.max_steps, available)
+    return replace(plan, steps=steps, repeat=steps > available)
+
+
+def _fim_ids(config: TrainStageConfig, tokenizer: Path) -> tuple[int, ...] | None:
+    """Ids of the tokens that mark prefix, middle and suffix."""
+    if config.fim_tokens is None:
+        return None
+    from tokenizers import Tokenizer
+
+    known = Tokenizer.from_file(str(tokenizer))
+    ids = {token: known.token_to_id(token) for token in config.fim_tokens}
+    if missing := [token for token, number in ids.items() if number is None]:
+        raise ConfigError(
+            f"train: fim_tokens are not in the tokenizer, got {', '.join(missing)}; name three of its special tokens, such as "
+            "<|reserved_0|>, <|reserved_1|> and <|reserved_2|>"
+        )
+    return tuple(int(number) for number in ids.values() if number is not None)
 
 
 def model_folder(root: Root, instance: str) -> Path:
@@ -159,7 +218,7 @@ def _train_reads(config: TrainStageConfig) -> tuple[str, ...]:
 
 TRAIN = Stage(
     name="train",
-    version=2,  # 2: may begin from another stage's model
+    version=3,  # 2: may begin from another stage's model; 3: windowed layers, Muon, masks, MTP
     kind=Kind.EXPORT,
     config=TrainStageConfig,
     fn=train,
@@ -171,7 +230,7 @@ TRAIN = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=2,  # 2: losses are kept by document
+    version=3,  # 2: losses are kept by document; 3: windowed layers
     kind=Kind.EXPORT,
     config=EvaluateStageConfig,
     fn=evaluate,

@@ -19,13 +19,14 @@ told at once, with the line in the file where they stand.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import ConfigError
 from core.stage import ConfigPath, Kind
 from mixtures.phases import MixConfig
+from moe.presets import Name
 from pipelines.ablation.overlay import OverlaidLines, laid_over
 from pipelines.config import Pipeline, StageEntry, checked, checked_as, load_pipeline, nearest, read_yaml
 from pipelines.yaml_lines import Lines
@@ -49,7 +50,7 @@ class TrialConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["ci", "tiny"] = Field(default="tiny", description="named model shape; `model` overrides values")
+    preset: Name = Field(default="tiny", description="named model shape; `model` overrides values")
     model: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.ModelConfig")
     optim: dict[str, Any] = Field(default_factory=dict, description="fields of moe.config.OptimConfig")
     rows: int = Field(default=16, ge=1, description="packed rows of `context` tokens an update")

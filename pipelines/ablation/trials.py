@@ -39,7 +39,7 @@ from moe.config import TrainConfig, from_json, to_json
 from moe.presets import preset
 from pipelines.ablation.config import AA, TrialConfig
 
-VERSION = 1
+VERSION = 2  # 2: windowed layers, Muon
 AA_ORDER = 1 << 32  # added to the seed: no seed of an order that a person would name
 # An arm that keeps documents which were never tokenised is not quite the arm that was asked for. Re-elected survivors of
 # duplicates are such documents even where an arm's rules only drop more.

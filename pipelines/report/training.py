@@ -1,4 +1,4 @@
-"""Sections on what was made of the documents: mixtures as asked and as they are, the model's curve and what it says."""
+"""Sections on what was made of the documents: mixtures as asked and as they are, the model's curves and what it says."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.report import svg
-from pipelines.report.accounts import Facts
+from pipelines.report.accounts import Done, Facts
 from pipelines.report.markup import Html, count, div, figure, join, paragraph, percent, section, short, span, table, tag
 from pipelines.report.samples import metrics
 
@@ -78,10 +78,23 @@ def bits_per_byte(evaluated: dict[str, Any]) -> float | None:
 
 
 def model(facts: Facts, evaluated: dict[str, Any]) -> Html:
-    """Loss curve, held-out bits per byte by source, continuations."""
-    done = facts.of("train")
-    if done is None:
+    """The course of each run, held-out bits per byte by source, continuations."""
+    runs = [d for d in facts.done if d.step.entry.stage.name == "train"]
+    if not runs:
         return Html("")
+    parts: list[str] = []
+    for done in runs:
+        parts += [*([tag("h3", None, done.instance)] if len(runs) > 1 else []), *_run(facts, done)]
+    parts += _held_out(facts, evaluated)
+    samples = evaluated.get("samples", [])
+    if samples:
+        parts.append(tag("h3", None, "Continuations"))
+        parts.append(div("cards", *(_continuation(s) for s in samples)))
+    return section("model", "Model", *parts)
+
+
+def _run(facts: Facts, done: Done) -> list[str]:
+    """What one run was, and its curves."""
     m = done.manifest
     rows = metrics(facts, m.outputs["weights"]["folder"])
     o = m.observed
@@ -94,14 +107,7 @@ def model(facts: Facts, evaluated: dict[str, Any]) -> Html:
         f"last loss {figure(rows[-1]['loss'], 3)} nats" if rows else "",
     ]
     parts: list[str] = [paragraph(", ".join(s for s in said if s))]
-    if rows:
-        parts += _curves(facts, rows)
-    parts += _held_out(facts, evaluated)
-    samples = evaluated.get("samples", [])
-    if samples:
-        parts.append(tag("h3", None, "Continuations"))
-        parts.append(div("cards", *(_continuation(s) for s in samples)))
-    return section("model", "Model", *parts)
+    return [*parts, *_curves(facts, rows), *_course(rows), *_experts(rows), *_alarms(rows)] if rows else parts
 
 
 def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
@@ -110,6 +116,10 @@ def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
     loss = np.array([r["loss"] for r in rows], float)
     domains = sorted({name for r in rows for name in r.get("domain_loss", {})})
     curves = [svg.Curve("raw", "loss of an update", x, loss), svg.Curve("mean", "running mean", x, smooth(loss))]
+    curves += [
+        svg.Curve(svg.colour(h + 1), f"token {h + 2} ahead, running mean", x, smooth(y))
+        for h, y in enumerate(_by_entry(rows, "mtp_loss"))
+    ]
     by_domain = []
     kinds = _kinds(facts, domains)
     for name in domains:
@@ -120,6 +130,88 @@ def _curves(facts: Facts, rows: list[dict[str, Any]]) -> list[str]:
     first = div("column", *left, svg.lines(curves, "tokens", "nats a token", 545, 260))
     second = div("column", *right, svg.lines(by_domain, "tokens", "nats a token", 545, 260)) if len(domains) > 1 else ""
     return [div("columns", first, second)]
+
+
+def _course(rows: list[dict[str, Any]]) -> list[str]:
+    """Speed and gradient over the run."""
+    x = np.array([r["tokens"] for r in rows], float)
+    speed = np.array([r.get("tokens_per_s", np.nan) for r in rows], float)
+    norm = np.array([r.get("grad_norm", np.nan) for r in rows], float)
+    charts = [
+        _chart("Tokens a second", [svg.Curve("mean", "tokens/s, running mean", x, smooth(speed))], "tokens/s"),
+        _chart(
+            "Gradient norm before clipping",
+            [svg.Curve("raw", "of an update", x, norm), svg.Curve("mean", "running mean", x, smooth(norm))],
+            "norm",
+        ),
+    ]
+    return [div("columns", *drawn)] if (drawn := [c for c in charts if c]) else []
+
+
+def _experts(rows: list[dict[str, Any]]) -> list[str]:
+    """How even the routed layers' loads are, how far their weakest and strongest experts lie apart, and the last loads."""
+    x = np.array([r["tokens"] for r in rows], float)
+    read = [r for r in rows if r.get("experts")]
+    at = np.array([r["tokens"] for r in read], float)
+    found = [r["experts"] for r in read]
+    charts = [
+        _chart(
+            "Load violation by routed layer", _layers(x, _by_entry(rows, "load_violation")), "greatest load / mean - 1"
+        ),
+        _chart(
+            "Weakest expert by routed layer", _layers(at, _by_entry(found, "rms_min_median")), "RMS, least / median"
+        ),
+        _chart(
+            "Strongest expert by routed layer", _layers(at, _by_entry(found, "rms_max_median")), "RMS, most / median"
+        ),
+        _chart("Router confidence by routed layer", _layers(at, _by_entry(found, "confidence")), "mass of the chosen"),
+    ]
+    loads = found[-1].get("load", []) if found else []
+    strips = [
+        div("", span("soft", f"layer {i} "), svg.strip([_load(e, share) for e, share in enumerate(layer)], 1.0, 480))
+        for i, layer in enumerate(loads)
+    ]
+    last = div("column", tag("h3", None, "Load of each expert at the last reading"), *strips) if strips else ""
+    drawn = [c for c in (*charts, last) if c]
+    return [div("columns", *drawn[i : i + 2]) for i in range(0, len(drawn), 2)]
+
+
+def _load(expert: int, share: float) -> tuple[str, float, str]:
+    return svg.colour(expert), share, f"expert {expert}: {percent(share, 1)}"
+
+
+def _alarms(rows: list[dict[str, Any]]) -> list[str]:
+    """Each alarm's span of updates, and what was found when it was last raised."""
+    held: dict[str, list[tuple[int, str]]] = {}
+    for row in rows:
+        for alarm in row.get("alarms", []):
+            held.setdefault(alarm["name"], []).append((row["step"], alarm["found"]))
+    if not held:
+        return []
+    head = ["alarm", "last found", "updates", "first at", "last at"]
+    body = [
+        [name, seen[-1][1], count(len(seen)), count(seen[0][0]), count(seen[-1][0])]
+        for name, seen in sorted(held.items())
+    ]
+    return [tag("h3", None, "Alarms"), table(head, body, 2)]
+
+
+def _chart(title: str, curves: list[svg.Curve], y_name: str) -> Html:
+    """A titled chart with its legend, or nothing where nothing was measured."""
+    drawn = svg.lines(curves, "tokens", y_name, 545, 220)
+    legend = svg.legend([(c.kind, c.name) for c in curves]) if len(curves) > 1 else ""
+    return div("column", tag("h3", None, title), legend, drawn) if drawn else Html("")
+
+
+def _layers(x: np.ndarray, values: list[np.ndarray]) -> list[svg.Curve]:
+    return [svg.Curve(svg.colour(i), f"layer {i}", x, y) for i, y in enumerate(values)]
+
+
+def _by_entry(rows: list[dict[str, Any]], name: str) -> list[np.ndarray]:
+    """The lists of a field, by entry: one array over the rows each; NaN where a row has none."""
+    size = max((len(r.get(name, [])) for r in rows), default=0)
+    filled = [[*r.get(name, []), *[np.nan] * (size - len(r.get(name, [])))] for r in rows]
+    return list(np.array(filled, float).T) if size else []
 
 
 def _kinds(facts: Facts, domains: list[str]) -> dict[str, str]:

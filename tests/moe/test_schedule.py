@@ -3,7 +3,7 @@
 import pytest
 
 from moe.config import OptimConfig
-from moe.schedule import bias_rate, learning_rate
+from moe.schedule import bias_rate, learning_rate, momentum
 
 
 def test_cosine_by_hand() -> None:
@@ -40,3 +40,9 @@ def test_bias_rate_stops_for_the_last_updates_and_when_frozen() -> None:
     assert [bias_rate(step, 10, config) for step in range(10)] == [0.5] * 7 + [0.0] * 3
     assert bias_rate(9, 10, OptimConfig(bias_rate=0.5, bias_stop_fraction=0.0)) == 0.5
     assert bias_rate(0, 10, OptimConfig(freeze_router=True)) == 0.0
+
+
+def test_momentum_rises_once() -> None:
+    config = OptimConfig(momentum=0.95)
+    assert [momentum(update, config) for update in (0, 150, 300, 9000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum(7, OptimConfig(momentum=0.5)) == 0.5

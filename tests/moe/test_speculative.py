@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from moe.batching import Batcher, Event
-from moe.graphs import Decode
+from moe.decode import Decode
 from moe.model import Decoder
 from moe.presets import preset
 from moe.sampling import DRAFT, Sampling, choose, draws
@@ -22,7 +22,9 @@ from moe.speculative import Acceptance, Pace, verify, verify_greedy
 EOS = 0
 
 
-def _model(seed: int, *, vocab: int = 5, window: int = 4, heads: int = 3, dtype: torch.dtype = torch.float32) -> Decoder:
+def _model(
+    seed: int, *, vocab: int = 5, window: int = 4, heads: int = 3, dtype: torch.dtype = torch.float32
+) -> Decoder:
     """Few tokens, so that drafts of untrained heads stand now and then; sharper logits than at the start of training."""
     config = preset("ci", vocab_size=vocab, eos=EOS)
     config = dataclasses.replace(config, layers=3, full_every=2, window=window, context=64, mtp_heads=heads)
@@ -30,7 +32,7 @@ def _model(seed: int, *, vocab: int = 5, window: int = 4, heads: int = 3, dtype:
     with torch.no_grad():
         for weight in (model.lm_head.weight, *(h.output.weight for h in model.mtp)):
             weight *= 10
-        model.lm_head.weight[EOS] -= 1  # answers of some length
+        model.lm_head.weight[EOS] = 0  # the others' logits lie above and below 0: answers of some length
     return model.to(dtype).eval()
 
 
@@ -42,8 +44,12 @@ def _free(drafts: int, window: int = 10**6, pause: int = 512) -> Pace:
     return pace
 
 
-def _run(model: Decoder, prompts: list[list[int]], sampling: Sampling, pace: Pace | None, **settings: int) -> list[list]:
-    batcher = Batcher(model, slots=settings.pop("slots", 3), speculate=pace is not None, pace=pace, queue=5000, **settings)
+def _run(
+    model: Decoder, prompts: list[list[int]], sampling: Sampling, pace: Pace | None, **settings: int
+) -> list[list]:
+    batcher = Batcher(
+        model, slots=settings.pop("slots", 3), speculate=pace is not None, pace=pace, queue=5000, **settings
+    )
     for seed, prompt in enumerate(prompts):
         batcher.submit(prompt, dataclasses.replace(sampling, seed=seed))
     events: list[list[Event]] = [[] for _ in prompts]
@@ -141,7 +147,7 @@ def test_greedy_answers_survive_switching_back_and_forth() -> None:
 
 
 def test_acceptance_is_reported_by_request_and_position() -> None:
-    events = _run(_model(5, vocab=3), [[1, 2], [2]], Sampling(temperature=0.5, max_tokens=30), _free(3))
+    events = _run(_model(8, vocab=3), [[1, 2], [2]], Sampling(temperature=0, max_tokens=30), _free(3))
     for part in events:
         acceptance = part[-1].acceptance
         gains = [len(e.tokens) for e in part[1:]]  # the first token comes from the prompt

@@ -20,7 +20,8 @@ from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
-from moe.trainer import METRICS, TIME_FIELDS, read_metrics, train
+from moe.metrics import METRICS, TIME_FIELDS, read_metrics
+from moe.trainer import train
 from tests.moe.conftest import counting_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -338,3 +339,103 @@ def test_an_order_of_its_own_keeps_the_initial_weights(
     assert losses["plain"] == losses["same"]
     assert losses["plain"][0] == losses["order"][0] != losses["seed"][0]
     assert losses["plain"][1] != losses["order"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", "train.device: no GPU here, got 'cuda'"),
+        ("cuda:1", "train.device: no GPU here, got 'cuda:1'"),
+        ("gpu", "train.device: unknown, got 'gpu', expected auto, cpu, cuda or cuda:N"),
+        ("meta", "train.device: not supported, got 'meta'"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_here_is_refused(
+    name: str, message: str, train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(train_config, device=name), source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_names_what_to_lower(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
+    """A child whose address space is limited to what it has, and not half of what an update of 1,024 rows needs."""
+    code = """
+import json, resource, sys
+from pathlib import Path
+import psutil, torch
+from core.errors import StageError
+from moe.config import from_json
+from moe.trainer import train
+from tests.moe.conftest import counting_source
+torch.set_num_threads(1)
+limit = psutil.Process().memory_info().vms + (200 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    train(from_json(json.loads(sys.argv[1])), counting_source(), Path(sys.argv[2]))
+except StageError as error:
+    print(error)
+"""
+    config = dataclasses.replace(train_config, rows=1024, repeat=True)
+    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=240)
+    assert done.stdout.startswith(
+        "train: out of memory with train.micro_rows 1024 x model.context 64 tokens at once, got "
+    ), done.stderr
+    assert "lower train.micro_rows, which changes no result beyond rounding, or model.context" in done.stdout
+    assert checkpoint.find(tmp_path / "run").name == "step-00000000"
+
+
+def test_tensorboard_holds_the_rows(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
+    """Also of a run that went on from a checkpoint: rows behind it are told once."""
+    pytest.importorskip("tensorboard", reason="the writer is an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(train_config, tensorboard=True, checkpoint_steps=4)
+    with pytest.raises(RuntimeError, match="as if killed"):
+        train(config, source, tmp_path, _stop_at_six)
+    train(config, source, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(tmp_path)
+    for name in ("loss", "domain_loss/by_one", "load_violation/0"):
+        found = [(e.step, e.value) for e in events.Scalars(name)]
+        value = {"loss": lambda r: r["loss"], "domain_loss/by_one": lambda r: r["domain_loss"]["by_one"]}
+        expected = [(r["step"], value.get(name, lambda r: r["load_violation"][0])(r)) for r in rows]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-6)
+    assert [e.step for e in events.Scalars("experts/rms_max_median/0")] == [1, 10, 12]
+
+
+def _stop_at_six(row: dict[str, Any]) -> None:
+    if row["step"] == 6:
+        raise RuntimeError("as if killed")
+
+
+def test_rows_that_the_ranks_cannot_share_and_groups_that_do_not_fit(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(train_config, optim=OptimConfig(expert_groups=3))
+    with pytest.raises(ConfigError, match=r"optim\.expert_groups: must divide the experts, got 3 for 4"):
+        train(config, source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_batch_is_learnt_by_heart(train_config: TrainConfig, tmp_path: Path) -> None:
+    """Random tokens, seen again and again, with an MTP head: both losses fall to near zero."""
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(1, 64, 31), 0) for _ in range(4)]
+    source = ArrayTokenSource(documents, vocab_size=64, eos=0, text_bytes=[31] * 4)
+    config = dataclasses.replace(
+        train_config,
+        model=dataclasses.replace(train_config.model, mtp_heads=1, context=32),
+        optim=OptimConfig(lr=2e-2, warmup_steps=5, weight_decay=0.0),
+        steps=80,
+        repeat=True,
+        checkpoint_steps=80,
+    )
+    train(config, source, tmp_path)
+    row = read_metrics(tmp_path)[-1]
+    assert row["loss"] < 0.05
+    assert row["mtp_loss"][0] < 0.3

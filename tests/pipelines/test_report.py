@@ -287,6 +287,19 @@ def trained(built: tuple[Pipeline, Root]) -> Any:
         {"step": i, "tokens": 10 * i, "loss": 8.0 / i, "domain_loss": {"first": 8.0 / i, "second": float("nan")}}
         for i in range(1, 1501)
     ]
+    for row in metrics:
+        row |= {
+            "tokens_per_s": 1000.0,
+            "grad_norm": 1.0,
+            "load_violation": [0.5, 0.25],
+            "mtp_loss": [9.0 / row["step"]],
+        }
+        if row["step"] % 10 == 0:
+            read = {"rms_min_median": [0.9, 0.5], "rms_max_median": [1.5, 31.0], "confidence": [0.6, 0.7]}
+            row["experts"] = read | {"load": [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]}
+        if row["step"] in (30, 40):
+            found = f"rms_max_median {row['step']} in entry 1"
+            row["alarms"] = [{"name": "expert_blow_up", "found": found, "expected": "at most 30"}]
     held = {
         "first": {"bpb": 2.0, "tokens": 9, "bytes": 300, "docs": 2},
         "second": {"bpb": 3.0, "tokens": 1, "bytes": 100},
@@ -318,6 +331,37 @@ def test_mixtures_and_model(trained: tuple[Pipeline, Root]) -> None:
     assert curve.count("L") == 599  # 1,500 updates are drawn as 600 points
     assert "<b>The river</b>" in texts(tree, "//section[@id='model']//article")[0]
     assert "290 k parameters" in texts(tree, "//section[@id='model']/p")[0]
+
+
+def test_the_course_of_a_run(trained: tuple[Pipeline, Root]) -> None:
+    """A curve for each routed layer, the last loads as bars, and each alarm with the updates at which it held."""
+    tree = page(*trained)
+    section = "//section[@id='model']"
+    titles = [title.strip() for title in texts(tree, f"{section}//h3")]
+    assert titles == [
+        "Loss",
+        "Loss by source, running mean",
+        "Tokens a second",
+        "Gradient norm before clipping",
+        "Load violation by routed layer",
+        "Weakest expert by routed layer",
+        "Strongest expert by routed layer",
+        "Router confidence by routed layer",
+        "Load of each expert at the last reading",
+        "Alarms",
+        "Held-out bits per byte, by source",
+        "Continuations",
+    ]
+    assert "token 2 ahead, running mean" in texts(tree, f"{section}//div[@class='legend']")[0]
+    charts = {c.get("aria-label"): c for c in tree.xpath(f"{section}//*[@role='img']")}
+    assert len(charts["greatest load / mean - 1 by tokens"].xpath("./*[contains(@class, 'curve')]")) == 2
+    loads = [texts(bar, "./*/*") for bar in tree.xpath(f"{section}//*[@aria-label='bar']")]
+    assert loads == [
+        ["expert 0: 50.0 %", "expert 1: 25.0 %", "expert 2: 25.0 %"],
+        ["expert 0: 20.0 %", "expert 1: 20.0 %", "expert 2: 60.0 %"],
+    ]
+    cells = [c.strip() for c in texts(tree, f"{section}//tbody/tr/td")]
+    assert cells[:5] == ["expert_blow_up", "rms_max_median 40 in entry 1", "2", "30", "40"]
 
 
 def test_levels_and_limits(built: tuple[Pipeline, Root]) -> None:

@@ -1,8 +1,6 @@
-"""Sampling against hand-worked distributions, and text through a real tokenizer."""
+"""Prompts are continued: tokens, texts through a real tokenizer, batches, and the command line."""
 
 import dataclasses
-import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,10 @@ from core.errors import ConfigError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
-from moe.generate import generate, generate_text, sample
+from moe.generate import generate, generate_batch, generate_text, main, stream
 from moe.model import Decoder
 from moe.presets import preset
+from moe.sampling import Sampling
 from moe.trainer import read_metrics, train
 
 
@@ -58,44 +57,46 @@ def test_generate_is_seeded(folder: Path) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_many_prompts_are_answered_in_their_order() -> None:
+    """More prompts than slots; each answer is the one it has alone, with settings of its own."""
+    model = Decoder(dataclasses.replace(preset("ci", vocab_size=64, eos=0), mtp_heads=1)).double().eval()
+    prompts = [[5], list(range(1, 30)), [], [7, 7]]
+    each = [Sampling(temperature=0.5 * (i % 2), seed=i, max_tokens=6 + i) for i in range(4)]
+    answers = generate_batch(model, prompts, each, slots=3)
+    for prompt, sampling, answer in zip(prompts, each, answers, strict=True):
+        alone = generate(
+            model, prompt, max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed
+        )
+        assert answer.tokens == tuple(alone)
+        assert answer.finished == ("length" if len(answer.tokens) == sampling.max_tokens else "stop")
+        assert (answer.text, answer.logprobs) == ("", None)
+    events = list(stream(model, prompts, each, slots=3))
+    assert [tuple(t for e in events if e.id == i for t in e.tokens) for i in range(4)] == [a.tokens for a in answers]
+    drafted = list(generate(model, [5], max_tokens=6, temperature=0, speculate=True))
+    assert drafted == list(answers[0].tokens)
+    scored = generate_batch(model, [[5]], Sampling(temperature=0, max_tokens=6, logprobs=1))[0]
+    assert scored.logprobs is not None
+    assert tuple(lp.top[0][0] for lp in scored.logprobs) == scored.tokens == answers[0].tokens
+    assert generate_batch(model, []) == []
+    with pytest.raises(ConfigError, match=r"got 63 \+ 2 tokens"):
+        generate_batch(model, [[1], [1] * 63], Sampling(max_tokens=2))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"prompt": [1] * 64}, "exceed the context, got 64"),
         ({"prompt": [1] * 10, "max_tokens": 55}, r"got 10 \+ 55 tokens, expected 1 to 54"),
-        ({"prompt": [1], "max_tokens": 0}, "exceed the context"),
+        ({"prompt": [1], "max_tokens": 0}, "max_tokens: out of range, got 0"),
         ({"prompt": [64]}, "outside the vocabulary"),
-        ({"prompt": [1], "temperature": -1.0}, "sampling setting"),
-        ({"prompt": [1], "top_p": 0.0}, "sampling setting"),
-        ({"prompt": [1], "top_k": 0}, "sampling setting"),
+        ({"prompt": [1], "temperature": -1.0}, "sampling.temperature: out of range"),
+        ({"prompt": [1], "top_p": 0.0}, "sampling.top_p: out of range"),
+        ({"prompt": [1], "top_k": 0}, "sampling.top_k: out of range"),
     ],
 )
 def test_generate_refuses(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(Decoder(preset("ci", vocab_size=64, eos=0)), **settings)
-
-
-# p = 1/2, 1/4, 1/8, 1/8 for tokens 2, 0, 3, 1
-LOGITS = torch.tensor([1 / 4, 1 / 8, 1 / 2, 1 / 8]).log()
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "expected"),
-    [
-        (1.0, None, 1.0, {2: 1 / 2, 0: 1 / 4, 1: 1 / 8, 3: 1 / 8}),
-        (1.0, 2, 1.0, {2: 2 / 3, 0: 1 / 3}),
-        (1.0, None, 0.6, {2: 2 / 3, 0: 1 / 3}),
-        (1.0, None, 0.5, {2: 1.0}),
-        (0.5, None, 1.0, {2: 16 / 22, 0: 4 / 22, 1: 1 / 22, 3: 1 / 22}),
-        (0.0, None, 1.0, {2: 1.0}),
-    ],
-)
-def test_sampling(temperature: float, top_k: int | None, top_p: float, expected: dict[int, float]) -> None:
-    generator, draws = torch.Generator().manual_seed(0), 4000
-    seen = Counter(sample(LOGITS, temperature, top_k, top_p, generator) for _ in range(draws))
-    assert seen.keys() == expected.keys()
-    for token, p in expected.items():
-        assert abs(seen[token] / draws - p) <= 4 * math.sqrt(p * (1 - p) / draws)  # four standard errors
 
 
 @pytest.fixture
@@ -131,13 +132,19 @@ def text_run(tmp_path: Path) -> tuple[Path, Tokenizer]:
     return tmp_path / "run", tokenizer
 
 
-def test_text_is_continued(text_run: tuple[Path, Tokenizer]) -> None:
+def test_text_is_continued(text_run: tuple[Path, Tokenizer], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = text_run
     (tokenizer_json := folder.parent / "tokenizer.json").unlink()
     answer = generate_text(folder, "Unless required by applicable", max_tokens=8, temperature=0)
     assert answer.startswith(" law or agreed")
     assert read_metrics(folder)[-1]["loss"] < 0.5
+    assert generate_text(folder, "Unless required by", max_tokens=20, temperature=0, stop=["agreed"]).endswith(" or ")
     assert generate_text(folder, "Licensé 許 \x00", max_tokens=3, temperature=0) is not None
+    arguments = [str(folder), "--prompt", "Unless required by applicable", "--max-tokens", "8", "--temperature", "0"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == answer + "\n"
+    assert main([*arguments, "--top-p", "2"]) == 2
+    assert "sampling.top_p: out of range, got 2.0" in capsys.readouterr().err
     tokenizer_json.write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json is not the one of training"):

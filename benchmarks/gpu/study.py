@@ -1,0 +1,197 @@
+"""Models trained on a GPU over a root's shards: arms that differ in one thing, over seeds; and one longer run with its samples.
+
+    python -m benchmarks.gpu.study ROOT --part arms [--seeds 3] [--steps 300] [--processes 4]
+    python -m benchmarks.gpu.study ROOT --part run  [--steps 800]
+
+ROOT is a pipeline's root (its mixtures `pretrain` and `held_out`, their token shards and tokenizer). Every arm sees the same
+rows in the same order from the same seeds, at equal tokens. Held-out bits per byte are compared by `mixtures.compare`: paired by
+document, runs as the second source of noise; with the baseline trained again on another order as the A/A arm, which gives the
+least effect that this study could have found. The longer run trains one MTP head, then three, and drafts with them.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.common import Results
+from mixtures.compare import Losses, compare
+from mixtures.reader import MixtureSource
+from moe.config import OptimConfig, TrainConfig
+from moe.presets import preset
+
+BASE = "muon_s3f1_heads_gate"
+CONTEXT, ROWS = 1024, 32
+# What each arm changes. Learning rates: AdamW's best of three on one seed is looked for first (`rates`).
+ARMS: Mapping[str, dict[str, Any]] = {
+    BASE: {},
+    "aa": {"train": {"order_seed": 1000}},
+    "adamw": {"optim": {"optimizer": "adamw"}},
+    "full_attention": {"model": {"full_every": 1}},
+    "no_gate": {"model": {"gate": False}},
+    "s3f1_equal_heads": {"model": {"swa_heads": 4}},
+}
+RATES = (3e-4, 1e-3, 3e-3)
+DEVICE = os.environ.get("STUDY_DEVICE", "cuda")  # cpu: to see that it runs
+PROMPTS = ("The function returns", "In the nineteenth century", "def ", "Usage: ")
+
+
+def plan(source: MixtureSource, steps: int, seed: int, arm: Mapping[str, Any], lr: float) -> TrainConfig:
+    """One run of an arm: the preset `30m` at a context of 1,024 and a window of 256."""
+    shape = preset("30m", vocab_size=source.vocab_size, eos=source.eos)
+    model = dataclasses.replace(shape, context=CONTEXT, window=256, **arm.get("model", {}))
+    train = arm.get("train", {})
+    order = {"order_seed": train["order_seed"] + seed} if "order_seed" in train else {}
+    warmup = max(10, steps // 20)
+    return TrainConfig(
+        model=model, optim=OptimConfig(lr=lr, warmup_steps=warmup, **arm.get("optim", {})), steps=steps, rows=ROWS,
+        seed=seed, shuffle=True, repeat=True, precision="bfloat16", device=DEVICE, deterministic=False,
+        checkpoint_steps=steps, keep=1, **order,
+    )  # fmt: skip
+
+
+def trial(work: tuple[str, str, int, float, int, str]) -> dict[str, Any]:
+    """Trains one run and measures it on the held-out documents, in a process of its own."""
+    root, arm, seed, lr, steps, folder = work
+    import moe
+    from moe.evaluate import document_losses
+    from moe.trainer import train
+
+    source, held_out = MixtureSource(root, "pretrain"), MixtureSource(root, "held_out")
+    place = Path(folder, f"{arm}-{seed}-{lr:g}")
+    began = time.perf_counter()
+    summary = train(plan(source, steps, seed, ARMS[arm], lr), source, place)
+    seconds = time.perf_counter() - began
+    losses = document_losses(moe.load(place).to(DEVICE), held_out)
+    return {
+        "arm": arm, "seed": seed, "lr": lr, "seconds": seconds, "loss": summary.loss, "bits": losses.bits,
+        "bytes": losses.bytes, "domain": losses.domain, "parameters": summary.parameters,
+        "active": summary.active_parameters, "tokens": summary.tokens,
+    }  # fmt: skip
+
+
+def arms(args: argparse.Namespace, results: Results) -> None:
+    """The best rate of each optimiser on one seed, then all arms over the seeds."""
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        tried = pool.map(
+            trial, [(args.root, a, 90, lr, args.steps, args.folder) for a in (BASE, "adamw") for lr in RATES], 1
+        )
+        best: dict[str, float] = {}
+        for arm in (BASE, "adamw"):
+            mine = {t["lr"]: _bpb(t) for t in tried if t["arm"] == arm}
+            best[arm] = min(mine, key=lambda lr: mine[lr])
+            results.add(f"rates_{arm}", bpb={f"{lr:g}": round(v, 4) for lr, v in mine.items()}, chosen=best[arm])
+        work = [
+            (args.root, arm, seed, best.get(arm, best[BASE]), args.steps, args.folder)
+            for seed in range(args.seeds)
+            for arm in ARMS
+        ]
+        runs = pool.map(trial, work, 1)
+    for run in runs:
+        shown = {k: v for k, v in run.items() if not isinstance(v, np.ndarray)}
+        results.add(f"run_{run['arm']}_{run['seed']}", bpb=_bpb(run), **shown)
+    _compare(args, runs, results)
+
+
+def _compare(args: argparse.Namespace, runs: list[dict[str, Any]], results: Results) -> None:
+    bits = {arm: np.stack([r["bits"] for r in runs if r["arm"] == arm]) for arm in ARMS}
+    domains = MixtureSource(args.root, "held_out").domains
+    found = compare(Losses(bits, runs[0]["bytes"], runs[0]["domain"], domains, BASE, "aa"))
+    whole = compare(Losses(bits, runs[0]["bytes"], np.zeros_like(runs[0]["domain"]), ["all"], BASE, "aa"))
+    for c in [*whole, *found]:
+        results.add(f"compare_{c.arm}_{c.domain}", **dataclasses.asdict(c))
+
+
+def _bpb(run: Mapping[str, Any]) -> float:
+    return float(run["bits"].sum() / run["bytes"].sum())
+
+
+def long_run(args: argparse.Namespace, results: Results) -> None:
+    """The preset `200m` with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
+    import moe
+    from moe.checkpoint import weights_digest
+    from moe.evaluate import evaluate
+    from moe.trainer import read_metrics, train
+
+    source, held_out = MixtureSource(args.root, "pretrain"), MixtureSource(args.root, "held_out")
+    shape = dataclasses.replace(
+        preset("200m", vocab_size=source.vocab_size, eos=source.eos), context=CONTEXT, window=256, mtp_heads=1
+    )
+    common: dict[str, Any] = {
+        "rows": ROWS, "shuffle": True, "repeat": True, "precision": "bfloat16", "device": DEVICE,
+        "compile": DEVICE == "cuda", "deterministic": False, "checkpoint_steps": 200, "keep": 1,
+    }  # fmt: skip
+    first, second = Path(args.folder, "one-head"), Path(args.folder, "three-heads")
+    whole = train(TrainConfig(model=shape, optim=OptimConfig(lr=1e-3), steps=args.steps, **common), source, first)
+    three = dataclasses.replace(shape, mtp_heads=3)
+    tail = OptimConfig(lr=3e-4, warmup_steps=10, bias_rate=0.0)
+    config = TrainConfig(model=three, optim=tail, steps=max(1, args.steps // 4), init=weights_digest(first), **common)
+    train(config, source, second, start=first)
+    for name, folder in (("one_head", first), ("three_heads", second)):
+        rows = read_metrics(folder)
+        steady = [r["tokens_per_s"] for r in rows[20:]] or [rows[-1]["tokens_per_s"]]
+        curve = [(r["step"], round(r["loss"], 4)) for r in rows[:: max(1, len(rows) // 20)]]
+        experts = next((r["experts"] for r in reversed(rows) if "experts" in r), {})
+        results.add(
+            f"long_{name}", tokens_per_s=statistics.median(steady), curve=curve, last=_last(rows[-1]),
+            experts={k: v for k, v in experts.items() if k != "load"},
+        )  # fmt: skip
+    model = moe.load(second).to(DEVICE)
+    held = evaluate(model, held_out)
+    results.add("long_held_out", parameters=whole.parameters, active=whole.active_parameters, **held)
+    _drafts(args, model.bfloat16(), held_out, results)
+
+
+def _last(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != "experts"}
+
+
+def _drafts(args: argparse.Namespace, model: Any, held_out: MixtureSource, results: Results) -> None:
+    """Greedy continuations of held-out documents by domain, drafted and plain; and samples of a few prompts."""
+    from tokenizers import Tokenizer
+
+    from moe.generate import generate_batch
+    from moe.sampling import Sampling
+
+    greedy = Sampling(temperature=0.0, max_tokens=128)
+    for d, domain in enumerate(held_out.domains):
+        docs = [i for i in range(len(held_out)) if held_out.domain(i) == d and held_out.length(i) > 200][:8]
+        prompts = [held_out.tokens(i)[:128].tolist() for i in docs]
+        if prompts:
+            answers = generate_batch(model, prompts, greedy, speculate=True, slots=1)
+            made = [a.acceptance for a in answers if a.acceptance is not None]
+            lengths = [a.length for a in made]
+            results.add(
+                f"drafts_{domain}", prompts=len(prompts), tokens_a_round=float(np.mean(lengths)) if lengths else None
+            )
+    tokenizer = Tokenizer.from_file(str(Path(args.root, "models/tokenizer/tokenizer.json")))
+    ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in PROMPTS]
+    sampled = generate_batch(model, ids, Sampling(temperature=0.8, top_p=0.95, max_tokens=48), tokenizer=tokenizer)
+    results.add("samples", texts={p: a.text for p, a in zip(PROMPTS, sampled, strict=True)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root")
+    parser.add_argument("--part", choices=("arms", "run"), required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--processes", type=int, default=4, help="runs at once on the GPU")
+    parser.add_argument("--folder", default="study", help="where runs keep their checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    args = parser.parse_args()
+    results = Results(f"study_{args.part}", args.out)
+    print(json.dumps({"root": args.root, "steps": args.steps}))
+    (arms if args.part == "arms" else long_run)(args, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a run would be, before it: parameters, operations, memory, steps and hours.
+
+In: `TrainConfig`, a source, the number of ranks. Out: figures, and the same as text. Counts are exact (moe/flops.py), and so is
+the memory of weights and gradients; the optimiser's is a rank's even share; activations are an estimate, `ACTIVATION_WIDTHS`
+numbers of the model's width a token and layer. Hours are those of H100s at `MFU_FLOOR`. No model is built.
+"""
+
+from dataclasses import dataclass
+
+from moe import flops
+from moe.config import TrainConfig
+from moe.data import TokenSource, training_rows
+
+# 24 GiB at 32k tokens, 16 layers of width 1024 in bfloat16 (a prototype on an H100, nothing recomputed): 24 numbers each.
+ACTIVATION_WIDTHS = 24
+MFU_FLOOR = 0.3  # what the preset 1b is held to on one H100
+H100 = "NVIDIA H100 80GB HBM3"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are those of one rank."""
+
+    ranks: int
+    parameters: int
+    active_parameters: int
+    flops_per_token: float  # of training
+    steps: int
+    tokens: int
+    passes: float  # over the source
+    padding_fraction: float  # of the rows
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    h100_hours: float  # of all ranks together, at MFU_FLOOR
+
+
+def plan(config: TrainConfig, source: TokenSource, ranks: int = 1) -> Plan:
+    """The figures of a run; what could not run is a `ConfigError`."""
+    c, rows = config.model, training_rows(config, source)
+    total, active = flops.parameters(c)
+    width = 2 if config.precision == "bfloat16" else 4
+    tokens = rows.first_row(config.steps) * c.context
+    per_token = flops.training_flops(c, c.context)
+    most = max([config.rows, *(count for _, count in config.row_growth)]) // ranks
+    at_once = min(config.micro_rows or most, most) * c.context
+    plain = 2 * c.vocab_size * c.dim * (1 + c.mtp_heads / 2)  # embedding and output heads, which AdamW updates
+    muon = 0 if config.optim.optimizer == "adamw" else max(0, total - plain)
+    state = 4 * muon + 8 * (total - muon) + (4 * total if width == 2 else 0)
+    peak = flops.peak_flops(H100)
+    assert peak is not None
+    return Plan(
+        ranks=ranks,
+        parameters=total,
+        active_parameters=active,
+        flops_per_token=per_token,
+        steps=config.steps,
+        tokens=tokens,
+        passes=rows.first_row(config.steps) / rows.rows_per_pass,
+        padding_fraction=1 - rows.packing.fill_fraction,
+        weight_bytes=width * total,
+        gradient_bytes=width * total,
+        optimizer_bytes=int(state / ranks),
+        activation_bytes=at_once * (c.layers + c.mtp_heads) * ACTIVATION_WIDTHS * c.dim * width,
+        h100_hours=tokens * per_token / (peak * MFU_FLOOR) / 3600,
+    )
+
+
+def text(found: Plan) -> str:
+    """A line for each figure."""
+    f = found
+    memory = f.weight_bytes + f.gradient_bytes + f.optimizer_bytes + f.activation_bytes
+    lines = [
+        ("parameters", f"{f.parameters:,}, {f.active_parameters:,} active"),
+        ("operations", f"{f.flops_per_token:.4g} a token in training, {f.flops_per_token * f.tokens:.4g} in all"),
+        ("updates", f"{f.steps:,}, {f.tokens:,} tokens"),
+        ("data", f"{f.passes:.2f} passes over the source, {100 * f.padding_fraction:.1f} % of the rows padding"),
+        ("memory a rank", f"about {memory / GIB:.2f} GiB"),
+        ("  weights", f"{f.weight_bytes / GIB:.2f} GiB"),
+        ("  gradients", f"{f.gradient_bytes / GIB:.2f} GiB"),
+        ("  optimiser", f"{f.optimizer_bytes / GIB:.2f} GiB (over {f.ranks} ranks)"),
+        ("  activations", f"about {f.activation_bytes / GIB:.2f} GiB; train.micro_rows lowers them"),
+        ("H100 hours", f"{f.h100_hours:.3g} at {100 * MFU_FLOOR:.0f} % of the peak"),
+    ]
+    return "".join(f"{name:<16}{said}\n" for name, said in lines)

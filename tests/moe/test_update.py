@@ -1,0 +1,179 @@
+"""One update against sums worked out token by token: masks, MTP heads, micro-batches, side losses, precision."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe.config import ModelConfig, OptimConfig, TrainConfig
+from moe.data import Batch
+from moe.model import Decoder
+from moe.optim import build
+from moe.parallel import World
+from moe.update import Rows, Updater, attention_logit_bounds
+
+DOMAINS = ("a", "b")
+
+
+@pytest.fixture
+def config(model_config: ModelConfig) -> TrainConfig:
+    model = dataclasses.replace(model_config, mtp_heads=2, context=24)
+    optim = OptimConfig(z_loss=1e-3, group_loss=0.5, expert_groups=2, mtp_loss=0.3, mtp_decay=0.5, warmup_steps=0)
+    return TrainConfig(model=model, optim=optim, steps=10, rows=4, threads=1)
+
+
+def _batch(rows: int = 4, places: int = 24, seed: int = 0) -> Batch:
+    """Rows of three documents, of which the middle one is masked in half its places and the last is padding."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.integers(0, 64, (2, rows, places))
+    segments = np.repeat([[0] * 9 + [1] * 12 + [2] * 3], rows, 0)
+    domains = np.repeat([[0] * 9 + [1] * 15], rows, 0)
+    mask = np.ones((rows, places), bool)
+    mask[:, 9:21:2] = False
+    mask[:, 21:] = False
+    return Batch(inputs, targets, segments.astype(np.int64), domains.astype(np.int64), mask)
+
+
+def _updated(config: TrainConfig, batch: Batch) -> tuple[Decoder, dict[str, Any]]:
+    model = Decoder(config.model, config.seed).train()
+    for layer in model.routed:
+        layer.expert_groups = config.optim.expert_groups
+    updater = Updater(config, model, build(model, config.optim), World.alone(), DOMAINS)
+    return model, updater.run(batch, 0, watch=True).read()
+
+
+def test_targets_ahead_stay_in_their_document() -> None:
+    batch = _batch(1)
+    rows = Rows.of(batch, torch.device("cpu"))
+    for head in (0, 1, 2):
+        targets, counts = rows.ahead(head)
+        for t in range(24):
+            ahead = t + 1 + head
+            inside = ahead < 24 and batch.segments[0, ahead] == batch.segments[0, t] and bool(batch.mask[0, ahead])
+            assert bool(counts[0, t]) == inside
+            if inside:
+                assert int(targets[0, t]) == batch.targets[0, ahead]
+
+
+def test_losses_are_plain_means_over_counted_targets(config: TrainConfig) -> None:
+    batch = _batch()
+    _, row = _updated(config, batch)
+    model = Decoder(config.model, config.seed)
+    tokens, segments = torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments)
+    with torch.no_grad():
+        stream = model.states(tokens, segments)
+        logits = [model.lm_head(model.norm(stream))]
+        logits += [
+            head.logits(x) for head, x in zip(model.mtp, model.mtp_states(stream, tokens, segments), strict=True)
+        ]
+    sums: dict[Any, list[float]] = {}
+    for h, scores in enumerate(logits):
+        log_p = scores.double().log_softmax(-1)
+        for b in range(4):
+            for t in range(24 - h):
+                if batch.mask[b, t + h] and batch.segments[b, t + h] == batch.segments[b, t]:
+                    nll = -float(log_p[b, t, batch.targets[b, t + h]])
+                    sums.setdefault(h, []).append(nll)
+                    if h == 0:
+                        sums.setdefault(DOMAINS[batch.domains[b, t]], []).append(nll)
+    means = {key: math.fsum(values) / len(values) for key, values in sums.items()}
+    assert row["loss"] == pytest.approx(means[0], rel=1e-5)
+    assert row["mtp_loss"] == pytest.approx([means[1], means[2]], rel=1e-5)
+    assert row["domain_loss"] == pytest.approx({d: means[d] for d in DOMAINS}, rel=1e-5)
+    assert row["targets"] == len(sums[0]) == 4 * (9 + 6)
+
+
+def test_gradients_are_those_of_the_written_loss(config: TrainConfig) -> None:
+    """The loss of the module's docstring, by autograd over full logits."""
+    batch = _batch()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, grad_clip=1e9))
+    model = Decoder(config.model, config.seed).train()
+    for layer in model.routed:
+        layer.expert_groups = 2
+    tokens, segments, targets, mask = (
+        torch.from_numpy(a) for a in (batch.inputs, batch.segments, batch.targets, batch.mask)
+    )
+    stream = model.states(tokens, segments)
+    logits = model.lm_head(model.norm(stream))
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    loss = (nll + 1e-3 * logits.logsumexp(-1).square())[mask].mean()
+    for h, (head, state) in enumerate(zip(model.mtp, model.mtp_states(stream, tokens, segments), strict=True)):
+        places = 1 + h
+        ahead = torch.nn.functional.cross_entropy(
+            head.logits(state)[:, :-places].flatten(0, 1), targets[:, places:].flatten(), reduction="none"
+        )
+        counts = (mask[:, places:] & (segments[:, places:] == segments[:, :-places])).flatten()
+        loss = loss + 0.3 * (1 / 1.5, 0.5 / 1.5)[h] * ahead[counts].mean()
+    groups = [layer.group_loss for layer in model.routed if layer.group_loss is not None]
+    loss = loss + 0.5 * torch.stack(groups).sum()
+    loss.backward()
+    wanted = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+    _, row = _updated(config, batch)
+    assert row["grad_norm"] == pytest.approx(float(wanted), rel=1e-4)
+    assert row["group_loss"] == pytest.approx(float(torch.stack(groups).sum().detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3])
+def test_micro_batches_change_nothing_beyond_rounding(config: TrainConfig, micro_rows: int) -> None:
+    """But for the group loss, which is one over the tokens of a micro-batch."""
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, group_loss=0.0))
+    whole, row = _updated(config, _batch())
+    parts, same = _updated(dataclasses.replace(config, micro_rows=micro_rows), _batch())
+    assert same["loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert same["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert same["load_violation"] == row["load_violation"]
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_a_batch_without_a_counted_target_is_no_division_by_zero(config: TrainConfig) -> None:
+    batch = _batch()
+    empty = dataclasses.replace(batch, mask=np.zeros_like(batch.mask))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, group_loss=0.0))
+    _, row = _updated(config, empty)
+    assert (row["loss"], row["mtp_loss"], row["domain_loss"], row["grad_norm"]) == (0.0, [0.0, 0.0], {}, 0.0)
+
+
+def test_readings_of_the_experts(config: TrainConfig) -> None:
+    model, row = _updated(config, _batch())
+    layers = len(model.routed)
+    assert {"rms_min_median", "rms_max_median", "confidence", "load"} <= row["experts"].keys()
+    assert all(len(values) == layers for values in row["experts"].values())
+    assert [sum(shares) for shares in row["experts"]["load"]] == pytest.approx([1.0] * layers, abs=1e-4)
+    worst = [max(shares) * len(shares) - 1 for shares in row["experts"]["load"]]
+    assert row["load_violation"] == pytest.approx(worst, abs=1e-3)
+
+
+def test_no_attention_logit_exceeds_its_bound(model_config: ModelConfig) -> None:
+    """By hand: gains 3 and 2 at width 16 allow 4 * 6 = 24; equal vectors along one axis reach it."""
+    model = Decoder(model_config)
+    attention = model.model["layers"][1].self_attn
+    assert attention_logit_bounds(model).tolist() == pytest.approx([4.0] * 3)
+    with torch.no_grad():
+        attention.q_norm.weight[5], attention.k_norm.weight[5] = 2.0, -3.0
+    assert attention_logit_bounds(model).tolist() == pytest.approx([4.0, 24.0, 4.0])
+    axis = torch.zeros(16)
+    axis[5] = 1.0
+    logit = (attention.q_norm(axis) * attention.k_norm(axis)).sum() / 16**0.5
+    assert abs(float(logit.detach())) == pytest.approx(24.0, rel=1e-3)
+
+
+def test_bfloat16_keeps_exact_weights_with_the_optimiser(config: TrainConfig) -> None:
+    """Updates far below a bfloat16 step still add up."""
+    config = dataclasses.replace(config, precision="bfloat16", optim=OptimConfig(lr=1e-5, warmup_steps=0))
+    model = Decoder(config.model, config.seed).to(torch.bfloat16).train()
+    optimizer = build(model, config.optim)
+    updater = Updater(config, model, optimizer, World.alone(), DOMAINS)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    before = dict(model.named_parameters())[name].detach().float().clone()
+    for step in range(3):
+        row = updater.run(_batch(), step, watch=False).read()
+    assert math.isfinite(row["loss"])
+    master = optimizer.state_tensors()[f"{name}.master"]
+    moved = (master - before).abs().max()
+    assert 0 < moved < 1e-3
+    assert master.dtype == torch.float32
+    assert torch.equal(master.bfloat16(), dict(model.named_parameters())[name].detach())
