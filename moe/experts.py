@@ -41,8 +41,7 @@ class Exchange(Protocol):
     def __call__(self, x_RD: Tensor, load_E: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Outputs of all rows, in their order.
 
-        The rows are sorted by expert, `load_E` of each of all E. `experts` takes rows sorted by local expert, and how
-        many there are of each.
+        The rows are sorted by expert, `load_E` of each. `experts` takes rows sorted by local expert and their counts.
         """
 
 
@@ -92,8 +91,8 @@ def side_by_side(x: Tensor, *maps: nn.Linear) -> list[Tensor]:
     if not x.is_cuda or x.shape[:-1].numel() < MANY_ROWS:
         return [m(x) for m in maps]
     weight, widths = torch.cat([m.weight for m in maps]), [m.out_features for m in maps]
-    spare = -len(weight) % ALIGNED
-    return list(functional.linear(x, functional.pad(weight, (0, 0, 0, spare))).split([*widths, spare], -1)[:-1])
+    widths.append(-len(weight) % ALIGNED)
+    return list(functional.linear(x, functional.pad(weight, (0, 0, 0, widths[-1]))).split(widths, -1)[:-1])
 
 
 def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -313,7 +312,7 @@ PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
 def _mean_squares(a_RF: Tensor, weight_R: Tensor, load_E: Tensor) -> Tensor:
     """Mean square of each expert's rows before they were weighed, fp32 [E]; NaN for an expert without rows."""
     square_R = wide(a_RF).square().mean(-1) / weight_R.detach().square().clamp(min=SMALLEST)
-    # Every row against every expert, as running sums of floats and atomic additions depend on the run on a GPU.
+    # Every row against every expert: running sums and atomic additions depend on the run on a GPU.
     ends_E, index_R1 = load_E.cumsum(0), torch.arange(len(a_RF), device=a_RF.device)[:, None]
     own_RE = (index_R1 >= ends_E - load_E) & (index_R1 < ends_E)
     return (torch.where(own_RE, square_R[:, None], 0).sum(0) / load_E).float()

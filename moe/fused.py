@@ -93,7 +93,7 @@ class FusedDecoder:
         rows, tokens = tokens_BT.shape
         if rows * tokens > kernels_decode.TOKENS or tokens > cache.slack + 1:
             raise ConfigError(
-                f"moe.decode: a step takes at most {kernels_decode.TOKENS} tokens and slack + 1 of a row, got {rows} x "
+                f"moe.fused: a step takes at most {kernels_decode.TOKENS} tokens and slack + 1 of a row, got {rows} x "
                 f"{tokens} with slack {cache.slack}; feed them to Decoder.states"
             )
         return rows, tokens

@@ -91,8 +91,8 @@ def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
 
 
 def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
-    """moe/graphs.py's greedy steps: plain, and verifying `drafts` drafts."""
-    from moe.graphs import Decode
+    """moe/decode.py's greedy steps: plain, and verifying `drafts` drafts."""
+    from moe.decode import Decode
     from moe.sampling import Sampling
 
     torch.manual_seed(0)
