@@ -281,9 +281,9 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    nested = next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+    nested = next((h for h in (hint, *get_args(hint)) if isinstance(h, type) and dataclasses.is_dataclass(h)), None)
     if nested is not None and isinstance(value, Mapping):
-        return build(nested, value, where)  # type: ignore[type-var]
+        return build(nested, value, where)
     return _tuples(value) if isinstance(value, list) else value
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.common import Results
+from benchmarks.gpu.timing import Results
 from mixtures.compare import Losses, compare
 from mixtures.reader import MixtureSource
 from moe.config import OptimConfig, TrainConfig
