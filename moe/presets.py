@@ -1,6 +1,6 @@
 """Named shapes of the decoder, and one dial that derives a shape.
 
-`ci` trains in a second, `tiny` in one or two minutes on two cores; `30m` and `200m` are proxies for questions about data;
+`ci` trains in a second, `tiny` in one or two minutes on two cores; `30m` and `150m` are proxies for questions about data;
 `1b` has about 1B parameters of which 200M are active, `3b` three times as many. From `30m` on the proportions are those of
 `at_depth`.
 """
@@ -10,8 +10,8 @@ from typing import Literal, get_args
 from core.errors import ConfigError
 from moe.config import ModelConfig
 
-Name = Literal["ci", "tiny", "30m", "200m", "1b", "3b"]
-DEPTHS = {"30m": 5, "200m": 9, "1b": 17, "3b": 25}
+Name = Literal["ci", "tiny", "30m", "150m", "1b", "3b"]
+DEPTHS = {"30m": 5, "150m": 9, "1b": 17, "3b": 25}
 
 
 def preset(name: Name, *, vocab_size: int, eos: int) -> ModelConfig:

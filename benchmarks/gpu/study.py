@@ -115,7 +115,7 @@ def _bpb(run: Mapping[str, Any]) -> float:
 
 
 def long_run(args: argparse.Namespace, results: Results) -> None:
-    """The preset `200m` with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
+    """The preset `150m` with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
     import moe
     from moe.checkpoint import weights_digest
     from moe.evaluate import evaluate
@@ -123,7 +123,7 @@ def long_run(args: argparse.Namespace, results: Results) -> None:
 
     source, held_out = MixtureSource(args.root, "pretrain"), MixtureSource(args.root, "held_out")
     shape = dataclasses.replace(
-        preset("200m", vocab_size=source.vocab_size, eos=source.eos), context=CONTEXT, window=256, mtp_heads=1
+        preset("150m", vocab_size=source.vocab_size, eos=source.eos), context=CONTEXT, window=256, mtp_heads=1
     )
     common: dict[str, Any] = {
         "rows": ROWS, "shuffle": True, "repeat": True, "precision": "bfloat16", "device": DEVICE,

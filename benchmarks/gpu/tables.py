@@ -1,0 +1,103 @@
+"""The section on GPUs of docs/benchmarks.md, from kept result lines: `python -m benchmarks.gpu.tables FOLDER ...`.
+
+In: folders with the `.jsonl` files that the scripts beside this one wrote, in any depth; of lines with one name the latest
+counts. Out: the text between `<!-- gpu -->` and `<!-- /gpu -->`, rewritten, so that no figure there is typed by hand.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import DOCS
+
+Line = Mapping[str, Any]
+PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], ...] = (
+    (
+        "Training steps (`train_step`): tokens a second, model FLOPs over 989 TFLOP/s, peak memory",
+        r"^(ours|hf)_",
+        (
+            ("contender", "what", str),
+            ("rows", "rows", str),
+            ("ms", "ms", lambda v: f"{v:.1f}"),
+            ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
+            ("MFU", "mfu", lambda v: f"{v:.1%}"),
+            ("GiB", "peak_gib", lambda v: f"{v:.1f}"),
+            ("first step s", "first_step_s", lambda v: f"{v:.0f}"),
+        ),
+    ),
+    (
+        "One MoE layer, 32k tokens, width 1,024 (`layer`): forward and backward, called and as one graph",
+        r"^moe_",
+        (
+            ("layer", "what", str),
+            ("forward ms", "forward_ms", lambda v: f"{v:.2f}"),
+            ("both ms", "ms", lambda v: f"{v:.2f}"),
+            ("as a graph ms", "graph_ms", lambda v: f"{v:.2f}"),
+            ("products alone ms", "products_ms", lambda v: f"{v:.2f}"),
+            ("held GiB", "held_gib", lambda v: f"{v:.2f}"),
+        ),
+    ),
+    (
+        "Greedy decoding, preset `1b`, one captured step a token (`decode`)",
+        r"^plain_",
+        (
+            ("shape", "what", str),
+            ("rows", "rows", str),
+            ("ms a step", "ms", lambda v: f"{v:.3f}"),
+            ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
+        ),
+    ),
+    (
+        "Learning rates on one seed (`study`), held-out bits per byte",
+        r"^rates_",
+        (
+            ("optimiser", "what", str),
+            ("by rate", "bpb", lambda v: ", ".join(f"{rate}: {bpb:.3f}" for rate, bpb in v.items())),
+            ("best", "chosen", str),
+        ),
+    ),
+)
+
+
+def lines(folders: Iterable[Path]) -> dict[str, Line]:
+    """The latest line of each name that has figures."""
+    found: dict[str, Line] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.jsonl")):
+            for text in path.read_text().splitlines():
+                line = json.loads(text)
+                if "what" in line and "error" not in line and line["date"] >= found.get(line["what"], line)["date"]:
+                    found[line["what"]] = line
+    return found
+
+
+def section(found: Mapping[str, Line]) -> str:
+    """Markdown of every table that has rows, and where each was measured."""
+    out: list[str] = []
+    for title, names, columns in PLAN:
+        rows = sorted((line for what, line in found.items() if re.search(names, what)), key=lambda line: line["what"])
+        if not rows:
+            continue
+        places = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, {r['date'][:10]}" for r in rows})
+        out += [
+            f"{title}. {'; '.join(places)}.",
+            "",
+            f"| {' | '.join(c[0] for c in columns)} |",
+            "| --- " * len(columns) + "|",
+        ]
+        out += [f"| {' | '.join(show(r[key]) if key in r else '' for _, key, show in columns)} |" for r in rows]
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    text = DOCS.read_text()
+    new = section(lines(map(Path, sys.argv[1:])))
+    DOCS.write_text(re.sub(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", lambda m: f"{m[1]}\n{new}\n{m[2]}", text, flags=re.S))
+
+
+if __name__ == "__main__":
+    main()
