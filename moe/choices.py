@@ -9,7 +9,9 @@ In: JSONL, also gzipped, in one of three layouts, named or seen from the first r
 Out: one `Answered` a question, and a `Summary` over them. The measure to compare models by is `gold_bpb`, bits per byte of the
 right answer given the question: it moves smoothly where accuracy is still chance (Heineman et al. 2025, "Signal and Noise";
 DataDecide, Magnusson et al. 2025). Accuracy is given by the answers' likelihood, and by likelihood a byte, which does not
-favour short ones. Answers are tokenised together with the question, so that a word's border falls as in running text.
+favour short ones. Answers are tokenised together with the question, so that a word's border falls as in running text. Spaces
+that end a context belong to the answer, its bits and its bytes. An answer longer than the model's context is scored whole, in
+pieces (`moe.score.score_continuations`).
 """
 
 import gzip
@@ -26,7 +28,7 @@ import numpy as np
 from core.errors import ConfigError, InputError
 from core.statistics import ALPHA, least_effect, paired_variance, wilson
 from moe.model import Decoder
-from moe.score import continuation, score
+from moe.score import score_continuations
 
 Layout = Literal["choices", "continuation", "solution"]
 KEYS: dict[Layout, tuple[str, ...]] = {
@@ -112,16 +114,10 @@ def records(path: Path) -> list[Any]:
 
 def answer(model: Decoder, tokenizer: Any, questions: Sequence[Question]) -> list[Answered]:
     """Scores every answer of every question. `tokenizer` is a `tokenizers.Tokenizer`."""
-    config, spans, sizes = model.config, [], []
-    for question in questions:
-        for text in question.answers:
-            context, tokens = pair(tokenizer, question.context, text)
-            # Of an answer that is longer than the model's context its end is scored, behind as much as fits.
-            spans.append(
-                continuation(context + tokens[: -config.context], tokens[-config.context :], config.eos, config.context)
-            )
-            sizes.append(len(text.encode()))
-    scores = iter(zip(score(model, spans), sizes, strict=True))
+    asked = [(question.context, text) for question in questions for text in question.answers]
+    sizes = [len(border(*texts)[1].encode()) for texts in asked]
+    found_scores = score_continuations(model, [pair(tokenizer, *texts) for texts in asked])
+    scores = iter(zip(found_scores, sizes, strict=True))
     found = []
     for question in questions:
         rows = [next(scores) for _ in question.answers]
@@ -166,10 +162,15 @@ def difference(a: Sequence[Answered], b: Sequence[Answered]) -> Difference:
     return Difference(len(delta), effect, effect - half, effect + half, least_effect(error, df))
 
 
-def pair(tokenizer: Any, context: str, text: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context, and those that the text adds to it. Spaces between them belong to the text."""
+def border(context: str, text: str) -> tuple[str, str]:
+    """The context without the spaces at its end, and the text behind them: what is scored, and whose bytes count."""
     bare = context.rstrip()
-    text = context[len(bare) :] + text
+    return bare, context[len(bare) :] + text
+
+
+def pair(tokenizer: Any, context: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context, and those that the text adds to it, divided at their `border`."""
+    bare, text = border(context, text)
     before: list[int] = tokenizer.encode(bare, add_special_tokens=False).ids
     whole: list[int] = tokenizer.encode(bare + text, add_special_tokens=False).ids
     added = whole[len(before) :]

@@ -2,7 +2,8 @@
 
 In: a run folder or a hub folder. Out: the harness's own table, or its results as JSON with `--output`. The harness fetches its
 tasks from the network unless they are in its cache, and says so; nothing of ours does. Other code passes `Harness(folder)` to
-`lm_eval.simple_evaluate(model=...)`. A text longer than the context loses its beginning, as the harness does with other models.
+`lm_eval.simple_evaluate(model=...)`. A context or prompt that does not fit loses its beginning, as the harness does with other
+models; a continuation that does not fit is scored whole, in pieces. At most half the context is generated, whatever a task asks.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from core.errors import ConfigError, StepwellError
 from moe.evaluate import windows
 from moe.generate import generate_batch, load_tokenizer
 from moe.sampling import Sampling
-from moe.score import continuation, score
+from moe.score import score, score_continuations
 
 
 class Harness(TemplateLM):
@@ -39,15 +40,17 @@ class Harness(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False).ids
         return ids
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The harness's own looks at the first token of a continuation, which an empty one lacks."""
+        pairs = []
+        for context, text in (request.args for request in requests):
+            before, tokens = self._encode_pair(context, text) if context else ([], self.tok_encode(text))
+            pairs.append(((context, text), before, tokens))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        config = self.model.config
-        # The harness puts EOS before a continuation without context; our spans begin with it anyhow.
-        pairs = [([] if context == [config.eos] else context, tokens) for _, context, tokens in requests]
-        spans = [
-            continuation(context + tokens[: -config.context], tokens[-config.context :], config.eos, config.context)
-            for context, tokens in pairs
-        ]
-        return [(-found.nats, found.greedy) for found in score(self.model, spans)]
+        pairs = [(context, tokens) for _, context, tokens in requests]
+        return [(-found.nats, found.greedy) for found in score_continuations(self.model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, EOS not counted."""
@@ -66,17 +69,19 @@ class Harness(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy unless the task says otherwise; the text ends before the first stop string."""
-        asked = [_sampling(request.args[1]) for request in requests]
+        half = max(1, self.model.config.context // 2)
+        asked = [_sampling(request.args[1], half) for request in requests]
         prompts = [self._prompt(r.args[0], s) for r, s in zip(requests, asked, strict=True)]
         written = generate_batch(self.model, prompts, asked, tokenizer=self.tokenizer, slots=self.slots)
         return [answer.text for answer in written]
 
     def _prompt(self, text: str, sampling: Sampling) -> list[int]:
         ids, room = self.tok_encode(text), self.model.config.context - (sampling.max_tokens or 0)
-        return ids[-room:] if room > 0 else ids[-1:]
+        return ids[-room:] if room > 0 else []
 
 
-def _sampling(options: dict[str, Any]) -> Sampling:
+def _sampling(options: dict[str, Any], most: int) -> Sampling:
+    """The harness's settings in ours, with at most `most` new tokens."""
     until = options.get("until") or []
     stops = (until,) if isinstance(until, str) else tuple(until)
     greedy = not options.get("do_sample") or not options.get("temperature")
@@ -84,7 +89,7 @@ def _sampling(options: dict[str, Any]) -> Sampling:
         temperature=0.0 if greedy else float(options["temperature"]),
         top_p=float(options.get("top_p") or 1.0),
         stop=stops,
-        max_tokens=int(options.get("max_gen_toks") or 256),
+        max_tokens=min(int(options.get("max_gen_toks") or 256), most),
     )
 
 

@@ -46,6 +46,23 @@ def continuation(context: Sequence[int], tokens: Sequence[int], eos: int, longes
     return Span(whole[:-1], whole[1:], len(whole) - 1 - len(tokens))
 
 
+def score_continuations(model: Decoder, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    """Scores of (context, tokens) pairs in the order given; without tokens nothing is lost, and all of them were likeliest.
+
+    Tokens that exceed the model's context are read by halves of it, each behind what stands before it, as much as fits:
+    every token is scored once.
+    """
+    spans, owner = [], []
+    for i, (context, tokens) in enumerate(pairs):
+        new = list(_pieces(context, tokens, model.config.eos, model.config.context))
+        spans += new
+        owner += [i] * len(new)
+    found = [Score(0.0, True)] * len(pairs)
+    for i, one in zip(owner, score(model, spans), strict=True):
+        found[i] = Score(found[i].nats + one.nats, found[i].greedy and one.greedy)
+    return found
+
+
 def score(model: Decoder, spans: Sequence[Span]) -> list[Score]:
     """Scores in the order given."""
     found: list[Score | None] = [None] * len(spans)
@@ -53,6 +70,13 @@ def score(model: Decoder, spans: Sequence[Span]) -> list[Score]:
         for i, one in zip(batch, _scored(model, [spans[i] for i in batch]), strict=True):
             found[i] = one
     return [one for one in found if one is not None]
+
+
+def _pieces(context: Sequence[int], tokens: Sequence[int], eos: int, longest: int) -> Iterator[Span]:
+    step = len(tokens) if len(tokens) <= longest else max(1, longest // 2)
+    for start in range(0, len(tokens), step or 1):
+        before = [*context, *tokens[max(0, start - longest) : start]]
+        yield continuation(before, tokens[start : start + step], eos, longest)
 
 
 def _batches(spans: Sequence[Span]) -> Iterator[list[int]]:

@@ -37,12 +37,23 @@ def test_a_uniform_model_prefers_the_shortest(tmp_path: Path) -> None:
     assert (told.accuracy, told.chance, told.questions) == (1.0, 0.5, 1)
 
 
-def test_an_answer_longer_than_the_context_is_scored_by_its_end() -> None:
+def test_an_answer_longer_than_the_context_is_scored_whole() -> None:
     tokenizer = tokenizer_of(WORDS)
     model = uniform(tokenizer, context=8)
     long = " leaves" * 20
-    (found,) = answer(model, tokenizer, [Question("Q:", (long,), 0)])
-    assert found.bits[0] == pytest.approx(8 * math.log2(tokenizer.get_vocab_size()), rel=1e-6)
+    (found,) = answer(model, tokenizer, [Question("Q:", (long, " short"), 0)])
+    size = len(pair(tokenizer, "Q:", long)[1])
+    assert size > 16
+    assert found.bits[0] == pytest.approx(size * math.log2(tokenizer.get_vocab_size()), rel=1e-6)
+    assert found.bytes == (140, 6)
+
+
+def test_spaces_that_end_a_context_count_as_bits_and_bytes() -> None:
+    tokenizer = tokenizer_of(WORDS)
+    model = uniform(tokenizer)
+    moved, plain = answer(model, tokenizer, [Question("Q: \n", ("apple",), 0), Question("Q:", (" \napple",), 0)])
+    assert moved.bytes == plain.bytes == (7,)
+    assert moved.bits == plain.bits
 
 
 def test_pairs_join_to_the_whole() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,30 @@ def test_likelihoods_count_the_continuation_alone(model: Harness) -> None:
     for (log_p, greedy), text in zip(found, (" an apple", "grass"), strict=True):
         assert log_p == pytest.approx(per_token * len(model.tok_encode(text)), rel=1e-6)
         assert not greedy
+
+
+def test_a_continuation_beyond_the_context_is_scored_whole_and_an_empty_one_is_certain(model: Harness) -> None:
+    long = " grass and leaves" * 30
+    found = model.loglikelihood([request("What?", long), request("What?", ""), request("", "")], disable_tqdm=True)
+    size = len(model.tok_encode("What?" + long)) - len(model.tok_encode("What?"))
+    assert size > 32
+    assert found[0][0] == pytest.approx(-math.log(model.model.config.vocab_size) * size, rel=1e-6)
+    assert found[1:] == [(0.0, True), (0.0, True)]
+
+
+def test_an_answer_may_take_half_the_context(model: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = model.tok_encode("grass and leaves " * 30)
+    seen: list[tuple[int, int | None]] = []
+    plain = harness.generate_batch
+
+    def recorded(decoder: Any, prompts: Any, asked: Any, **options: Any) -> Any:
+        seen.extend((len(p), s.max_tokens) for p, s in zip(prompts, asked, strict=True))
+        return plain(decoder, prompts, asked, **options)
+
+    monkeypatch.setattr(harness, "generate_batch", recorded)
+    assert model.generate_until([request("grass and leaves " * 30, {"until": []}), request("", {})]) == ["", ""]
+    assert len(tokens) > 32
+    assert seen == [(16, 16), (0, 16)]
 
 
 def test_a_text_beyond_the_context_is_scored_whole(model: Harness) -> None:

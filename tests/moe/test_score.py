@@ -1,5 +1,7 @@
 """Scores of spans: each against a forward pass of its own, whatever shares its batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from moe import score as scoring
 from moe.config import ModelConfig
 from moe.model import Decoder
-from moe.score import Span, continuation, score
+from moe.score import Span, continuation, score, score_continuations
 
 
 def test_a_continuation_is_cut_from_the_front() -> None:
@@ -23,6 +25,25 @@ def test_a_continuation_is_cut_from_the_front() -> None:
 def test_a_continuation_must_fit(tokens: list[int]) -> None:
     with pytest.raises(ValueError, match="expected 1 to 3"):
         continuation([], tokens, eos=0, longest=3)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 9, 12, 29])
+def test_long_continuations_count_each_token_once(model_config: ModelConfig, size: int) -> None:
+    model = Decoder(replace(model_config, context=8)).double().eval()
+    rng = np.random.default_rng(size)
+    context, tokens = (rng.integers(1, model_config.vocab_size, n).tolist() for n in (3, size))
+    whole = [model_config.eos, *context, *tokens]
+    log_p = []
+    for t in range(size):
+        # Behind at most 8 inputs: in a piece of 4 (all of them up to 8), those before it are read too.
+        first = t - t % 4 if size > 8 else 0
+        last = min(first + 4, size) if size > 8 else size
+        inputs = whole[: 3 + last][-8:]
+        with torch.inference_mode():
+            row = model(torch.tensor([inputs]))[0].log_softmax(-1)
+        log_p.append(float(row[t - last, tokens[t]]))
+    (found,) = score_continuations(model, [(context, tokens)])
+    assert found.nats == pytest.approx(-sum(log_p), rel=1e-9, abs=1e-12)
 
 
 def test_scores_equal_those_of_each_alone(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
