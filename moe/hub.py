@@ -82,6 +82,7 @@ def export(
             "choose another or pass overwrite"
         )
     model, tokenizer = (source, tokenizer) if not isinstance(source, str | Path) else _of_run(Path(source), tokenizer)
+    special = None if tokenizer is None else _tokenizer_config(Path(tokenizer), model.config)
     temporary = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -89,8 +90,9 @@ def export(
     _write_json(temporary / CONFIG, to_hub(model.config) | {"torch_dtype": _dtype_name(model, dtype)})
     ids = {f"{kind}_token_id": model.config.eos for kind in ("bos", "eos", "pad")}
     _write_json(temporary / GENERATION, ids)
-    if tokenizer is not None:
-        _write_tokenizer(temporary, Path(tokenizer), model.config)
+    if tokenizer is not None and special is not None:
+        shutil.copyfile(tokenizer, temporary / TOKENIZER)
+        _write_json(temporary / TOKENIZER_CONFIG, special)
     _commit(temporary, folder)
     return folder
 
@@ -111,6 +113,26 @@ def load(folder: str | Path, *, context: int | None = None, dtype: torch.dtype =
     for name, tensor in named_tensors(model).items():
         tensor.copy_(stored.read(name))
     return model.eval()
+
+
+def stop_tokens(folder: str | Path) -> tuple[int, ...]:
+    """Ids that end an answer: those of generation_config.json, then of config.json, each once.
+
+    The first of config.json is the model's own `eos`. A folder without the hub's config has none of its own: empty.
+    """
+    folder = Path(folder)
+    if not is_hub_folder(folder):
+        return ()
+    values = _read_json(folder / CONFIG)
+    text = values.get("text_config") or {}
+    generation = _read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    found: list[int] = []
+    for listed in (part.get("eos_token_id") for part in (generation, values, text)):
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise ConfigError(f"hub: {folder} has an eos_token_id that is none, got {ids}, expected ids; mend the file")
+        found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -136,6 +158,13 @@ class _Stored:
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise StageError(f"hub: {index} is damaged, got no weight_map; restore it from where it came")
+            if outside := [
+                f for f in listed.values() if not isinstance(f, str) or f in ("", "..") or Path(f).name != f
+            ]:
+                raise StageError(
+                    f"hub: {index} is damaged, got {outside[0]!r} as a file, expected names without a folder; "
+                    "fetch it from a place that you trust"
+                )
             files = sorted(set(listed.values()))
         elif (folder / SINGLE).is_file():
             listed, files = None, [SINGLE]
@@ -234,9 +263,8 @@ def _dtype_name(model: "Decoder", dtype: torch.dtype | None) -> str:
     return str(dtype or model.lm_head.weight.dtype).removeprefix("torch.")
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> None:
-    """tokenizer.json, and the file that says to transformers how long inputs are and which token ends a document."""
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
+def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
+    """What says to transformers how long inputs are and which token ends a document; a `ConfigError` where none does."""
     values = _read_json(tokenizer)
     content = next((t["content"] for t in values.get("added_tokens", []) if t["id"] == config.eos), None)
     if content is None:
@@ -245,8 +273,7 @@ def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> None
             "training; pass the tokenizer that made its tokens"
         )
     special = {f"{kind}_token": content for kind in ("bos", "eos", "pad")}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context}
-    _write_json(folder / TOKENIZER_CONFIG, kind | special)
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context} | special
 
 
 def _commit(temporary: Path, folder: Path) -> None:
@@ -254,6 +281,7 @@ def _commit(temporary: Path, folder: Path) -> None:
         _sync(path)
     replaced = folder.with_name(folder.name + REPLACED)
     if folder.is_dir() and any(folder.iterdir()):
+        shutil.rmtree(replaced, ignore_errors=True)  # of a killed overwrite; a folder in its place is whole
         os.replace(folder, replaced)
     os.replace(temporary, folder)
     _sync(folder.parent)

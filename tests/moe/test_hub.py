@@ -348,6 +348,10 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     (folder / first).unlink()
     with pytest.raises(StageError, match=f"{first} is missing"):
         hub.load(folder)
+    for file in ("../model.safetensors", "/model.safetensors", "a/b", "..", 3):
+        (folder / hub.INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {"lm_head.weight": file}}))
+        with pytest.raises(StageError, match="names without a folder"):
+            hub.load(folder)
     (folder / hub.INDEX).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         hub.load(folder)
@@ -375,6 +379,12 @@ def test_leftovers_of_a_killed_export_are_replaced(tmp_path: Path) -> None:
     folder = hub.export(perturbed(SMALL), tmp_path / "hub")
     assert _bits(hub.load(folder)) == _bits(perturbed(SMALL))
     assert [p.name for p in tmp_path.iterdir()] == ["hub"]
+    old = tmp_path / ("hub" + hub.REPLACED)
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    hub.export(perturbed(SMALL, seed=5), folder, overwrite=True)
+    assert _bits(hub.load(folder)) == _bits(perturbed(SMALL, seed=5))
+    assert [p.name for p in tmp_path.iterdir()] == ["hub"]
 
 
 def test_tokenizer_goes_along(tmp_path: Path) -> None:
@@ -394,6 +404,18 @@ def test_tokenizer_goes_along(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no special token of id 9"):
         hub.export(perturbed(replace(SMALL, eos=9)), tmp_path / "other", tokenizer=tmp_path / "tokenizer.json")
     assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob("other*")), "told before a shard is written"
+
+
+def test_stop_tokens_are_those_of_both_files(tmp_path: Path) -> None:
+    assert hub.stop_tokens(tmp_path) == ()
+    (tmp_path / hub.CONFIG).write_text(json.dumps(RELEASED))
+    assert hub.stop_tokens(tmp_path) == (1, 2, 128007)
+    (tmp_path / hub.GENERATION).write_text(json.dumps({"eos_token_id": 128007}))
+    assert hub.stop_tokens(tmp_path) == (128007, 1, 2)
+    (tmp_path / hub.GENERATION).write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    with pytest.raises(ConfigError, match="eos_token_id that is none"):
+        hub.stop_tokens(tmp_path)
 
 
 def test_a_run_is_exported_with_its_tokenizer(train_config: TrainConfig, source: TokenSource, tmp_path: Path) -> None:
