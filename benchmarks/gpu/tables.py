@@ -51,7 +51,7 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
         ),
     ),
     (
-        "Learning rates on one seed (`study`), held-out bits per byte",
+        "Learning rates on one seed (`study`), bits per byte of the held-out half on which they are chosen",
         r"^rates_",
         (
             ("optimiser", "what", str),
