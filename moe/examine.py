@@ -20,7 +20,7 @@ from core.errors import ConfigError, StepwellError
 
 
 def examine(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures by file name."""
+    """Figures by file: its name, or its path where another has that name too."""
     import moe
     from moe.choices import answer, difference, read_questions, summary
     from moe.generate import load_tokenizer
@@ -31,15 +31,21 @@ def examine(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for path in args.questions:
         questions = read_questions(path)[: args.limit]
         answered = [answer(model, tokenizer, questions) for model, tokenizer in models]
-        found[path.name] = asdict(summary(answered[0]))
+        figures = found[_key(path, args)] = asdict(summary(answered[0]))
         if len(answered) == 2:
-            found[path.name]["less_than_other"] = asdict(difference(answered[1], answered[0]))
+            figures["less_than_other"] = asdict(difference(answered[1], answered[0]))
     if args.problems is not None:
         problems = read_problems(args.problems)[: args.limit]
         examples = read_problems(args.examples)[: args.shots] if args.examples else []
         model, tokenizer = models[0]
-        found[args.problems.name] = asdict(share(solve(model, tokenizer, problems, examples, args.max_tokens)))
+        key = _key(args.problems, args) + (" (generated)" if args.problems in args.questions else "")
+        found[key] = asdict(share(solve(model, tokenizer, problems, examples, args.max_tokens)))
     return found
+
+
+def _key(path: Path, args: argparse.Namespace) -> str:
+    paths = {*args.questions, args.problems} - {None}
+    return path.name if sum(p.name == path.name for p in paths) == 1 else str(path)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -78,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.questions and args.problems is None:
         parser.error("nothing to ask: give --questions or --problems")
+    least = 1 if args.against is None else 2  # a difference has an error from two questions on
+    if args.limit is not None and args.limit < least:
+        parser.error(f"--limit is too small: got {args.limit}, expected {least} or more")
     try:
         found = examine(args.folder, args)
     except (ConfigError, StepwellError) as e:
