@@ -1,8 +1,17 @@
 """Decoding of the preset `1b` at random weights: tokens a second of one row, plain and with drafts, beside Hugging Face.
 
-`fused`: moe/fused.py, one CUDA graph a token. `round`: one step that verifies K drafts and makes new ones, as a graph; with
-random weights drafts are hardly ever right, so the speed-up at an acceptance length A is A x plain ms / round ms, which
-is shown for A from 1 to K + 1. `hf_static`: Qwen3-MoE of `train_step.qwen_shape` through generate with a static cache.
+Greedy, 256 new tokens behind a prompt of 128; what a time covers differs, and stands in each line as `covers`:
+
+    plain_steps_*                replays of one CUDA graph a token of moe/fused.py: no prefill, no requests, nothing read back
+    plain_generate_batch_*       moe.generate.generate_batch, what a caller has: a call's new tokens, the capture of its graph
+                                 included; a call for one token, which is prefill and setting up, subtracted
+    plain_batcher_*              the same through one moe.batching.Batcher that stays, as in a server: its graph is captured
+                                 before; with `compiled`, its layers by torch.compile; one token subtracted likewise
+    plain_hf_generate_static     Hugging Face's generate of Qwen3-MoE (`train_step.qwen_shape`) with a static cache, which
+                                 compiles by itself; compiled before, one token subtracted likewise
+
+`rounds_*`: one step that verifies K drafts and makes new ones, as a graph; with random weights drafts are hardly ever right, so
+the speed-up at an acceptance length A is A x plain ms / round ms, which is shown for A from 1 to K + 1.
 """
 
 import dataclasses
@@ -14,9 +23,13 @@ import torch
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import qwen_shape, step_shape
+from core.errors import StageError
 from moe import fused as fast
+from moe.batching import Batcher
 from moe.cache import Cache
 from moe.config import ModelConfig
+from moe.generate import generate_batch
+from moe.sampling import Sampling
 
 PROMPT, NEW = 128, 256
 
@@ -70,6 +83,7 @@ def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, 
     torch.cuda.synchronize()
     ms = (time.perf_counter() - begin) / NEW * 1000
     return {
+        "covers": "replayed steps, no prefill",
         "rows": rows,
         "ms": ms,
         "tokens_per_s": rows / ms * 1000,
@@ -93,7 +107,6 @@ def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
 def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
     """moe/decode.py's greedy steps: plain, and verifying `drafts` drafts."""
     from moe.decode import Decode
-    from moe.sampling import Sampling
 
     torch.manual_seed(0)
     model = timing.drawn(dataclasses.replace(config, mtp_heads=drafts)).eval()
@@ -115,6 +128,53 @@ def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
     return figures | {f"speedup_at_{a}": a * ratio for a in range(1, drafts + 2)} | _memory()
 
 
+def generated(config: ModelConfig) -> dict[str, Any]:
+    """A call of `generate_batch` with one prompt."""
+    torch.manual_seed(0)
+    model = timing.drawn(config).eval()
+    prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
+
+    def run(new: int) -> int:
+        return len(generate_batch(model, [prompt], Sampling(temperature=0.0, max_tokens=new))[0].tokens)
+
+    return {"covers": "a call: new tokens and capture, less a call for 1"} | _new_tokens(run) | _memory()
+
+
+def batched(config: ModelConfig, *, compiled: bool) -> dict[str, Any]:
+    """One request at a time through a `Batcher` that stays."""
+    torch.manual_seed(0)
+    model = timing.drawn(config).eval()
+    prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
+    batcher = Batcher(model, slots=1, context=PROMPT + NEW + 1, compiled=compiled)
+
+    def run(new: int) -> int:
+        batcher.submit(prompt, Sampling(temperature=0.0, max_tokens=new))
+        made = 0
+        while not batcher.idle:
+            made += sum(len(event.tokens) for event in batcher.step())
+        return made
+
+    return {"covers": "a request: new tokens, less a request for 1"} | _new_tokens(run) | _memory()
+
+
+def _new_tokens(run: Callable[[int], int]) -> dict[str, Any]:
+    """Milliseconds of each token behind the first, from calls for `NEW` and for one; the median of three each, after two."""
+    seconds: dict[int, float] = {}
+    for new in (1, NEW):
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            made = run(new)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+            if made != new:  # an EOS among random weights
+                raise StageError(f"decode: the answer ended early, got {made} tokens, expected {new}; change the seed")
+        seconds[new] = sorted(times[2:])[1]
+    ms = (seconds[NEW] - seconds[1]) / (NEW - 1) * 1000
+    return {"rows": 1, "ms": ms, "tokens_per_s": 1000 / ms, "first_token_ms": seconds[1] * 1000}
+
+
 def hf_static(config: ModelConfig) -> dict[str, Any]:
     """Hugging Face's generate with a static cache, which compiles by itself."""
     from benchmarks.gpu.train_step import hf_qwen_model
@@ -122,24 +182,18 @@ def hf_static(config: ModelConfig) -> dict[str, Any]:
     model = hf_qwen_model(config).eval()
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
 
-    def run() -> None:
-        model.generate(
+    def run(new: int) -> int:
+        whole = model.generate(
             prompt,
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
+            max_new_tokens=new,
+            min_new_tokens=new,
             do_sample=False,
             cache_implementation="static",
             pad_token_id=0,
         )
+        return int(whole.shape[1]) - PROMPT
 
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    ms = (time.perf_counter() - begin) / NEW * 1000
-    return {"ms": ms, "tokens_per_s": 1000 / ms}
+    return {"covers": "a call: new tokens, less a call for 1"} | _new_tokens(run)
 
 
 def _cache(config: ModelConfig, rows: int, dtype: torch.dtype, capacity: int, slack: int) -> Cache:
@@ -158,14 +212,17 @@ def main() -> None:
     known: dict[str, Callable[[], dict[str, Any]]] = {
         "error_bf16": lambda: error(tiny, torch.bfloat16, 4),
         "error_fp32": lambda: error(tiny, torch.float32, 4),
-        "plain_v32k": lambda: plain(small),
-        "plain_v129k": lambda: plain(large),
-        "plain_rows8_v32k": lambda: plain(small, rows=8),
+        "plain_steps_v32k": lambda: plain(small),
+        "plain_steps_v129k": lambda: plain(large),
+        "plain_steps_rows8_v32k": lambda: plain(small, rows=8),
+        "plain_generate_batch_v32k": lambda: generated(small),
+        "plain_batcher_v32k": lambda: batched(small, compiled=False),
+        "plain_batcher_compiled_v32k": lambda: batched(small, compiled=True),
         "several_2": lambda: several(small, 2),
         "several_4": lambda: several(small, 4),
         "rounds_1": lambda: rounds(small, 1),
         "rounds_3": lambda: rounds(small, 3),
-        "hf_static": lambda: hf_static(qwen_shape(32_768)),
+        "plain_hf_generate_static": lambda: hf_static(qwen_shape(32_768)),
     }
     for name, body in known.items():
         if name.startswith(tuple(args.only)):

@@ -91,6 +91,7 @@ def main() -> None:
     if args.part:
         rank(args.part, args.out, args.experts)
         return
+    (args.out / "ranks.jsonl").unlink(missing_ok=True)  # lines of an earlier call are no part of this comparison
     for part, ranks, experts in (
         ("throughput", 1, 1), ("throughput", 2, 1), ("losses", 1, 1), ("losses", 2, 1), ("losses", 2, 2),
     ):  # fmt: skip

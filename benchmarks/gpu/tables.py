@@ -1,7 +1,8 @@
 """The section on GPUs of docs/benchmarks.md, from kept result lines: `python -m benchmarks.gpu.tables FOLDER ...`.
 
-In: folders with the `.jsonl` files that the scripts beside this one wrote, in any depth; of lines with one name the latest
-counts. Out: the text between `<!-- gpu -->` and `<!-- /gpu -->`, rewritten, so that no figure there is typed by hand.
+In: folders with the `.jsonl` files that the scripts beside this one wrote, in any depth; of lines with one name the latest with
+figures counts, and a contender whose last call failed is named under its table. Out: the text between `<!-- gpu -->` and
+`<!-- /gpu -->`, rewritten, so that no figure there is typed by hand.
 """
 
 import json
@@ -17,7 +18,7 @@ Line = Mapping[str, Any]
 PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], ...] = (
     (
         "Training steps (`train_step`): tokens a second, model FLOPs over 989 TFLOP/s, peak memory",
-        r"^(ours|hf)_",
+        r"^(ours|hf)_(step|qwen)",
         (
             ("contender", "what", str),
             ("rows", "rows", str),
@@ -37,16 +38,18 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
             ("both ms", "ms", lambda v: f"{v:.2f}"),
             ("as a graph ms", "graph_ms", lambda v: f"{v:.2f}"),
             ("products alone ms", "products_ms", lambda v: f"{v:.2f}"),
+            ("products as a graph ms", "products_graph_ms", lambda v: f"{v:.2f}"),
             ("held GiB", "held_gib", lambda v: f"{v:.2f}"),
         ),
     ),
     (
-        "Greedy decoding, preset `1b`, one captured step a token (`decode`)",
+        "Greedy decoding without drafts (`decode`), preset `1b` beside Qwen3-MoE; what each time covers stands in its row",
         r"^plain_",
         (
-            ("shape", "what", str),
+            ("contender", "what", str),
+            ("time of", "covers", str),
             ("rows", "rows", str),
-            ("ms a step", "ms", lambda v: f"{v:.3f}"),
+            ("ms a token", "ms", lambda v: f"{v:.3f}"),
             ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
         ),
     ),
@@ -62,40 +65,40 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
 )
 
 
-def lines(folders: Iterable[Path]) -> dict[str, Line]:
-    """The latest line of each name that has figures."""
+def lines(folders: Iterable[Path]) -> tuple[dict[str, Line], dict[str, Line]]:
+    """By name: the latest line that has figures, and the latest that failed where none with figures is as late."""
     found: dict[str, Line] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.jsonl")):
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                if "what" in line and "error" not in line and line["date"] >= found.get(line["what"], line)["date"]:
-                    found[line["what"]] = line
-    return found
+    failed: dict[str, Line] = {}
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.jsonl"))):
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            kept = failed if "error" in line else found
+            if "what" in line and line["date"] >= kept.get(line["what"], line)["date"]:
+                kept[line["what"]] = line
+    return found, {n: line for n, line in failed.items() if n not in found or line["date"] > found[n]["date"]}
 
 
-def section(found: Mapping[str, Line]) -> str:
-    """Markdown of every table that has rows, and where each was measured."""
+def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
+    """Markdown of every table that has rows, where each was measured, and what failed."""
     out: list[str] = []
     for title, names, columns in PLAN:
-        rows = sorted((line for what, line in found.items() if re.search(names, what)), key=lambda line: line["what"])
-        if not rows:
+        rows = [found[name] for name in sorted(found) if re.search(names, name)]
+        wrong = [f"`{n}` ({failed[n]['error'].splitlines()[0][:80]})" for n in sorted(failed) if re.search(names, n)]
+        if not rows and not wrong:
             continue
         places = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, {r['date'][:10]}" for r in rows})
-        out += [
-            f"{title}. {'; '.join(places)}.",
-            "",
-            f"| {' | '.join(c[0] for c in columns)} |",
-            "| --- " * len(columns) + "|",
-        ]
+        out += [f"{title}. {'; '.join(places)}." if rows else f"{title}.", ""]
+        if rows:
+            out += [f"| {' | '.join(c[0] for c in columns)} |", "| --- " * len(columns) + "|"]
         out += [f"| {' | '.join(show(r[key]) if key in r else '' for _, key, show in columns)} |" for r in rows]
+        out += [*([""] if rows else []), f"Failed at the last call: {'; '.join(wrong)}."] if wrong else []
         out.append("")
     return "\n".join(out)
 
 
 def main() -> None:
     text = DOCS.read_text()
-    new = section(lines(map(Path, sys.argv[1:])))
+    new = section(*lines(map(Path, sys.argv[1:])))
     DOCS.write_text(re.sub(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", lambda m: f"{m[1]}\n{new}\n{m[2]}", text, flags=re.S))
 
 

@@ -3,7 +3,9 @@
 Two shapes, T = 4096 and 8 rows unless memory asks for fewer: `qwen` (d 1024, 16 layers of full attention, 16 heads of 64,
 32 experts of 512, top-4, no shared expert, no gate) and `step`, the preset `1b` (17 layers, S3F1, window 512, 8 and 12 heads
 of 128, head gate, shared expert). All contenders: bf16 weights and states, fused AdamW, tokens at random, a real
-next-token loss; each with its own loss code. `ours_muon` is a step of a real run: fp32 masters and momenta, Muon.
+next-token loss. Ours and Qwen3-MoE have their own loss code; Step's class has none, and the one given to it is compiled.
+`muon` is a step of a real run: fp32 masters and momenta, Muon. The routers' statistics are off, as they are in all but every
+tenth update of a run; `watched` has them on.
 
 The median of the steps after the warm-up counts; compile time and peak memory stand beside it.
 """
@@ -48,15 +50,17 @@ class Nothing(nn.Module):
         return x.new_zeros(())
 
 
-def ours(config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False) -> Step:
-    """Our decoder, each layer compiled."""
+def ours(
+    config: ModelConfig, tokens_BT: Tensor, *, shared: bool = True, muon: bool = False, watch: bool = False
+) -> Step:
+    """Our decoder, each layer compiled. `watch`: with the routers' statistics."""
     model = timing.drawn(config).train()
     for layer in model.model["layers"]:  # type: ignore[arg-type, union-attr]
         if not shared:
             layer.share_expert = Nothing()
         layer.compile(fullgraph=True, dynamic=False)
     for moe in model.routed:
-        moe.watch = False
+        moe.watch = watch
     model.model["norm"].compile(fullgraph=True, dynamic=False)
     target_S = tokens_BT.roll(-1, 1).flatten()
     head = model.lm_head.weight
@@ -106,7 +110,10 @@ def hf_qwen(config: ModelConfig, tokens_BT: Tensor) -> Step:
 
 
 def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
-    """Hugging Face's Step class and an LM head: as shipped, or with grouped_mm, flex attention and compiled layers."""
+    """Hugging Face's Step class: as shipped, or with grouped_mm, flex attention and compiled layers.
+
+    It comes without LM head and loss; both are ours and compiled, so that no lead is theirs.
+    """
     from transformers.models.step3p7 import modeling_step3p7 as hf
     from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
@@ -134,9 +141,12 @@ def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
             layer.compile()
     update, target_S = _adamw(nn.ModuleList([model, head])), tokens_BT.roll(-1, 1).flatten()
 
+    @torch.compile(dynamic=False)
+    def loss_of(states: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(head(states).flatten(0, 1).float(), target_S)
+
     def step() -> Tensor:
-        states = model(input_ids=tokens_BT).last_hidden_state
-        loss = nn.functional.cross_entropy(head(states).flatten(0, 1).float(), target_S)
+        loss = loss_of(model(input_ids=tokens_BT).last_hidden_state)
         loss.backward()
         update()
         return loss.detach()
@@ -202,13 +212,13 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
     return {
         "ours_step_e32_v32k": (lambda t: ours(small, t), small, 8, True),
         "ours_step_e32_v32k_triton": (lambda t: ours(dataclasses.replace(small, **fused), t), small, 8, True),
-        "ours_step_e32_v32k_graph": (
-            lambda t: ours(dataclasses.replace(small, **fused), t, graph=True),
+        "ours_step_e32_v32k_muon": (lambda t: ours(dataclasses.replace(small, **fused), t, muon=True), small, 8, True),
+        "ours_step_e32_v32k_muon_watched": (
+            lambda t: ours(dataclasses.replace(small, **fused), t, muon=True, watch=True),
             small,
             8,
             True,
         ),
-        "ours_step_e32_v32k_muon": (lambda t: ours(dataclasses.replace(small, **fused), t, muon=True), small, 8, True),
         "ours_step_e64_v32k_triton": (lambda t: ours(dataclasses.replace(small64, **fused), t), small64, 8, True),
         "ours_step_e32_v129k_triton": (lambda t: ours(dataclasses.replace(large, **fused), t), large, 8, True),
         "ours_step_e64_v129k_triton": (lambda t: ours(dataclasses.replace(large64, **fused), t), large64, 8, True),
