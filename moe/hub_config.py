@@ -144,7 +144,7 @@ class Reader:
         return int(self.size(("max_seq_len", "max_position_embeddings")) or 0)
 
     def eos(self, outer: Mapping[str, Any]) -> int:
-        """The token that ends a document; the first, where the file lists several."""
+        """The token that ends a document; the first, where the file lists several (`moe.hub.stop_tokens` has them all)."""
         found = self.values.get("eos_token_id", outer.get("eos_token_id"))
         found = found[0] if isinstance(found, list) and found else found
         if not isinstance(found, int):
