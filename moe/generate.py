@@ -140,7 +140,7 @@ def _drain(batcher: Batcher) -> Iterator[Event]:
 
 
 def _answer(events: list[Event]) -> Answer:
-    logprobs = [lp for e in events for lp in e.logprobs or ()]
+    logprobs = [lp for e in events for lp in (e.logprobs or ())[: len(e.tokens)]]
     return Answer(
         tokens=tuple(t for e in events for t in e.tokens),
         text="".join(e.text for e in events),
