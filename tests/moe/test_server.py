@@ -492,9 +492,7 @@ def test_the_command_serves_a_hub_folder(model: Decoder, tokenizer: Any, tmp_pat
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
         assert process.stderr is not None
         try:
-            address = next(
-                found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line))
-            )
+            address = next(hit[1] for line in process.stderr if (hit := re.search(r"running on (http://\S+)", line)))
             client = OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
             found = client.completions.create(model="toy", prompt="law", max_tokens=3, temperature=0)
             assert found.choices[0].text == greedy(model, tokenizer, "law", 3)
