@@ -52,10 +52,11 @@ class Event:
 
     id: int
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, where asked for
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # where asked for: one a token, and the stop token's
     finished: Finish | None = None
     text: str = ""  # empty without a tokenizer
     acceptance: Acceptance | None = None  # with the last event, of a request that speculated
+    end: int | None = None  # the stop token that ended it
 
 
 @dataclass(eq=False)
@@ -140,7 +141,7 @@ class Batcher:
     def submit(self, prompt: Sequence[int], sampling: Sampling | None = None) -> int:
         """Queues a request and returns its id. `Full` where there is no place, `ConfigError` where it cannot be served."""
         sampling = sampling or Sampling()
-        limit = self._check(prompt, sampling)
+        limit = self.check(prompt, sampling)
         stream = None if self.tokenizer is None else TextStream(self.tokenizer.decode, sampling.stop)
         ends = frozenset((self.model.config.eos, *sampling.stop_tokens))
         with self._lock:
@@ -183,8 +184,8 @@ class Batcher:
             events += self._read(self._launches.popleft())
         return events
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """The tokens that the request may make."""
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """The tokens that the request may make; `ConfigError` where it cannot be served. Any thread may ask."""
         vocab, length = self.model.config.vocab_size, len(self.start) + len(prompt)
         room = self.limit - length + 1  # the last new token is not read
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
@@ -300,11 +301,11 @@ class Batcher:
     def _take(self, request: Request, tokens: list[int], readback: Readback, index: int) -> Event:
         """Adds tokens up to where the request ends."""
         taken: list[int] = []
-        text = ""
+        text, end = "", None
         finished: Finish | None = None
         for token in tokens:
             if token in request.ends:
-                finished = "stop"
+                finished, end = "stop", token
                 break
             taken.append(token)
             if request.stream is not None:
@@ -322,16 +323,14 @@ class Batcher:
             finished = "stop" if request.stream.stopped else finished
         if finished:
             self._finish(request, finished)
-        logprobs = self._logprobs(request, readback, index, len(taken))
-        return Event(request.id, tuple(taken), logprobs, finished, text, request.drafted if finished else None)
+        logprobs = self._logprobs(request, readback, index, len(taken) + (end is not None))
+        return Event(request.id, tuple(taken), logprobs, finished, text, request.drafted if finished else None, end)
 
-    def _logprobs(
-        self, request: Request, readback: Readback, index: int, tokens: int
-    ) -> tuple[TokenLogprobs, ...] | None:
+    def _logprobs(self, request: Request, read: Readback, index: int, rows: int) -> tuple[TokenLogprobs, ...] | None:
         wanted = request.sampling.logprobs
-        if wanted is None or readback.logprobs is None:
+        if wanted is None or read.logprobs is None:
             return None
-        chosen, top, ids = (part[index, :tokens].tolist() for part in readback.logprobs)
+        chosen, top, ids = (part[index, :rows].tolist() for part in read.logprobs)
         return tuple(
             TokenLogprobs(logprob, tuple(zip(i[:wanted], p[:wanted], strict=True)))
             for logprob, p, i in zip(chosen, top, ids, strict=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import moe
-from core.errors import StepwellError
+from core.errors import ConfigError, StepwellError
 from moe import checkpoint
 from moe.batching import Batcher, Event, Finish, TokenLogprobs
 from moe.model import Decoder
@@ -27,6 +27,7 @@ from moe.sampling import Sampling
 from moe.speculative import Acceptance
 
 SLOTS = 16  # prompts of a batch that are decoded at once
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ def stream(
     return _drain(batcher)
 
 
+def load_for_use(folder: Path, device: str = "auto", dtype: str = "auto") -> Decoder:
+    """The folder's model where and as it shall run; "auto": a GPU if there is one, bfloat16 there and float32 on a CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"no GPU here, got device {device!r}, expected one that torch sees; use --device cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return moe.load(folder).to(device, getattr(torch, dtype)).eval()
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The `tokenizers.Tokenizer` of a run, or the tokenizer.json of a hub folder."""
     hub = folder / checkpoint.TOKENIZER
@@ -140,7 +152,7 @@ def _drain(batcher: Batcher) -> Iterator[Event]:
 
 
 def _answer(events: list[Event]) -> Answer:
-    logprobs = [lp for e in events for lp in e.logprobs or ()]
+    logprobs = [lp for e in events for lp in (e.logprobs or ())[: len(e.tokens)]]
     return Answer(
         tokens=tuple(t for e in events for t in e.tokens),
         text="".join(e.text for e in events),
@@ -163,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="no drafts by MTP heads")
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     return parser
 
 
@@ -182,10 +194,8 @@ def _run(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop), max_tokens=args.max_tokens, seed=args.seed,
     )  # fmt: skip
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     tokenizer = load_tokenizer(args.folder)
-    model = moe.load(args.folder).to(device, getattr(torch, dtype)).eval()
+    model = load_for_use(args.folder, args.device, args.dtype)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     last = None

@@ -27,6 +27,8 @@ from core.errors import ConfigError
 # replaces a rejected token with CHOOSE.
 CHOOSE, DRAFT, ACCEPT, DRAWS = 0, 1, 2, 3
 MAX_LOGPROBS = 20  # the OpenAI interface's bound
+# Logits of some hundreds stay finite in fp32 behind these, with room to spare; chosen. Only 0 is colder, and means greedy.
+COLDEST, LEAST_PENALTY, MOST_PENALTY = 1e-4, 0.01, 100.0
 
 # What a step must be able to do: the likeliest token alone; any temperature and penalty; top-k and top-p as well.
 Mode = Literal["greedy", "sample", "filter"]
@@ -54,10 +56,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            (
+                "temperature",
+                self.temperature == 0 or COLDEST <= self.temperature < float("inf"),
+                f"0, or at least {COLDEST}",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            (
+                "repetition_penalty",
+                LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                f"{LEAST_PENALTY} to {MOST_PENALTY}",
+            ),
             ("stop", all(self.stop), "strings that are not empty"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
@@ -130,12 +140,15 @@ def distribution(logits_BV: Tensor, settings: Settings, seen_BV: Tensor, mode: M
 
 
 def choose(p_BV: Tensor, draw_B: Tensor) -> Tensor:
-    """The token [B] at which each row's cumulative share first exceeds its draw; never one of probability 0."""
+    """The token [B] at which each row's cumulative share first exceeds its draw; never one of probability 0.
+
+    A row that is no distribution (all zero, or not finite, as of a model that has diverged) gives the last token.
+    """
     cumulative_BV = p_BV.double().cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     # u * total may round up to the total, and no share exceeds that.
     level_B1 = torch.minimum(draw_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cumulative_BV, level_B1, right=True)[:, 0]
+    return torch.searchsorted(cumulative_BV, level_B1, right=True)[:, 0].clamp_(max=p_BV.shape[-1] - 1)
 
 
 def draws(seed: int, tokens: int) -> np.ndarray:

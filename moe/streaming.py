@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 MOST_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its last
+WINDOW = 12  # tokens behind the border before it moves into bytes that are no text: some borders of these are between characters
 
 
 class TextStream:
@@ -32,7 +33,9 @@ class TextStream:
         certain = self._certain(text)
         new, self._released = certain[self._released :], len(certain)
         if not unfinished:
-            self._ids, self._border, self._released = self._ids[self._border :], len(self._ids) - self._border, 0
+            self._move(len(self._ids), len(text))
+        elif len(self._ids) - self._border > WINDOW:
+            self._settle(text)
         return self._search(new)
 
     def end(self) -> str:
@@ -43,6 +46,21 @@ class TextStream:
         released = self._search(text[self._released :])
         rest, self._held = ("" if self.stopped else self._held), ""
         return released + rest
+
+    def _move(self, end: int, chars: int) -> None:
+        """Puts the border before id `end`, which is `chars` characters further on."""
+        self._ids, self._border, self._released = self._ids[self._border :], end - self._border, self._released - chars
+
+    def _settle(self, text: str) -> None:
+        """Moves the border past bytes that will never be a character, so that a run of them is not decoded anew each time."""
+        done = len(self.decode(self._ids[: self._border]))
+        for end in range(len(self._ids) - MOST_UNFINISHED - 1, self._border, -1):
+            before = self.decode(self._ids[:end])[done:]
+            inside = self.decode(self._ids[self._border : end])
+            after = self.decode(self._ids[self._border :])[len(inside) :]
+            if before + after == text and len(before) <= self._released:  # not where the border would part a character
+                self._move(end, len(before))
+                return
 
     @staticmethod
     def _certain(text: str) -> str:
@@ -57,6 +75,6 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]  # the one that ends first, so that token borders do not matter
-        keep = max((n for s in self.stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
+        keep = max((n for s in self.stop for n in range(min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

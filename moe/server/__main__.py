@@ -14,7 +14,10 @@ from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
 
-KEY = "MOE_API_KEY"
+KEY = "MOE_API_KEY"  # empty: none
+DTYPES = ("auto", "float32", "bfloat16")  # those of moe.generate, which imports torch
+LEAVE_S = 10  # that open answers get to end after a signal
+CONNECTIONS = 1024  # beyond, 503; chosen, above what slots and queue hold by far
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Options:
     context: int | None = None
     speculate: bool = False
     device: str = "auto"
+    dtype: str = "auto"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="tokens a request may have (default: the model's context)")
     parser.add_argument("--speculate", action="store_true", help="draft with the MTP heads")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     try:
         serve(Options(**vars(parser.parse_args(argv))))
     except StepwellError as e:
@@ -62,31 +67,23 @@ def serve(options: Options) -> None:
         from moe.server.app import Serving
     except ModuleNotFoundError as e:
         raise ConfigError(f"{e.name} is not installed; install the extra: pip install 'stepwell[serve]'") from e
-    import moe
     from moe.batching import Batcher
-    from moe.generate import load_tokenizer
+    from moe.generate import load_for_use, load_tokenizer
     from moe.server.chat import chat_template
     from moe.server.service import Service
 
-    model = moe.load(options.folder).to(_device(options.device))
+    model = load_for_use(options.folder, options.device, options.dtype)
     tokenizer = load_tokenizer(options.folder)
     batcher = Batcher(
         model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate
     )
     name = options.name or options.folder.resolve().name
-    serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY))
-    config = uvicorn.Config(serving.app(), host=options.host, port=options.port, log_level="info")
+    serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY) or None)
+    config = uvicorn.Config(
+        serving.app(), host=options.host, port=options.port, log_level="info",
+        timeout_graceful_shutdown=LEAVE_S, limit_concurrency=CONNECTIONS,
+    )  # fmt: skip
     uvicorn.Server(config).run()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"no GPU here, got device {name!r}, expected one that torch sees; use --device cpu")
-    return name
 
 
 if __name__ == "__main__":

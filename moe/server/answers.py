@@ -1,8 +1,11 @@
 """The bodies of OpenAI's answers: completions and chats, whole and in chunks."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from moe.server.protocol import Ask
@@ -18,6 +21,7 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, float, Mapping[int, float]]] = field(default_factory=list)  # id, its own, the top
     finish: str | None = None
+    offset: int = 0  # characters of the tokens whose log-probabilities are written
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Writer:
 
     def chunk(self, choice: Choice, text: str, since: int) -> str:
         """New text of a choice, with the log-probabilities from entry `since` on."""
-        logprobs = self._logprobs(choice.logprobs[since:], sum(map(len, choice.text)) - len(text))
+        logprobs = self._logprobs(choice, since)
         entry: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": choice.finish}
         return self._chunk(entry | ({"delta": {"content": text} if text else {}} if self.ask.chat else {"text": text}))
 
@@ -64,31 +68,62 @@ class Writer:
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.text)
-        ends = {"index": choice.index, "logprobs": self._logprobs(choice.logprobs, 0), "finish_reason": choice.finish}
+        ends = {"index": choice.index, "logprobs": self._logprobs(choice, 0), "finish_reason": choice.finish}
         if self.ask.chat:
             return ends | {"message": {"role": "assistant", "content": text, "refusal": None}}
         return ends | {"text": text}
 
-    def _logprobs(self, rows: Sequence[tuple[int, float, Mapping[int, float]]], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, since: int) -> dict[str, Any] | None:
+        """Of the entries from `since` on. Offsets count the tokens' own texts, so that streams and whole answers agree."""
         if self.ask.sampling.logprobs is None:
             return None
+        rows = choice.logprobs[since:]
         if self.ask.chat:
             return {"content": [self._chat_row(*row) for row in rows], "refusal": None}
-        texts = [self._text(t) for t, _, _ in rows]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-        top = [{self._text(i): p for i, p in best.items()} for _, _, best in rows]
-        return {"tokens": texts, "token_logprobs": [p for _, p, _ in rows], "top_logprobs": top, "text_offset": offsets}
+        *offsets, choice.offset = accumulate((len(self._text(t)) for t, _, _ in rows), initial=choice.offset)
+        top: list[dict[str, float]] = [{} for _ in rows]
+        for names, (_, _, best) in zip(top, rows, strict=True):
+            for i, p in best.items():
+                names.setdefault(self._name(i), p)  # of tokens with one name the likelier, which comes first
+        return {
+            "tokens": [self._name(t) for t, _, _ in rows],
+            "token_logprobs": [p for _, p, _ in rows],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
 
     def _chat_row(self, token: int, own: float, best: Mapping[int, float]) -> dict[str, Any]:
         return self._named(token, own) | {"top_logprobs": [self._named(i, p) for i, p in best.items()]}
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
-        # A token that is part of a character has no text of its own, and its bytes cannot be had from the tokenizer.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        raw = self._bytes(token) if "\ufffd" in text else text.encode()
+        return {"token": self._name(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
+
+    def _name(self, token: int) -> str:
+        """The token's text, or, as OpenAI writes it, the bytes of one that is a part of a character."""
+        text = self._text(token)
+        raw = self._bytes(token) if "\ufffd" in text else None
+        return text if raw is None else "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+    def _bytes(self, token: int) -> bytes | None:
+        """Those that the tokenizer's entry stands for; None for one that is written in no known way."""
+        entry = str(self.tokenizer.id_to_token(token))
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", entry):  # byte fallback, of sentencepiece
+            return bytes.fromhex(found[1])
+        table = _byte_of()
+        return bytes(table[c] for c in entry) if all(c in table for c in entry) else None
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token], skip_special_tokens=False))
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """What characters stand for in byte-level vocabularies (GPT-2): visible Latin-1 for itself, U+0100 and on for the rest."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def usage(choices: Sequence[Choice], per_prompt: int) -> dict[str, int]:

@@ -6,19 +6,22 @@
     GET  /health                         200 while the model's thread lives
     GET  /metrics                        requests and tokens, in Prometheus' text format
 
-Every error is OpenAI's error object. A full queue is 429 with Retry-After, a body beyond `max_body_bytes` 413, a stopped model
-503. A client that goes away cancels its requests. With `api_key` set, /v1 wants it as a bearer token.
+Errors of these routes are OpenAI's error object: a full queue is 429 with Retry-After, a body beyond `max_body_bytes` 413, one
+that takes longer than `body_s` 408, a stopped model 503, a failure of the server 500. What the HTTP layer refuses itself
+(malformed requests, too many connections) is plain text. A client that goes away cancels its requests. With `api_key` set, /v1
+wants it as a bearer token.
 """
 
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -31,10 +34,11 @@ from moe.batching import Full
 from moe.server.answers import Choice, Writer
 from moe.server.chat import ChatTemplate, TemplateError
 from moe.server.protocol import Ask, RefusedError, read
-from moe.server.runs import Run, finished, streamed
+from moe.server.runs import Run, finished, opened, streamed
 from moe.server.service import Service, StoppedError
 
 RETRY_S = 1  # said with a 429
+TOKEN_BYTES = 64  # a text with more for each token of the context is not tokenised; chosen: few tokens are longer
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies would hold tokens back
 
 
@@ -48,6 +52,7 @@ class Serving:
     name: str
     api_key: str | None = None
     max_body_bytes: int = 4 << 20
+    body_s: float = 60.0  # that reading a body may take
     created: int = field(default_factory=lambda: int(time.time()))
     answered: Counter[int] = field(default_factory=Counter)  # requests by HTTP status
 
@@ -66,8 +71,8 @@ class Serving:
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
-        handlers = {404: _not_found, 405: _not_found}
-        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+        errors = {404: _not_found, 405: _not_found}
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors)
 
     async def _models(self, request: Request) -> Response:
         return await self._guarded(request, self._list)
@@ -105,6 +110,9 @@ class Serving:
             response = _refused(RefusedError(str(e), code="stopped", status=503))
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; counted as nginx counts it
+        except Exception:  # whatever it is, clients expect their error object; the log has the rest
+            logging.getLogger(__name__).exception("serve: %s %s failed", request.method, request.url.path)
+            response = _refused(RefusedError("the server failed on this request", code="internal_error", status=500))
         self.answered[response.status_code] += 1
         return response
 
@@ -130,7 +138,10 @@ class Serving:
     async def _answer(self, request: Request, chat: bool) -> Response:
         ask = read(await self._json(request), chat)
         self._check_name(ask.model)
-        prompts = self._token_ids(ask)
+        if chat:
+            ask = replace(ask, sampling=replace(ask.sampling, stop=(*ask.sampling.stop, *self.template.stops)))
+        self._check_room(ask)
+        prompts = await asyncio.to_thread(self._token_ids, ask)
         writer = Writer(
             f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), self.name, ask, self.tokenizer
         )
@@ -140,8 +151,7 @@ class Serving:
             for i in range(ask.choices)
         ]
         try:
-            for run in runs:
-                await run.open()
+            await _unless_gone(request, opened(runs))
             if ask.stream:
                 return StreamingResponse(streamed(runs, writer), media_type="text/event-stream", headers=UNBUFFERED)
             await _unless_gone(request, finished(runs))
@@ -153,23 +163,43 @@ class Serving:
 
     async def _json(self, request: Request) -> Any:
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.max_body_bytes:
-                raise RefusedError(f"the body exceeds {self.max_body_bytes:,} bytes", code="too_large", status=413)
+        try:
+            async with asyncio.timeout(self.body_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.max_body_bytes:
+                        raise RefusedError(f"the body exceeds {self.max_body_bytes:,} bytes", None, "too_large", 413)
+        except TimeoutError as e:
+            raise RefusedError(f"the body took longer than {self.body_s:g} s", None, "timeout", 408) from e
         try:
             return json.loads(bytes(body))
         except (ValueError, RecursionError) as e:
             raise RefusedError(f"the body is not JSON: {e}", code="invalid_json") from e
 
+    def _check_room(self, ask: Ask) -> None:
+        """Refuses what would find no place in an empty server either; 429 would have its client ask for ever."""
+        batcher, wanted = self.service.batcher, ask.choices * (1 if ask.chat else len(ask.prompt))
+        room = batcher.slots + batcher.queue
+        if ask.writes and wanted > room:
+            raise RefusedError(f"n: got {wanted} choices of all prompts, expected at most {room}; ask for fewer", "n")
+
     def _token_ids(self, ask: Ask) -> list[list[int]]:
-        if ask.chat:
-            return [self._encoded(self.template(ask.prompt))]
-        return [self._encoded(p) if isinstance(p, str) else list(p) for p in ask.prompt]
+        """The prompts' tokens, checked. Long texts take a while: not on the event loop."""
+        texts = [self.template(ask.prompt)] if ask.chat else ask.prompt
+        prompts = [self._encoded(p) if isinstance(p, str) else list(p) for p in texts]
+        for prompt in prompts:
+            self.service.batcher.check(prompt, ask.sampling)
+        return prompts
 
     def _encoded(self, text: str) -> list[int]:
         # A lone surrogate is legal in JSON and no text; the tokenizer would fail on it.
-        clean = text.encode("utf-8", "replace").decode("utf-8")
+        raw = text.encode("utf-8", "replace")
+        most = TOKEN_BYTES * self.service.batcher.limit
+        if len(raw) > most:
+            raise RefusedError(
+                f"prompt: got {len(raw):,} bytes, expected at most {most:,}: it exceeds the context", "prompt"
+            )
+        clean = raw.decode("utf-8")
         ids: list[int] = self.tokenizer.encode(clean, add_special_tokens=False).ids
         return ids
 

@@ -59,15 +59,15 @@ class ChatTemplate:
 
 
 def chat_template(folder: Path) -> ChatTemplate:
-    """The folder's own template, or the plain one. One that cannot be parsed is a `ConfigError`."""
+    """The folder's own template, or the plain one; `ConfigError` where what the folder has cannot be read."""
     from jinja2 import TemplateSyntaxError
 
-    config: dict[str, Any] = {}
-    if (folder / CONFIG).is_file():
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = _tokenizer_config(folder)
     source = config.get("chat_template")
     if (folder / FILE).is_file():
         source = (folder / FILE).read_text(encoding="utf-8")
+    elif isinstance(source, list):
+        source = _default_of(source, folder)
     if not isinstance(source, str):
         return ChatTemplate(PLAIN, PLAIN_STOPS)
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -80,6 +80,30 @@ def chat_template(folder: Path) -> ChatTemplate:
             f"serve: the chat template of {folder} cannot be read, line {e.lineno}: {e.message}; mend it"
         ) from e
     return template
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        return {}
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"serve: {folder / CONFIG} is not JSON: {e}; mend it") from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"serve: {folder / CONFIG} is not an object, got {type(config).__name__}; mend it")
+    return config
+
+
+def _default_of(named: list[Any], folder: Path) -> str:
+    """Of several templates, as [{name, template}], the one for plain chats."""
+    by_name = {t["name"]: t.get("template") for t in named if isinstance(t, dict) and isinstance(t.get("name"), str)}
+    source = by_name.get("default")
+    if not isinstance(source, str):
+        raise ConfigError(
+            f"serve: {folder / CONFIG} has no chat template named 'default', got {sorted(by_name)}; "
+            f"put the wanted one into {FILE}"
+        )
+    return source
 
 
 def _token_text(value: Any) -> str:

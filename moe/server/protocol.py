@@ -11,10 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe.sampling import Sampling
+from moe.sampling import COLDEST, LEAST_PENALTY, Sampling
 
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = 16, 128, 128  # chosen; OpenAI: 4 stops, 128 choices
+MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = (
+    16,
+    128,
+    128,
+)  # chosen; OpenAI: 4 stops, 128 choices. Choices are of all prompts together
+MAX_STOP_CHARS = 256  # chosen
+COMPLETION_TOKENS = 16  # OpenAI's max_tokens of a completion that says none
 MAX_LOGPROBS = {False: 20, True: 20}  # OpenAI: 5 of completions, 20 of chats
 
 
@@ -29,7 +35,8 @@ class RefusedError(Exception):
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _clean(self.param)
+        return {"error": {"message": _clean(str(self)), "type": kind, "param": param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,9 @@ def _flag(value: Any) -> bool:
 
 def _stops(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
-    return isinstance(texts, list) and len(texts) <= MAX_STOPS and all(isinstance(t, str) and t for t in texts)
+    if not isinstance(texts, list) or len(texts) > MAX_STOPS:
+        return False
+    return all(isinstance(t, str) and 0 < len(t) <= MAX_STOP_CHARS for t in texts)
 
 
 def _only(*values: Any) -> _Field:
@@ -81,11 +90,15 @@ LARGE = 2**31 - 1
 SHARED = {
     "model": _Field(lambda v: isinstance(v, str), "a text", ""),
     "n": _Field(_whole(1, MAX_CHOICES), f"1 to {MAX_CHOICES}", 1),
-    "temperature": _Field(_number(0, 2), "a number from 0 to 2", 1.0),
+    "temperature": _Field(
+        lambda v: _number(0, 2)(v) and (v == 0 or v >= COLDEST),
+        f"a number from 0 to 2, and 0 or at least {COLDEST}",
+        1.0,
+    ),
     "top_p": _Field(lambda v: _number(0, 1)(v) and v > 0, "a number above 0, at most 1", 1.0),
     "top_k": _Field(_whole(1, LARGE), "a whole number from 1"),
-    "repetition_penalty": _Field(lambda v: _number(0, 10)(v) and v > 0, "a number above 0, at most 10", 1.0),
-    "stop": _Field(_stops, f"a text or at most {MAX_STOPS} texts, none empty", []),
+    "repetition_penalty": _Field(_number(LEAST_PENALTY, 10), f"a number from {LEAST_PENALTY} to 10", 1.0),
+    "stop": _Field(_stops, f"a text or at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters", []),
     "seed": _Field(_whole(-(2**63), 2**63 - 1), "a whole number of 64 bits"),
     "max_tokens": _Field(_whole(0, LARGE), "a whole number from 0"),
     "stream": _Field(_flag, "true or false", False),
@@ -132,10 +145,15 @@ def read(body: Any, chat: bool) -> Ask:
     if chat:
         prompt, longest, logprobs = _messages(got["messages"]), got["max_completion_tokens"], _chat_logprobs(got)
     else:
-        prompt, longest, logprobs = _prompts(got["prompt"]), None, got["logprobs"]
+        prompt, logprobs = _prompts(got["prompt"]), got["logprobs"]
+        longest = COMPLETION_TOKENS if got["max_tokens"] is None else got["max_tokens"]
         if got["best_of"] not in (None, got["n"]):
             raise RefusedError(
                 f"best_of: got {got['best_of']}, expected n, {got['n']}: no choices are ranked", "best_of"
+            )
+        if got["n"] * len(prompt) > MAX_CHOICES:
+            raise RefusedError(
+                f"n: got {got['n']} choices of {len(prompt)} prompts, expected at most {MAX_CHOICES} in all", "n"
             )
     most = got["max_tokens"] if longest is None else longest
     return Ask(
@@ -206,6 +224,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
             raise RefusedError(
                 f"{where}: got {_short(message)}, expected an object with a role", where, "invalid_value"
             )
+        if message.get("tool_calls"):
+            raise RefusedError(f"{where}.tool_calls: nothing here calls tools; leave it out", where, "invalid_value")
         out.append({"role": message["role"], "content": _content(message.get("content"), f"{where}.content")})
     return out
 
@@ -218,6 +238,11 @@ def _content(value: Any, where: str) -> str:
         if all(isinstance(t, str) for t in texts):
             return "".join(t for t in texts if isinstance(t, str))
     raise RefusedError(f"{where}: got {_short(value)}, expected a text or parts of type text", where, "invalid_value")
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which JSON may bring and no answer can carry."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _short(value: Any) -> str:

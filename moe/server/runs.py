@@ -7,7 +7,7 @@ from dataclasses import replace
 from moe.batching import Event
 from moe.server.answers import DONE, Choice, Writer, data
 from moe.server.protocol import Ask, RefusedError
-from moe.server.service import Service, StoppedError, Stream
+from moe.server.service import Scored, Service, StoppedError, Stream
 
 
 class Run:
@@ -15,13 +15,16 @@ class Run:
 
     def __init__(self, service: Service, ask: Ask, prompt: list[int], choice: Choice, i: int) -> None:
         self.service, self.ask, self.prompt, self.choice = service, ask, prompt, choice
+        self.i = i
         self.sampling = replace(ask.sampling, seed=ask.sampling.seed + i)
         self._stream: Stream | None = None
 
-    async def open(self) -> None:
-        """Scores an echoed prompt, then hands the request to the model unless it asks for no new token."""
+    async def open(self, scored: Scored | None) -> None:
+        """Takes an echoed prompt with its score, and hands the request to the model unless it asks for no new token."""
         if self.ask.echo:
-            await self._echo()
+            self.choice.text.append(self.service.batcher.tokenizer.decode(self.prompt, skip_special_tokens=False))
+        if scored is not None:
+            self.choice.logprobs += zip(self.prompt, scored.chosen, scored.top, strict=True)
         if not self.ask.writes:
             self.choice.finish = "length"
         else:
@@ -33,7 +36,8 @@ class Run:
             return
         async for event in self._stream:
             self.choice.tokens += event.tokens
-            for token, found in zip(event.tokens, event.logprobs or (), strict=event.logprobs is not None):
+            named = event.tokens if event.end is None else (*event.tokens, event.end)
+            for token, found in zip(named, event.logprobs or (), strict=event.logprobs is not None):
                 self.choice.logprobs.append((token, found.logprob, dict(found.top[: self.ask.sampling.logprobs])))
             if event.text:
                 self.choice.text.append(event.text)
@@ -44,12 +48,15 @@ class Run:
         if self._stream is not None:
             self._stream.close()
 
-    async def _echo(self) -> None:
-        tokenizer, top = self.service.batcher.tokenizer, self.ask.sampling.logprobs
-        self.choice.text.append(tokenizer.decode(self.prompt, skip_special_tokens=False))
-        if top is not None:
-            scored = await self.service.score(self.prompt, top)
-            self.choice.logprobs += zip(self.prompt, scored.chosen, scored.top, strict=True)
+
+async def opened(runs: Sequence[Run]) -> None:
+    """Opens all choices, prompt after prompt; those of an echoed prompt share one score."""
+    scored = None
+    for run in runs:
+        top = run.ask.sampling.logprobs
+        if run.i == 0 and run.ask.echo and top is not None:
+            scored = await run.service.score(run.prompt, top)
+        await run.open(scored)
 
 
 async def finished(runs: Sequence[Run]) -> None:

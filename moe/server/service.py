@@ -2,8 +2,8 @@
 
 In: prompts as token ids with their sampling. Out: an asynchronous stream of `Event`s for each. The thread alone touches the
 `Batcher` and the model, so nothing in them needs a lock; what it is asked to do goes through a queue of calls, what comes of it
-goes back to the event loop. A client that leaves cancels its requests. When the batcher's own queue is full, `submit` raises
-`Full` and the client is told to come back.
+goes back to the event loop. A client that leaves cancels its requests. When the batcher's own queue is full, or as many prompts
+wait for their score, the answer is `Full` and the client is told to come back.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from moe.batching import Batcher, Event
+from moe.batching import Batcher, Event, Full
 from moe.sampling import Sampling
 
 IDLE_S = 0.05  # how long the thread waits for a call when no request is running
@@ -62,19 +63,21 @@ class Stream:
 
 
 class Service:
-    """Start with `start`, end with `stop`; both are idempotent."""
+    """Runs once, from `start` to `stop`; either may be called again and then changes nothing."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._streams: dict[int, Callable[[Event | StoppedError], None]] = {}
+        self._taking = threading.Lock()  # no call may enter the queue after its last reader has emptied it
         self._ending = threading.Event()
+        self._scores = 0  # prompts that wait for theirs
         self._thread = threading.Thread(target=self._work, name="moe-model", daemon=True)
         self.failure: BaseException | None = None
         self.tokens_out = 0
 
     def start(self) -> None:
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             self._thread.start()
 
     def stop(self, wait_s: float = 10.0) -> None:
@@ -93,25 +96,43 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | StoppedError]()
 
         def deliver(event: Event | StoppedError) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
-        number = await self._call(lambda: self._submit(prompt, sampling, deliver))
+        future = self._ask(lambda: self._submit(prompt, sampling, deliver))
+        try:
+            number = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._forget)
+            raise
         return Stream(events, lambda: self._ask(lambda: self._cancel(number)))
 
     async def score(self, prompt: Sequence[int], top: int) -> Scored:
-        """Log-probabilities of each prompt token given those before it, and of the `top` likeliest in its place."""
-        return await self._call(lambda: self._score(list(prompt), top))
+        """Log-probabilities of each prompt token given those before it, and of the `top` likeliest in its place.
 
-    async def _call(self, call: Callable[[], Answer]) -> Answer:
-        return await asyncio.wrap_future(self._ask(call))
+        The prompt is one that the batcher's `check` lets through. `Full` when `queue` prompts wait already.
+        """
+        if self._scores >= self.batcher.queue:
+            raise Full(f"score: the queue is full, got {self._scores} prompts waiting; try again later")
+        self._scores += 1
+        try:
+            return await asyncio.wrap_future(self._ask(lambda: self._score(list(prompt), top)))
+        finally:
+            self._scores -= 1
 
     def _ask(self, call: Callable[[], Answer]) -> "Future[Answer]":
         future: Future[Answer] = Future()
-        if self.failure is not None or self._ending.is_set():
-            future.set_exception(self._stopped())
-        else:
-            self._calls.put((call, future))
+        with self._taking:
+            if self.failure is None and not self._ending.is_set():
+                self._calls.put((call, future))
+                return future
+        future.set_exception(self._stopped())
         return future
+
+    def _forget(self, taken: "Future[int]") -> None:
+        """Cancels a request whose client left while it was being taken."""
+        if not taken.cancelled() and taken.exception() is None:
+            self._ask(lambda: self._cancel(taken.result()))
 
     # What follows runs on the model's thread.
 
@@ -163,12 +184,13 @@ class Service:
         deliver(event)
 
     def _abandon(self) -> None:
-        self._ending.set()
+        with self._taking:
+            self._ending.set()
+            left = [self._calls.get_nowait() for _ in range(self._calls.qsize())]
         for deliver in self._streams.values():
             deliver(self._stopped())
         self._streams.clear()
-        while not self._calls.empty():
-            _, future = self._calls.get_nowait()
+        for _, future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._stopped())
 
@@ -179,6 +201,8 @@ class Service:
 
     @torch.inference_mode()
     def _score(self, prompt: list[int], top: int) -> Scored:
+        if not prompt:
+            return Scored([], [])
         model = self.batcher.model
         device = model.lm_head.weight.device
         tokens_T = torch.tensor([model.config.eos, *prompt], device=device)

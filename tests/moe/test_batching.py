@@ -1,6 +1,7 @@
 """Requests come and go in any order: each gets the answer it would get alone, or an error that says why not."""
 
 import dataclasses
+import math
 import threading
 
 import pytest
@@ -268,6 +269,21 @@ def test_stop_tokens_and_eos_end_an_answer_and_are_not_part_of_it(model: Decoder
     first = free.index(token)
     stopped = _alone(model, [3, 1], Sampling(temperature=0, max_tokens=20, stop_tokens=(token, 39)))
     assert stopped == (free[:first], "stop")
+
+
+def test_the_token_that_ends_an_answer_has_its_log_probability() -> None:
+    """As other servers report it: a client that asks for one token of a finished text gets one row."""
+    vocab = 50
+    config = preset("ci", vocab_size=vocab, eos=0)
+    model = Decoder(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # of equals the lowest, EOS, is taken
+    batcher = Batcher(model, slots=1)
+    batcher.submit([5, 6], Sampling(temperature=0, max_tokens=3, logprobs=1))
+    last = [event for _ in range(4) for event in batcher.step()][-1]
+    assert (last.tokens, last.end, last.finished) == ((), 0, "stop")
+    assert last.logprobs is not None
+    assert [lp.logprob for lp in last.logprobs] == pytest.approx([-math.log(vocab)])
 
 
 def test_buckets() -> None:

@@ -106,9 +106,27 @@ def test_settings_out_of_range_are_named_together() -> None:
     assert [p.split(":")[0].removeprefix("sampling.") for p in error.value.problems] == [
         *("temperature", "top_k", "top_p", "repetition_penalty", "stop", "max_tokens", "logprobs"),
     ]
-    for value in (float("nan"), float("inf")):
+    for value in (float("nan"), float("inf"), 1e-38):
         with pytest.raises(ConfigError, match="temperature"):
             Sampling(temperature=value)
+    for value in (1e-40, 1e40):
+        with pytest.raises(ConfigError, match="repetition_penalty"):
+            Sampling(repetition_penalty=value)
+
+
+def test_a_row_that_is_no_distribution_still_gives_a_token() -> None:
+    for row in (float("nan"), 0.0, float("inf")):
+        p = torch.tensor([[row] * 4, [0.0, 1.0, 0.0, 0.0]])
+        token, other = choose(p, torch.tensor([0.5, 0.5], dtype=torch.float64)).tolist()
+        assert (0 <= token < 4, other) == (True, 1)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 2.0])
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_settings_at_their_bounds_leave_a_distribution(temperature: float, penalty: float) -> None:
+    logits = torch.tensor([[500.0, -500.0, 1.0, 0.0]])
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    assert sum(_shares(logits, sampling, torch.ones(1, 4, dtype=torch.bool))) == pytest.approx(1)
 
 
 def _decode_bytes(ids: list[int]) -> str:
@@ -149,3 +167,38 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
     stream = TextStream(_decode_bytes, ("<end>",))
     assert stream.push(ord("<")) + stream.push(0xC3) == ""
     assert stream.end() == "<\ufffd", "nothing follows: all of it is text"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0xFF, 0x80, 0xF0, 0x9F, 0x98, 0xC3, 0xA9, ord("a")]), max_size=60))
+@example([*b"\xff" * 20, *"🙂".encode() * 20, *b"\xf0\x9f" * 20])
+def test_bytes_that_are_no_text_come_out_as_they_are_decoded(ids: list[int]) -> None:
+    stream = TextStream(_decode_bytes)
+    assert "".join([*(stream.push(i) for i in ids), stream.end()]) == _decode_bytes(ids)
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"\x80", b"\xf0\x9f", b"\xf0\x9f\x98\xff"])
+def test_bytes_that_are_no_text_are_not_decoded_ever_again(raw: bytes) -> None:
+    lengths = []
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return _decode_bytes(ids)
+
+    stream = TextStream(decode)
+    text = "".join(stream.push(b) for b in raw * 200)
+    assert text + stream.end() == _decode_bytes(list(raw * 200))
+    assert max(lengths) < 40
+
+
+def test_a_stop_string_is_compared_no_further_than_the_text() -> None:
+    compared = []
+
+    class Counted(str):
+        def __getitem__(self, key: object) -> str:
+            compared.append(key)
+            return super().__getitem__(key)  # type: ignore[index]
+
+    stream = TextStream(_decode_bytes, (Counted("x" * 100_000),))
+    assert "".join(stream.push(b) for b in b"abcx") == "abc"
+    assert len(compared) < 20

@@ -22,15 +22,16 @@ import uvicorn
 from openai import OpenAI
 
 from core.errors import ConfigError
-from moe.batching import Batcher
+from moe.batching import Batcher, Full
 from moe.config import ModelConfig
 from moe.model import Decoder
 from moe.presets import preset
+from moe.sampling import Sampling
 from moe.server.app import Serving
 from moe.server.chat import PLAIN, ChatTemplate, chat_template
 from moe.server.protocol import RefusedError, read
-from moe.server.service import Service
-from tests.moe.texts import tokenizer_of
+from moe.server.service import Scored, Service, StoppedError
+from tests.moe.texts import tokenizer_of, uniform
 
 REPO = Path(__file__).resolve().parents[2]
 NAME = "toy"
@@ -177,6 +178,106 @@ def test_an_echo_scores_the_prompt(client: OpenAI, model: Decoder, tokenizer: An
     assert found.logprobs.text_offset == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
 
 
+def test_choices_of_an_echoed_prompt_share_its_score(
+    model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = Batcher(model, tokenizer, slots=2)
+    with served(batcher, tokenizer) as (url, serving):
+        scored, score = [], serving.service._score
+
+        def counted(prompt: list[int], top: int) -> Scored:
+            scored.append(prompt)
+            return score(prompt, top)
+
+        monkeypatch.setattr(serving.service, "_score", counted)
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+        asked: dict[str, Any] = {"model": NAME, "prompt": ["law", "on an", ""], "echo": True, "logprobs": 1}
+        found = client.completions.create(**asked, n=3, max_tokens=0)
+        assert len(scored) == 3
+        assert [c.text for c in found.choices] == ["law"] * 3 + ["on an"] * 3 + [""] * 3
+        assert found.choices[0].logprobs == found.choices[2].logprobs
+
+
+def test_scores_are_bounded(model: Decoder, tokenizer: Any) -> None:
+    service = Service(Batcher(model, tokenizer, slots=1, queue=2))  # not started: nothing is answered
+
+    async def ask() -> None:
+        waiting = [asyncio.create_task(service.score([5], 0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Full):
+            await service.score([5], 0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        service.start()
+        assert len((await service.score([5], 0)).chosen) == 1, "those who left count no more"
+        service.stop()
+
+    asyncio.run(ask())
+
+
+def test_a_request_whose_client_leaves_while_it_is_taken_is_cancelled(
+    model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(Batcher(model, tokenizer, slots=1))
+    taking, left = threading.Event(), threading.Event()
+    submit = service._submit
+
+    def slow(*given: Any) -> int:
+        taking.set()
+        assert left.wait(60)
+        return submit(*given)
+
+    monkeypatch.setattr(service, "_submit", slow)
+
+    async def leave() -> None:
+        task = asyncio.create_task(service.open([5], Sampling(max_tokens=500)))
+        await asyncio.to_thread(taking.wait, 60)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        left.set()
+
+    service.start()
+    asyncio.run(leave())
+    until(lambda: service.running == 0 and service.batcher.idle)
+    assert service.tokens_out < 500
+    service.stop()
+
+
+def test_an_answer_that_ends_at_once_still_has_a_row(tokenizer: Any) -> None:
+    """lm-evaluation-harness asks for one token behind what it scores, and leaves the last row out."""
+    ids = tokenizer.encode(TEXT).ids
+    with served(Batcher(uniform(tokenizer), tokenizer, slots=1), tokenizer) as (url, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+        asked: dict[str, Any] = {"model": NAME, "prompt": ids, "echo": True, "logprobs": 1, "temperature": 0}
+        found = client.completions.create(**asked, max_tokens=1).choices[0]
+        assert (found.text, found.finish_reason) == (TEXT, "stop")
+        assert found.logprobs is not None
+        assert found.logprobs.tokens is not None
+        assert len(found.logprobs.token_logprobs or []) == len(ids) + 1
+        assert found.logprobs.tokens[-1] == "<eos>"
+
+
+def test_rows_of_tokens_that_are_bytes_have_names_of_their_own(client: OpenAI, tokenizer: Any) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": "é许", "echo": True, "logprobs": 5, "max_tokens": 6, "seed": 3}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    assert whole is not None
+    assert whole.tokens is not None
+    assert whole.tokens[:5] == [f"bytes:\\x{b:02x}" for b in "é许".encode()]
+    assert [len(t) for t in whole.top_logprobs or []] == [5] * len(whole.tokens)
+    parts = [p.choices[0].logprobs for p in client.completions.create(**asked, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [x for p in parts if p for x in getattr(p, name)] == getattr(whole, name)
+    chat = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "x"}], max_tokens=9, logprobs=True, top_logprobs=20
+    )
+    assert chat.choices[0].logprobs is not None
+    found = [t for row in chat.choices[0].logprobs.content or [] for t in row.top_logprobs]
+    names = [t.token for t in found if t.token.startswith("bytes:")]
+    assert names, "a random model has bytes among its likeliest"
+    assert all(t.bytes is not None for t in found)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -192,6 +293,14 @@ def test_an_echo_scores_the_prompt(client: OpenAI, model: Decoder, tokenizer: An
         ({"prompt": "x", "colour": 1}, "unknown field 'colour'"),
         ({"prompt": [10**6]}, "vocabulary"),
         ({"prompt": "x " * 2000}, "context"),
+        ({"prompt": "x" * 50_000}, "got 50,000 bytes, expected at most 32,768"),
+        ({"prompt": [10**6], "echo": True, "logprobs": 1, "max_tokens": 0}, "vocabulary"),
+        ({"prompt": [5] * 600, "echo": True, "logprobs": 1, "max_tokens": 0}, "context"),
+        ({"prompt": ["x"] * 8, "n": 17}, "n: got 17 choices of 8 prompts, expected at most 128"),
+        ({"prompt": "x", "n": 69}, "got 69 choices of all prompts, expected at most 68"),
+        ({"prompt": "x", "temperature": 1e-38}, "temperature: got 1e-38"),
+        ({"prompt": "x", "repetition_penalty": 1e-40}, "repetition_penalty"),
+        ({"prompt": "x", "stop": "y" * 257}, "stop"),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(client: OpenAI, body: dict[str, Any], message: str) -> None:
@@ -222,6 +331,8 @@ def test_what_is_served(client: OpenAI, address: str) -> None:
 def test_lone_surrogates_and_nul_are_text(address: str) -> None:
     body = b'{"model": "toy", "prompt": "\\ud800 \\u0000", "max_tokens": 2}'
     assert httpx.post(f"{address}/v1/completions", content=body).status_code == 200
+    refused = httpx.post(f"{address}/v1/completions", content=b'{"model": "toy", "prompt": "x", "\\ud800": 1}')
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "?")
 
 
 def test_a_key_and_a_bound_on_bodies(model: Decoder, tokenizer: Any) -> None:
@@ -254,6 +365,10 @@ def test_a_full_queue_is_said_and_a_client_that_leaves_frees_its_place(model: De
                     tasks.append(asyncio.create_task(web.post("/v1/completions", json=asked)))
                     while serving.service.running < taken:
                         await asyncio.sleep(0.01)
+                    if taken == 1:  # of two more choices one finds a place, and leaves it again
+                        assert (await web.post("/v1/completions", json=asked | {"n": 2})).status_code == 429
+                        while serving.service.running > 1:
+                            await asyncio.sleep(0.01)
                 refused = await web.post("/v1/completions", json=asked)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
                 assert refused.json()["error"]["code"] == "queue_full"
@@ -283,11 +398,69 @@ def test_a_model_that_fails_tells_everyone(model: Decoder, tokenizer: Any, monke
         assert serving.service.running == 0
 
 
+def test_a_client_whose_loop_is_gone_keeps_nobody_from_hearing_of_the_end(
+    model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(Batcher(model, tokenizer, slots=2))
+    service.start()
+    asyncio.run(service.open([5], Sampling(max_tokens=500)))
+
+    async def stay() -> None:
+        stream = await service.open([5], Sampling(max_tokens=500))
+        monkeypatch.setattr(service.batcher, "step", lambda: 1 / 0)
+        with pytest.raises(StoppedError):
+            async for _ in stream:
+                pass
+        with pytest.raises(StoppedError):
+            await service.open([5], Sampling())
+
+    asyncio.run(asyncio.wait_for(stay(), 60))
+    assert isinstance(service.failure, ZeroDivisionError)
+
+
+def test_a_failure_of_the_server_is_an_error_object(model: Decoder, tokenizer: Any) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise LookupError("no such merge")
+
+    with served(Batcher(model, tokenizer, slots=1), Broken()) as (url, _):
+        answer = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+
+
+def test_a_body_that_does_not_come_is_given_up(model: Decoder, tokenizer: Any) -> None:
+    with served(Batcher(model, tokenizer, slots=1), tokenizer, body_s=0.2) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_chat_ends_where_the_template_says(model: Decoder, tokenizer: Any) -> None:
+    batcher = Batcher(model, tokenizer, slots=1)
+    with served(batcher, tokenizer) as (url, serving):
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+        asked: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "as is?"}], "temperature": 0}
+        whole = client.chat.completions.create(**asked, max_tokens=20).choices[0].message.content or ""
+        stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+        serving.template = ChatTemplate(PLAIN, (stop,))
+        found = client.chat.completions.create(**asked, max_tokens=20).choices[0]
+        assert (found.message.content, found.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
 def test_a_folders_own_template(tmp_path: Path) -> None:
     assert chat_template(tmp_path).source == PLAIN
     config = {"chat_template": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": {"content": "<s>"}}))
     assert chat_template(tmp_path)([{"role": "user", "content": "hi"}]) == "<s>[user]hi"
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert chat_template(tmp_path)([]) == "d"
+    for wrong in (json.dumps({"chat_template": named[:1]}), "{", "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+            chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses them: roles must alternate"):
         chat_template(tmp_path)([])
@@ -300,6 +473,11 @@ def test_fields_that_only_label_are_let_through() -> None:
     ask = read({"model": NAME, "prompt": "x", "user": "me", "metadata": {"a": "b"}}, chat=False)
     assert (ask.model, ask.prompt, ask.writes) == (NAME, ["x"], True)
     assert read({"prompt": "x"}, chat=False).sampling.seed != read({"prompt": "x"}, chat=False).sampling.seed
+    assert read({"prompt": "x"}, chat=False).sampling.max_tokens == 16, "as OpenAI's completions"
+    said = [{"role": "user", "content": "x"}]
+    assert read({"messages": said}, chat=True).sampling.max_tokens is None
+    with pytest.raises(RefusedError, match="tool_calls"):
+        read({"messages": [*said, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, chat=True)
     with pytest.raises(RefusedError, match="not a JSON object"):
         read([], chat=True)
 
@@ -314,9 +492,7 @@ def test_the_command_serves_a_hub_folder(model: Decoder, tokenizer: Any, tmp_pat
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
         assert process.stderr is not None
         try:
-            address = next(
-                found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line))
-            )
+            address = next(hit[1] for line in process.stderr if (hit := re.search(r"running on (http://\S+)", line)))
             client = OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
             found = client.completions.create(model="toy", prompt="law", max_tokens=3, temperature=0)
             assert found.choices[0].text == greedy(model, tokenizer, "law", 3)
