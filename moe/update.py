@@ -224,8 +224,16 @@ class Updater:
         return loads_LE
 
     def _experts(self, loads_LE: Tensor) -> dict[str, Tensor]:
-        """Statistics of each routed layer in the last micro-batch, the mean over ranks, and the shares of all tokens."""
-        found = [layer.stats() for layer in self.model.routed]
+        """Statistics of each routed layer in the last micro-batch, and the shares of all tokens.
+
+        What compares experts is over all of them and all ranks' rows; what describes routing is the mean over ranks.
+        """
+        layers, team = self.model.routed, self.world.experts
+        own = torch.stack([layer.activity for layer in layers if layer.activity is not None])
+        parts = own.new_zeros(team.size, *own.shape)  # [ranks of a team, layers, experts of a rank, 2]
+        parts[team.rank] = own
+        activity = self.world.sum(parts).transpose(0, 1).flatten(1, 2)
+        found = [layer.stats(activity_E2) for layer, activity_E2 in zip(layers, activity, strict=True)]
         means = {
             name: self.world.sum(torch.stack([one[name].float() for one in found])) / self.world.size
             for name in found[0]

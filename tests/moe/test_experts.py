@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from moe.balance import activity_stats, group_loss
 from moe.config import ModelConfig
-from moe.experts import MoE, SwiGLU, _Combine, _Dispatch, group_loss, halves, sort_by_expert
+from moe.experts import MoE, SwiGLU, _Combine, _Dispatch, halves, sort_by_expert
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_statistics_by_hand(config: ModelConfig, backend: Backend) -> None:
     stats = {name: value.item() for name, value in moe.stats().items()}
     scores = (x[0].sigmoid()).sort(-1, descending=True).values
     assert moe.load.tolist() == [2, 1, 3, 0]
-    assert stats["rms_min_median"] == pytest.approx(1.0, rel=1e-3)
+    assert stats["rms_min_median"] == 0.0, "an expert without rows is the deadest of all"
     assert stats["rms_max_median"] == pytest.approx(4.0, rel=1e-3)
     assert stats["dead_fraction"] == 0.25
     assert stats["confidence"] == pytest.approx((scores[:, 0] / scores.sum(-1)).mean().item(), rel=1e-5)
@@ -246,6 +247,15 @@ def test_statistics_by_hand(config: ModelConfig, backend: Backend) -> None:
     assert stats["router_logit_std"] == pytest.approx(x.std(correction=0).item(), rel=1e-5)
     shares = [2 / 6, 1 / 6, 3 / 6]
     assert stats["load_entropy"] == pytest.approx(-sum(s * math.log(s) for s in shares) / math.log(4), rel=1e-5)
+
+
+def test_activity_by_hand() -> None:
+    """RMS 1, 2 and 8 of those with rows: the median is 2."""
+    stats = activity_stats(torch.tensor([[5.0, 5.0], [64 * 3.0, 3.0], [8.0, 2.0], [0.0, 0.0]]))
+    assert [stats[n].item() for n in ("rms_min_median", "rms_max_median", "dead_fraction")] == [0.0, 4.0, 0.25]
+    busy = activity_stats(torch.tensor([[5.0, 5.0], [64 * 3.0, 3.0], [8.0, 2.0]]))
+    assert busy["rms_min_median"].item() == 0.5
+    assert [v.item() for v in activity_stats(torch.zeros(3, 2)).values()] == [0.0, 0.0, 1.0]
 
 
 def test_statistics_are_of_the_last_forward_in_training(config: ModelConfig) -> None:
