@@ -11,6 +11,7 @@ A file of state tensors has whole tensors under parameter names, so it can be re
     <name>.momentum         matrices                    <name>.exp_avg, <name>.exp_avg_sq   the others
     <name>.master           fp32 weights, where the model's have fewer bits
 
+Weight decay falls on matrices and output heads; embeddings, gains and biases have none (the release decays gains too).
 State is fp32 (fp64 for fp64 weights). Cost on one H100, 1B parameters: about 46 ms an update for Muon's matrices.
 """
 
