@@ -210,8 +210,8 @@ class MoE(ExactBuffers):
         return activity_stats(self.activity if activity_E2 is None else activity_E2) | self.routing
 
     @torch.no_grad()
-    def rebalance(self, rate: float) -> float:
-        """Moves each expert's bias by `rate` towards the mean load, forgets the load, and returns its violation.
+    def rebalance(self, rate: float) -> Tensor:
+        """Moves each expert's bias by `rate` towards the mean load, forgets the load, and returns its violation, 0-d.
 
         The violation is the greatest load over the mean, minus 1: 0 when balanced, E / K - 1 when K experts take all.
         """
@@ -219,7 +219,7 @@ class MoE(ExactBuffers):
         mean = load_E.mean()
         self.router_bias += rate * torch.sign(mean - load_E)
         self.load.zero_()
-        return float(load_E.max() / mean - 1)
+        return load_E.max() / mean - 1
 
 
 def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ so neither `micro_rows` nor the number of ranks changes it beyond rounding; but 
 the tokens of one micro-batch. Head h (from 0) predicts at t the target of t + 1 + h, counted where that lies in the same
 segment and itself counts.
 
-Between the start of an update and `read` nothing waits for a GPU, but `rebalance`, which gives numbers (moe/experts.py).
+Between the start of an update and `read` nothing waits for a GPU, but the exchange of experts' rows (moe/exchange.py).
 """
 
 import itertools
@@ -25,6 +25,7 @@ from torch import Tensor
 from moe.config import TrainConfig
 from moe.data import Batch
 from moe.exchange import split_experts
+from moe.experts import MoE
 from moe.layers import Attention
 from moe.loss import next_token_loss
 from moe.model import Decoder
@@ -80,6 +81,7 @@ class Figures:
     tokens: int
     heads: int
     domains: Sequence[str]
+    grouped: bool  # whether experts are balanced by groups: with one group its loss is 1
     sums: Tensor  # [1 + heads nll, 1 + heads counted targets, 1 group loss, nll by domain, counted targets by domain]
     norm: Tensor
     violation: Tensor  # [routed layers]
@@ -100,7 +102,9 @@ class Figures:
         if self.heads:
             row["mtp_loss"] = losses[1:]
         if violation:
-            row |= {"load_violation": violation, "group_loss": group}
+            row["load_violation"] = violation
+        if violation and self.grouped:
+            row["group_loss"] = group
         if experts:
             row["experts"] = dict(zip(self.experts, experts, strict=True))
             loads = [round(share, LOAD_DIGITS) for share in row["experts"]["load"]]
@@ -153,6 +157,7 @@ class Updater:
             tokens=rows.inputs.numel() * self.world.size,
             heads=len(self.model.mtp),
             domains=self.domains,
+            grouped=optim.expert_groups > 1,
             sums=torch.cat((total[:heads], counted.double(), total[heads:])),
             norm=norm,
             violation=(loads_LE.amax(1) / loads_LE.mean(1) - 1) if len(loads_LE) else norm.new_zeros(0),
@@ -242,14 +247,19 @@ class Updater:
 
 
 def placed(model: Decoder, config: TrainConfig, world: World) -> Decoder:
-    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer."""
+    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer.
+
+    A layer whose experts are split runs uncompiled: the rows that a rank takes differ from call to call, and so many
+    shapes would be compiled anew until torch gave up.
+    """
     model = model.to(world.device, PRECISION[config.precision]).train()
     for layer in model.routed:
         layer.expert_groups = config.optim.expert_groups
     split_experts(model, world)
     if config.compile:
         for block in (*model.model["layers"].children(), *model.mtp):
-            block.compile(dynamic=False)
+            if all(layer.exchange is None for layer in block.modules() if isinstance(layer, MoE)):
+                block.compile(dynamic=False)
     return model
 
 

@@ -322,7 +322,8 @@ def test_no_token_is_dropped_and_loads_are_counted_in_training_only(config: Mode
 def test_rebalance_by_hand(config: ModelConfig) -> None:
     moe = _moe(config)
     moe.load.copy_(torch.tensor([10, 2, 4, 0]))
-    assert moe.rebalance(0.25) == 1.5  # 10 tokens over a mean of 4, minus 1
+    violation = moe.rebalance(0.25)
+    assert (violation.shape, violation.item()) == ((), 1.5)  # 10 tokens over a mean of 4, minus 1
     assert moe.router_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
     assert moe.load.tolist() == [0, 0, 0, 0]
 
@@ -333,6 +334,6 @@ def test_balancing_lowers_the_violation(config: ModelConfig) -> None:
     violations = []
     for _ in range(150):
         moe(x)
-        violations.append(moe.rebalance(0.01))
+        violations.append(moe.rebalance(0.01).item())
     assert violations[0] > 0.4
     assert max(violations[-10:]) < 0.1

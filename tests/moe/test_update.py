@@ -12,8 +12,8 @@ from moe.config import ModelConfig, OptimConfig, TrainConfig
 from moe.data import Batch
 from moe.model import Decoder
 from moe.optim import build
-from moe.parallel import World
-from moe.update import Rows, Updater, attention_logit_bounds
+from moe.parallel import Team, World
+from moe.update import Rows, Updater, attention_logit_bounds, placed
 
 DOMAINS = ("a", "b")
 
@@ -114,6 +114,22 @@ def test_gradients_are_those_of_the_written_loss(config: TrainConfig) -> None:
     _, row = _updated(config, batch)
     assert row["grad_norm"] == pytest.approx(float(wanted), rel=1e-4)
     assert row["group_loss"] == pytest.approx(float(torch.stack(groups).sum().detach()), rel=1e-5)
+
+
+def test_one_group_has_no_loss_to_show(config: TrainConfig) -> None:
+    plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, expert_groups=1, group_loss=0.0))
+    _, row = _updated(plain, _batch())
+    assert "load_violation" in row
+    assert "group_loss" not in row
+
+
+def test_layers_with_split_experts_are_not_compiled(config: TrainConfig) -> None:
+    """Two ranks' rows never have the same shape twice."""
+    split = World(torch.device("cpu"), Team(0, 2), Team(0, 2), Team())
+    for world, routed in ((World.alone(), True), (split, False)):
+        model = placed(Decoder(config.model), dataclasses.replace(config, compile=True), world)
+        compiled = [block._compiled_call_impl is not None for block in (*model.model["layers"], *model.mtp)]
+        assert compiled == [True, routed, routed, True, True]
 
 
 @pytest.mark.parametrize("micro_rows", [1, 3])
