@@ -9,7 +9,7 @@ that is minimised, summed over micro-batches and ranks, is
 
 so neither `micro_rows` nor the number of ranks changes it beyond rounding; but for the group loss, a product of means over
 the tokens of one micro-batch. Head h (from 0) predicts at t the target of t + 1 + h, counted where that lies in the same
-segment and itself counts.
+segment and itself counts. With mtp_loss 0 heads are neither computed nor changed (moe/optim.py).
 
 Between the start of an update and `read` nothing waits for a GPU, but the exchange of experts' rows (moe/exchange.py).
 """
@@ -126,8 +126,8 @@ class Updater:
         self, config: TrainConfig, model: Decoder, optimizer: Optimizer, world: World, domains: Sequence[str]
     ) -> None:
         self.config, self.model, self.optimizer, self.world, self.domains = config, model, optimizer, world, domains
-        weights = [config.optim.mtp_decay**h for h in range(len(model.mtp))]
-        self.head_weights = [config.optim.mtp_loss * w / sum(weights) for w in weights]
+        weights = [config.optim.mtp_decay**h for h in range(len(model.mtp))] if config.optim.mtp_loss else []
+        self.head_weights = [config.optim.mtp_loss * w / sum(weights) for w in weights]  # none: no head is computed
 
     def run(self, batch: Batch, step: int, watch: bool) -> Figures:
         """Update `step`, counted from 0; `watch` takes the experts' statistics too."""
@@ -137,7 +137,7 @@ class Updater:
         counted = self.world.sum(self._counted(rows))
         micro = self.config.micro_rows or len(rows)
         local = torch.zeros(
-            2 + len(self.model.mtp) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device
+            2 + len(self.head_weights) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device
         )
         self.optimizer.zero_grad()
         for low in range(0, len(rows), micro):
@@ -150,12 +150,12 @@ class Updater:
         lr = learning_rate(step, self.config.steps, optim)
         self.optimizer.step(lr)
         loads_LE = self._rebalance(bias_rate(step, self.config.steps, optim))
-        total, heads = self.world.sum(local), 1 + len(self.model.mtp)
+        total, heads = self.world.sum(local), 1 + len(self.head_weights)
         return Figures(
             step=step,
             lr=lr,
             tokens=rows.inputs.numel() * self.world.size,
-            heads=len(self.model.mtp),
+            heads=len(self.head_weights),
             domains=self.domains,
             grouped=optim.expert_groups > 1,
             sums=torch.cat((total[:heads], counted.double(), total[heads:])),
@@ -167,7 +167,7 @@ class Updater:
 
     def _counted(self, rows: Rows) -> Tensor:
         """This rank's counted targets, of the next token and of each MTP head, int64."""
-        masks = [rows.mask, *(rows.ahead(h)[1] for h in range(len(self.model.mtp)))]
+        masks = [rows.mask, *(rows.ahead(h)[1] for h in range(len(self.head_weights)))]
         return torch.stack([mask.sum() for mask in masks])
 
     def _losses(self, rows: Rows, counted: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,8 @@ class Updater:
             compiled=fused,
         )
         sums = [nll_S.sum(dtype=torch.float64)]
-        for h, state_BTD in enumerate(model.mtp_states(stream_BTD, rows.inputs, rows.segments)):
+        states = model.mtp_states(stream_BTD, rows.inputs, rows.segments) if self.head_weights else []
+        for h, state_BTD in enumerate(states):
             head, (targets_BT, counts_BT) = cast(MTPHead, model.mtp[h]), rows.ahead(h)
             x_SD = head.shared_head_norm(state_BTD).flatten(0, 1)
             ahead, ahead_nll_S = next_token_loss(

@@ -116,6 +116,15 @@ def test_gradients_are_those_of_the_written_loss(config: TrainConfig) -> None:
     assert row["group_loss"] == pytest.approx(float(torch.stack(groups).sum().detach()), rel=1e-5)
 
 
+def test_heads_without_a_loss_stay_as_they_are(config: TrainConfig) -> None:
+    idle = dataclasses.replace(config, optim=dataclasses.replace(config.optim, mtp_loss=0.0, weight_decay=0.5))
+    model, row = _updated(idle, _batch())
+    assert "mtp_loss" not in row
+    before = dict(Decoder(idle.model, idle.seed).named_parameters())
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {name for name in before if name.startswith("mtp.")}
+
+
 def test_one_group_has_no_loss_to_show(config: TrainConfig) -> None:
     plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, expert_groups=1, group_loss=0.0))
     _, row = _updated(plain, _batch())
