@@ -162,10 +162,6 @@ class MoE(ExactBuffers):
         weight_SK = score_SE.gather(1, chosen_SK)
         return chosen_SK, weight_SK / (weight_SK.sum(-1, keepdim=True) + WEIGHT_SUM_EPS) * self.routed_scale
 
-    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts [S, K] and their weights [S, K]."""
-        return self.choose(self.logits(x_SD).sigmoid())
-
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_SD = x_BTD.flatten(0, 1)
         logit_SE = self.logits(x_SD)

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from moe import optim, slab
 from moe.config import OptimConfig, TrainConfig
 from moe.data import Batch
-from moe.exchange import load_whole_weights, split_experts, whole_weights
+from moe.exchange import split_experts, whole_weights
 from moe.loss import next_token_loss
 from moe.model import Decoder
 from moe.parallel import World
@@ -56,12 +56,12 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], folder: Pa
 
 def train_steps(world: World, dtype: torch.dtype, config: OptimConfig = OPTIM, start: Any = None) -> dict[str, Any]:
     """`STEPS` updates of a decoder on seeded rows, this rank taking its slice, with uneven masks; `start` goes on."""
-    model = Decoder(CONFIG, seed=0 if start else world.rank).to(dtype).train()
-    world.copy_from_first(model)
+    model = Decoder(CONFIG).to(dtype).train()
+    if start:
+        model.load_state_dict(start["weights"])
     split_experts(model, world)
     optimizer = optim.build(model, config, world)
     if start:
-        load_whole_weights(model, start["weights"], world)
         optimizer.load_state_tensors(start["state"])
     losses, norms = [], []
     first = start["step"] if start else 0
