@@ -18,6 +18,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
 SMALLEST = 1e-30  # of a squared weight: a row whose weight vanished shows no activity
@@ -50,19 +51,29 @@ def activity_stats(activity_E2: Tensor) -> dict[str, Tensor]:
     }
 
 
-def routing_stats(logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> dict[str, Tensor]:
-    """What describes the router's choices."""
+def counted_load(counted_S: Tensor, order_R: Tensor, ends_E: Tensor, k: int) -> Tensor:
+    """[E], int64: copies of counted tokens; `order_R` and `ends_E` are those of the sort by expert."""
+    before_R1 = functional.pad(counted_S[order_R // k].to(torch.int64).cumsum(0), (1, 0))
+    return before_R1[functional.pad(ends_E, (1, 0)).to(torch.int64)].diff()
+
+
+def routing_stats(
+    logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor, counted_S: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What describes the router's choices; `load_E` holds counted tokens only."""
     mass_S = score_SE.gather(1, chosen_SK).sum(-1) / (score_SE.sum(-1) + WEIGHT_SUM_EPS)
-    share_E = load_E.to(score_SE.dtype) / load_E.sum()
+    share_E = load_E.to(score_SE.dtype) / load_E.sum().clamp(min=1)
+    mean = _mean(logit_SE.mean(-1), counted_S)
+    kept_SE = logit_SE if counted_S is None else torch.where(counted_S[:, None], logit_SE, 0)
     return {
-        "confidence": mass_S.mean(),
-        "router_logit_std": logit_SE.std(correction=0),
-        "router_logit_max": logit_SE.abs().amax(),
+        "confidence": _mean(mass_S, counted_S),
+        "router_logit_std": _mean((logit_SE - mean).square().mean(-1), counted_S).sqrt(),
+        "router_logit_max": kept_SE.abs().amax(),
         "load_entropy": -torch.xlogy(share_E, share_E).sum() / math.log(max(2, len(share_E))),
     }
 
 
-def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
+def group_loss(score_SE: Tensor, load_E: Tensor, groups: int, counted_S: Tensor | None = None) -> Tensor:
     """G * sum over groups of (share of copies) * (mean probability): 1 when balanced, at most G.
 
     Probabilities are the scores normalised over all experts. Counts have no gradient, so the loss reaches the router's
@@ -70,6 +81,14 @@ def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
     """
     if groups == 1:
         return score_SE.new_ones(())
-    probability_E = (score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)).mean(0)
-    share_E = load_E.to(score_SE.dtype) / load_E.sum()
+    probability_E = _mean(score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS), counted_S)
+    share_E = load_E.to(score_SE.dtype) / load_E.sum().clamp(min=1)
     return groups * (share_E.view(groups, -1).sum(1) * probability_E.view(groups, -1).sum(1)).sum()
+
+
+def _mean(values: Tensor, counted_S: Tensor | None) -> Tensor:
+    """The mean over counted tokens, the first dimension; 0 without any."""
+    if counted_S is None:
+        return values.mean(0)
+    weight_S = counted_S.to(values.dtype)
+    return torch.tensordot(weight_S, values, 1) / weight_S.sum().clamp(min=1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moe.balance import WEIGHT_SUM_EPS, activity_stats, group_loss, routing_stats, squares_and_rows
+from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss, routing_stats, squares_and_rows
 from moe.config import ModelConfig
 
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
@@ -124,6 +124,8 @@ class MoE(ExactBuffers):
 
     After a forward in training: `load` [E] counts copies since the last `rebalance`; `group_loss` is the loss that
     balances `expert_groups` groups of neighbouring experts; `stats()` describes that forward, unless `watch` is off.
+    Tokens that are not `counted`, as padding, pass through experts like all others but enter none of these, but for
+    the activity of the experts.
     """
 
     router_bias: Tensor
@@ -145,6 +147,7 @@ class MoE(ExactBuffers):
             self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
+        self.counted: Tensor | None = None  # [S] bool: the tokens of the next forward that steer the router; None: all
         self.group_loss: Tensor | None = None
         # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
         self.routing: dict[str, Tensor] | None = None
@@ -170,10 +173,11 @@ class MoE(ExactBuffers):
         order_R, inverse_R, ends_E = self.pieces.sort(chosen_SK.flatten(), len(self.router_bias))
         load_E = functional.pad(ends_E, (1, 0)).diff()
         if self.training:
-            self.load += load_E
-            self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
+            steer_E = load_E if self.counted is None else counted_load(self.counted, order_R, ends_E, self.top_k)
+            self.load += steer_E
+            self.group_loss = group_loss(score_SE, steer_E, self.expert_groups, self.counted)
             if self.watch:
-                self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
+                self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, steer_E, self.counted)
         x_RD = _Dispatch.apply(x_SD, order_R, inverse_R, self.top_k)
         weight_R = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1)
         if self.exchange is None:

@@ -8,8 +8,9 @@ that is minimised, summed over micro-batches and ranks, is
     + group_loss * sum over routed layers of their group loss            (moe/experts.py), the mean over micro-batches
 
 so neither `micro_rows` nor the number of ranks changes it beyond rounding; but for the group loss, a product of means over
-the tokens of one micro-batch. Head h (from 0) predicts at t the target of t + 1 + h, counted where that lies in the same
-segment and itself counts. With mtp_loss 0 heads are neither computed nor changed (moe/optim.py).
+the tokens of one micro-batch. Padding has no part in the group loss, in the loads and in what is told of routing. Head h
+(from 0) predicts at t the target of t + 1 + h, counted where that lies in the same segment and itself counts. With mtp_loss 0
+heads are neither computed nor changed (moe/optim.py).
 
 Between the start of an update and `read` nothing waits for a GPU, but the exchange of experts' rows (moe/exchange.py).
 """
@@ -62,6 +63,10 @@ class Rows:
     def part(self, low: int, count: int) -> "Rows":
         here = slice(low, low + count)
         return Rows(self.inputs[here], self.targets[here], self.segments[here], self.domains[here], self.mask[here])
+
+    def filled(self, eos: int) -> Tensor:
+        """[B, T], False in padding: an EOS behind an EOS that does not count (moe/data.py)."""
+        return self.mask | (self.inputs != eos) | (self.targets != eos)
 
     def ahead(self, head: int) -> tuple[Tensor, Tensor]:
         """Targets [B, T] of an MTP head, and which of them count."""
@@ -174,7 +179,12 @@ class Updater:
         """The micro-batch's part of the loss, and its sums as in `Figures` without the numbers of targets."""
         model, optim = self.model, self.config.optim
         fused = self.config.compile
+        filled_S, routed = rows.filled(model.config.eos).flatten(), model.routed
+        for layer in routed:
+            layer.counted = filled_S
         stream_BTD = model.states(rows.inputs, rows.segments)
+        for layer in routed:
+            layer.counted = None
         loss, nll_S = next_token_loss(
             model.norm(stream_BTD).flatten(0, 1),
             model.lm_head.weight,

@@ -206,6 +206,29 @@ def test_group_loss_by_hand() -> None:
     assert group_loss(scores, torch.tensor([4, 0, 0, 0]), 1).item() == 1.0
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tokens_that_do_not_count_leave_no_trace(config: ModelConfig, groups: int) -> None:
+    """As if they were not there, but for their own outputs."""
+    x = torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(1))
+    counted = torch.arange(40) % 3 > 0
+    fewer, more = _moe(config), _moe(config)
+    fewer.expert_groups = more.expert_groups = groups
+    more.counted = counted
+    y = more(x)
+    torch.testing.assert_close(y[:, counted], fewer(x[:, counted]), atol=1e-6, rtol=1e-5)
+    assert y[:, ~counted].abs().amax(-1).min() > 0
+    assert more.load.tolist() == fewer.load.tolist()
+    assert fewer.group_loss is not None
+    torch.testing.assert_close(more.group_loss, fewer.group_loss)
+    for name in ("confidence", "router_logit_std", "router_logit_max", "load_entropy"):
+        torch.testing.assert_close(more.stats()[name], fewer.stats()[name], msg=name)
+    more.counted = torch.zeros(40, dtype=torch.bool)
+    more.load.zero_()
+    more(x)
+    assert not more.load.any()
+    assert all(value.isfinite() for value in more.stats().values())
+
+
 def test_group_loss_moves_the_router_only(config: ModelConfig) -> None:
     moe = _moe(config)
     moe.expert_groups = 2

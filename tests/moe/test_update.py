@@ -125,6 +125,22 @@ def test_heads_without_a_loss_stay_as_they_are(config: TrainConfig) -> None:
     assert still == {name for name in before if name.startswith("mtp.")}
 
 
+def test_padding_steers_no_router(config: TrainConfig) -> None:
+    """The loads are those of the 21 places that hold text, in all four rows, for both chosen experts."""
+    batch = _batch()
+    batch.inputs[:, 21:] = batch.targets[:, 21:] = config.model.eos
+    model = Decoder(config.model).train()
+    updater = Updater(config, model, build(model, config.optim), World.alone(), DOMAINS)
+    seen: list[list[int]] = []
+    for layer in model.routed:
+        layer.register_forward_hook(lambda moe, _in, _out: seen.append(moe.load.tolist()))
+    updater.run(batch, 0, watch=True)
+    assert len(seen) == len(model.routed)
+    masked = batch.mask | (batch.inputs != 0) | (batch.targets != 0)
+    assert [sum(load) for load in seen] == [int(masked.sum()) * config.model.top_k] * len(seen)
+    assert masked.sum() == 4 * 21
+
+
 def test_one_group_has_no_loss_to_show(config: TrainConfig) -> None:
     plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, expert_groups=1, group_loss=0.0))
     _, row = _updated(plain, _batch())
