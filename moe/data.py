@@ -269,6 +269,11 @@ def training_rows(config: TrainConfig, source: TokenSource) -> PackedRows:
     """The rows that a run trains on. A source that does not fit the model or is too short is a `ConfigError`."""
     model, seed = config.model, config.seed if config.order_seed is None else config.order_seed
     if config.fim_fraction and config.fim_tokens is not None:
+        if config.packing != "best_fit":
+            raise ConfigError(
+                f"train.fim_fraction: a stream cuts rearranged documents between their parts, got train.packing "
+                f"{config.packing} and fraction {config.fim_fraction}; set train.packing to best_fit"
+            )
         source = FimSource(
             source,
             fraction=config.fim_fraction,

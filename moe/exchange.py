@@ -8,7 +8,7 @@ send nothing; all ranks of the team must run the same layers in the same order, 
 Legend: R rows, E experts, L = E / ranks local ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,14 +85,6 @@ def whole_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
         if world.rank == 0:
             out[name] = whole.detach().cpu()
     return out
-
-
-@torch.no_grad()
-def load_whole_weights(model: nn.Module, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Puts a state dict with all experts into the model, split or not; names and shapes must match."""
-    team, split = world.experts, set(expert_names(model))
-    mine = {n: t.chunk(team.size)[team.rank] if n in split else t for n, t in tensors.items()}
-    model.load_state_dict(mine)
 
 
 class _Swap(torch.autograd.Function):

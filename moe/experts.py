@@ -16,7 +16,6 @@ Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E 
 routed copies of tokens.
 """
 
-import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
@@ -26,13 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss, routing_stats, squares_and_rows
 from moe.config import ModelConfig
 
-WEIGHT_SUM_EPS = 1e-20  # released modelling code: keeps the renormalisation finite when all chosen scores underflow
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
-SMALLEST = 1e-30  # of a squared weight: a row whose weight vanished shows no activity
 MANY_ROWS, ALIGNED = 512, 64  # from so many rows on weights are copied side by side (chosen), in multiples of 64
-IDLE = 0.1  # an expert counts as dead below this share of the mean load or of the median RMS (chosen)
 
 
 class Exchange(Protocol):
@@ -127,6 +124,8 @@ class MoE(ExactBuffers):
 
     After a forward in training: `load` [E] counts copies since the last `rebalance`; `group_loss` is the loss that
     balances `expert_groups` groups of neighbouring experts; `stats()` describes that forward, unless `watch` is off.
+    Tokens that are not `counted`, as padding, pass through experts like all others but enter none of these, but for
+    the activity of the experts.
     """
 
     router_bias: Tensor
@@ -148,10 +147,11 @@ class MoE(ExactBuffers):
             self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
+        self.counted: Tensor | None = None  # [S] bool: the tokens of the next forward that steer the router; None: all
         self.group_loss: Tensor | None = None
         # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
         self.routing: dict[str, Tensor] | None = None
-        self.activity: tuple[Tensor, Tensor] | None = None  # mean squares and rows of this rank's experts
+        self.activity: Tensor | None = None  # [this rank's experts, 2]: sums of squares, rows
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -165,10 +165,6 @@ class MoE(ExactBuffers):
         weight_SK = score_SE.gather(1, chosen_SK)
         return chosen_SK, weight_SK / (weight_SK.sum(-1, keepdim=True) + WEIGHT_SUM_EPS) * self.routed_scale
 
-    def route(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts [S, K] and their weights [S, K]."""
-        return self.choose(self.logits(x_SD).sigmoid())
-
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_SD = x_BTD.flatten(0, 1)
         logit_SE = self.logits(x_SD)
@@ -177,10 +173,11 @@ class MoE(ExactBuffers):
         order_R, inverse_R, ends_E = self.pieces.sort(chosen_SK.flatten(), len(self.router_bias))
         load_E = functional.pad(ends_E, (1, 0)).diff()
         if self.training:
-            self.load += load_E
-            self.group_loss = group_loss(score_SE, load_E, self.expert_groups)
+            steer_E = load_E if self.counted is None else counted_load(self.counted, order_R, ends_E, self.top_k)
+            self.load += steer_E
+            self.group_loss = group_loss(score_SE, steer_E, self.expert_groups, self.counted)
             if self.watch:
-                self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, load_E)
+                self.routing = routing_stats(logit_SE.detach(), score_SE.detach(), chosen_SK, steer_E, self.counted)
         x_RD = _Dispatch.apply(x_SD, order_R, inverse_R, self.top_k)
         weight_R = _Dispatch.apply(weight_SK.flatten(), order_R, inverse_R, 1)
         if self.exchange is None:
@@ -200,33 +197,21 @@ class MoE(ExactBuffers):
         rows = load_E.tolist() if looped else load_E.cumsum(0).to(torch.int32)
         a_RF = self.pieces.swiglu(self.gate_up_proj(x_RD, rows), weight_R, self.limit)
         if self.training and self.watch:
-            self.activity = _mean_squares(a_RF.detach(), weight_R, load_E), load_E
+            self.activity = squares_and_rows(a_RF.detach(), weight_R.detach(), load_E)
         return self.down_proj(a_RF, rows)
 
-    def stats(self) -> dict[str, Tensor]:
-        """What the last forward in training showed, as 0-d tensors; nothing is read back from a GPU.
+    def stats(self, activity_E2: Tensor | None = None) -> dict[str, Tensor]:
+        """What the last forward in training showed (moe/balance.py), as 0-d tensors; nothing is read back from a GPU.
 
-        `rms_min_median`, `rms_max_median`: least and greatest expert's RMS of SwiGLU's output over the median expert's,
-        which fall and rise as experts die and blow up while loss and load look healthy. `dead_fraction`: experts below
-        a tenth of the mean load or the median RMS. `confidence`: share of the score mass on the chosen experts.
-        `load_entropy`: 1 when balanced, 0 when one expert takes all. Experts are those of this rank.
+        `activity_E2` is `activity` of all experts over all ranks, where this rank has not all of it.
         """
         if self.routing is None or self.activity is None:
             return {}
-        square_E, rows_E = self.activity
-        rms_E, rows_E = square_E.sqrt(), rows_E.to(square_E.dtype)
-        busy_E, median = rows_E > 0, rms_E.nanmedian()
-        dead_E = (rows_E < IDLE * rows_E.mean()) | (rms_E < IDLE * median)
-        return {
-            "rms_min_median": torch.where(busy_E, rms_E, torch.inf).amin() / median,
-            "rms_max_median": torch.where(busy_E, rms_E, 0).amax() / median,
-            "dead_fraction": dead_E.to(rms_E.dtype).mean(),
-            **self.routing,
-        }
+        return activity_stats(self.activity if activity_E2 is None else activity_E2) | self.routing
 
     @torch.no_grad()
-    def rebalance(self, rate: float) -> float:
-        """Moves each expert's bias by `rate` towards the mean load, forgets the load, and returns its violation.
+    def rebalance(self, rate: float) -> Tensor:
+        """Moves each expert's bias by `rate` towards the mean load, forgets the load, and returns its violation, 0-d.
 
         The violation is the greatest load over the mean, minus 1: 0 when balanced, E / K - 1 when K experts take all.
         """
@@ -234,32 +219,7 @@ class MoE(ExactBuffers):
         mean = load_E.mean()
         self.router_bias += rate * torch.sign(mean - load_E)
         self.load.zero_()
-        return float(load_E.max() / mean - 1)
-
-
-def routing_stats(logit_SE: Tensor, score_SE: Tensor, chosen_SK: Tensor, load_E: Tensor) -> dict[str, Tensor]:
-    """What `MoE.stats` tells of the router, as 0-d tensors."""
-    mass_S = score_SE.gather(1, chosen_SK).sum(-1) / (score_SE.sum(-1) + WEIGHT_SUM_EPS)
-    share_E = load_E.to(score_SE.dtype) / load_E.sum()
-    return {
-        "confidence": mass_S.mean(),
-        "router_logit_std": logit_SE.std(correction=0),
-        "router_logit_max": logit_SE.abs().amax(),
-        "load_entropy": -torch.xlogy(share_E, share_E).sum() / math.log(max(2, len(share_E))),
-    }
-
-
-def group_loss(score_SE: Tensor, load_E: Tensor, groups: int) -> Tensor:
-    """G * sum over groups of (share of copies) * (mean probability): 1 when balanced, at most G.
-
-    Probabilities are the scores normalised over all experts. Counts have no gradient, so the loss reaches the router's
-    scores only, and lowers those of crowded groups.
-    """
-    if groups == 1:
-        return score_SE.new_ones(())
-    probability_E = (score_SE / (score_SE.sum(-1, keepdim=True) + WEIGHT_SUM_EPS)).mean(0)
-    share_E = load_E.to(score_SE.dtype) / load_E.sum()
-    return groups * (share_E.view(groups, -1).sum(1) * probability_E.view(groups, -1).sum(1)).sum()
+        return load_E.max() / mean - 1
 
 
 def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -307,15 +267,6 @@ class Pieces(NamedTuple):
 
 
 PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
-
-
-def _mean_squares(a_RF: Tensor, weight_R: Tensor, load_E: Tensor) -> Tensor:
-    """Mean square of each expert's rows before they were weighed, fp32 [E]; NaN for an expert without rows."""
-    square_R = wide(a_RF).square().mean(-1) / weight_R.detach().square().clamp(min=SMALLEST)
-    # Every row against every expert: running sums and atomic additions depend on the run on a GPU.
-    ends_E, index_R1 = load_E.cumsum(0), torch.arange(len(a_RF), device=a_RF.device)[:, None]
-    own_RE = (index_R1 >= ends_E - load_E) & (index_R1 < ends_E)
-    return (torch.where(own_RE, square_R[:, None], 0).sum(0) / load_E).float()
 
 
 class _Dispatch(torch.autograd.Function):

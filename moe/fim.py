@@ -10,7 +10,7 @@ Whether, how and where depends on (seed, entry) alone, so a document that the mi
 pass over the mixture that `train.repeat` adds cuts as the first did. No token is lost and a rearranged document is longer by
 the three sentinels, whatever the cuts, so `lengths` and with it packing need no token read. A document longer than the
 context stays as it is, because a row's border would part the middle from what surrounds it; so does one with fewer than
-three tokens before EOS.
+three tokens before EOS. For the same reason a run with it packs by best fit (moe/data.py).
 
 The three parts count in the loss, as in the paper, and EOS, which ends the middle; the sentinels do not: whoever infills
 gives them, and a model that is asked for plain text shall not open with one. The cuts lie between tokens; the paper cuts

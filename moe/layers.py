@@ -26,7 +26,8 @@ Tables = tuple[Tensor, Tensor]  # cos and sin
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight).
 
-    The stored weight is zero-centred, so that weight decay pulls the gain to 1.
+    The stored weight is zero-centred, as in the released checkpoint, whose config decays it, which pulls the gain to 1.
+    Here no gain is decayed (moe/optim.py).
     """
 
     def __init__(self, dim: int, eps: float) -> None:

@@ -92,7 +92,10 @@ class _NextTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head, scale = ctx.saved_tensors
         scale = grad_loss * scale
-        grad_x = None if grad_x is None else grad_x * scale.to(grad_x.dtype)
+        if (
+            grad_x is not None
+        ):  # in the scale's precision: as a 0-d factor it would be rounded to the states' type first
+            grad_x = torch.mul(grad_x, scale.view(1, 1), out=torch.empty_like(grad_x))
         grad_head = None if grad_head is None else (grad_head * scale).to(ctx.head_dtype)
         return grad_x, grad_head, None, None, None, None, None
 

@@ -9,7 +9,6 @@ section 2, and its released checkpoint).
 On the hub, head h is `model.layers.{layers + h}`, with `shared_head_norm` and `output` under `transformer.shared_head`.
 """
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -56,11 +55,3 @@ def shifted(tokens_BT: Tensor, segments_BT: Tensor | None, places: int, eos: int
         return ahead_BT
     same_BT = nn.functional.pad(segments_BT, (0, places), value=-1)[:, places:] == segments_BT
     return torch.where(same_BT, ahead_BT, eos)
-
-
-@torch.no_grad()
-def clone_first(heads: nn.ModuleList) -> None:
-    """Copies the first head's weights to the others: only it is pre-trained, then all are trained together."""
-    state = copy.deepcopy(heads[0].state_dict())
-    for head in heads[1:]:
-        head.load_state_dict(state)

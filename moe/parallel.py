@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import ConfigError, StageError
 
@@ -145,14 +145,6 @@ class World:
     def wait(self) -> None:
         """Returns when every rank has called it."""
         self.sum(torch.zeros((), device=self.device)).item()
-
-    @torch.no_grad()
-    def copy_from_first(self, model: nn.Module) -> None:
-        """Gives all ranks rank 0's parameters and buffers; call it before experts are split."""
-        if self.size > 1:
-            with _answered():
-                for value in (*model.parameters(), *model.buffers()):
-                    dist.broadcast(value.detach(), src=0, group=self.everyone.group)
 
     @torch.no_grad()
     def sum_loads(self, layers: Iterable[Loaded]) -> None:

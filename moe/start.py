@@ -22,11 +22,11 @@ from torch import Tensor
 from moe import checkpoint, muon
 from moe.config import ModelConfig, TrainConfig
 from moe.model import Decoder
+from moe.optim import frozen
 
 FREE = ("context", "rope_theta", "rope_scaling", "routed_clip", "shared_clip", "mtp_heads")
 FIRST_HEAD = "mtp.0."
 UPDATES, MASTER = "updates", "master"  # of the optimiser's state (moe/optim.py)
-ROUTER = ".moe.gate.weight"
 
 
 def start_problems(config: TrainConfig, start: Path | None) -> list[str]:
@@ -78,7 +78,7 @@ def _moments(
     """What the optimiser of the new run keeps (moe/optim.py): stored where it was, zero where it is new."""
     out = {UPDATES: stored[UPDATES]}
     for name, p in model.named_parameters():
-        if config.optim.freeze_router and name.endswith(ROUTER):
+        if frozen(name, config.optim):
             continue
         is_matrix = config.optim.optimizer == "muon" and muon.matrices(name, p)
         for key in ("momentum",) if is_matrix else ("exp_avg", "exp_avg_sq"):

@@ -8,10 +8,11 @@ that is minimised, summed over micro-batches and ranks, is
     + group_loss * sum over routed layers of their group loss            (moe/experts.py), the mean over micro-batches
 
 so neither `micro_rows` nor the number of ranks changes it beyond rounding; but for the group loss, a product of means over
-the tokens of one micro-batch. Head h (from 0) predicts at t the target of t + 1 + h, counted where that lies in the same
-segment and itself counts.
+the tokens of one micro-batch. Padding has no part in the group loss, in the loads and in what is told of routing. Head h
+(from 0) predicts at t the target of t + 1 + h, counted where that lies in the same segment and itself counts. With mtp_loss 0
+heads are neither computed nor changed (moe/optim.py).
 
-Between the start of an update and `read` nothing waits for a GPU, but `rebalance`, which gives numbers (moe/experts.py).
+Between the start of an update and `read` nothing waits for a GPU, but the exchange of experts' rows (moe/exchange.py).
 """
 
 import itertools
@@ -25,6 +26,7 @@ from torch import Tensor
 from moe.config import TrainConfig
 from moe.data import Batch
 from moe.exchange import split_experts
+from moe.experts import MoE
 from moe.layers import Attention
 from moe.loss import next_token_loss
 from moe.model import Decoder
@@ -62,6 +64,10 @@ class Rows:
         here = slice(low, low + count)
         return Rows(self.inputs[here], self.targets[here], self.segments[here], self.domains[here], self.mask[here])
 
+    def filled(self, eos: int) -> Tensor:
+        """[B, T], False in padding: an EOS behind an EOS that does not count (moe/data.py)."""
+        return self.mask | (self.inputs != eos) | (self.targets != eos)
+
     def ahead(self, head: int) -> tuple[Tensor, Tensor]:
         """Targets [B, T] of an MTP head, and which of them count."""
         places = 1 + head
@@ -80,6 +86,7 @@ class Figures:
     tokens: int
     heads: int
     domains: Sequence[str]
+    grouped: bool  # whether experts are balanced by groups: with one group its loss is 1
     sums: Tensor  # [1 + heads nll, 1 + heads counted targets, 1 group loss, nll by domain, counted targets by domain]
     norm: Tensor
     violation: Tensor  # [routed layers]
@@ -100,7 +107,9 @@ class Figures:
         if self.heads:
             row["mtp_loss"] = losses[1:]
         if violation:
-            row |= {"load_violation": violation, "group_loss": group}
+            row["load_violation"] = violation
+        if violation and self.grouped:
+            row["group_loss"] = group
         if experts:
             row["experts"] = dict(zip(self.experts, experts, strict=True))
             loads = [round(share, LOAD_DIGITS) for share in row["experts"]["load"]]
@@ -122,8 +131,8 @@ class Updater:
         self, config: TrainConfig, model: Decoder, optimizer: Optimizer, world: World, domains: Sequence[str]
     ) -> None:
         self.config, self.model, self.optimizer, self.world, self.domains = config, model, optimizer, world, domains
-        weights = [config.optim.mtp_decay**h for h in range(len(model.mtp))]
-        self.head_weights = [config.optim.mtp_loss * w / sum(weights) for w in weights]
+        weights = [config.optim.mtp_decay**h for h in range(len(model.mtp))] if config.optim.mtp_loss else []
+        self.head_weights = [config.optim.mtp_loss * w / sum(weights) for w in weights]  # none: no head is computed
 
     def run(self, batch: Batch, step: int, watch: bool) -> Figures:
         """Update `step`, counted from 0; `watch` takes the experts' statistics too."""
@@ -133,7 +142,7 @@ class Updater:
         counted = self.world.sum(self._counted(rows))
         micro = self.config.micro_rows or len(rows)
         local = torch.zeros(
-            2 + len(self.model.mtp) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device
+            2 + len(self.head_weights) + 2 * len(self.domains), dtype=torch.float64, device=rows.inputs.device
         )
         self.optimizer.zero_grad()
         for low in range(0, len(rows), micro):
@@ -146,13 +155,14 @@ class Updater:
         lr = learning_rate(step, self.config.steps, optim)
         self.optimizer.step(lr)
         loads_LE = self._rebalance(bias_rate(step, self.config.steps, optim))
-        total, heads = self.world.sum(local), 1 + len(self.model.mtp)
+        total, heads = self.world.sum(local), 1 + len(self.head_weights)
         return Figures(
             step=step,
             lr=lr,
             tokens=rows.inputs.numel() * self.world.size,
-            heads=len(self.model.mtp),
+            heads=len(self.head_weights),
             domains=self.domains,
+            grouped=optim.expert_groups > 1,
             sums=torch.cat((total[:heads], counted.double(), total[heads:])),
             norm=norm,
             violation=(loads_LE.amax(1) / loads_LE.mean(1) - 1) if len(loads_LE) else norm.new_zeros(0),
@@ -162,14 +172,19 @@ class Updater:
 
     def _counted(self, rows: Rows) -> Tensor:
         """This rank's counted targets, of the next token and of each MTP head, int64."""
-        masks = [rows.mask, *(rows.ahead(h)[1] for h in range(len(self.model.mtp)))]
+        masks = [rows.mask, *(rows.ahead(h)[1] for h in range(len(self.head_weights)))]
         return torch.stack([mask.sum() for mask in masks])
 
     def _losses(self, rows: Rows, counted: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The micro-batch's part of the loss, and its sums as in `Figures` without the numbers of targets."""
         model, optim = self.model, self.config.optim
         fused = self.config.compile
+        filled_S, routed = rows.filled(model.config.eos).flatten(), model.routed
+        for layer in routed:
+            layer.counted = filled_S
         stream_BTD = model.states(rows.inputs, rows.segments)
+        for layer in routed:
+            layer.counted = None
         loss, nll_S = next_token_loss(
             model.norm(stream_BTD).flatten(0, 1),
             model.lm_head.weight,
@@ -180,7 +195,8 @@ class Updater:
             compiled=fused,
         )
         sums = [nll_S.sum(dtype=torch.float64)]
-        for h, state_BTD in enumerate(model.mtp_states(stream_BTD, rows.inputs, rows.segments)):
+        states = model.mtp_states(stream_BTD, rows.inputs, rows.segments) if self.head_weights else []
+        for h, state_BTD in enumerate(states):
             head, (targets_BT, counts_BT) = cast(MTPHead, model.mtp[h]), rows.ahead(h)
             x_SD = head.shared_head_norm(state_BTD).flatten(0, 1)
             ahead, ahead_nll_S = next_token_loss(
@@ -224,8 +240,16 @@ class Updater:
         return loads_LE
 
     def _experts(self, loads_LE: Tensor) -> dict[str, Tensor]:
-        """Statistics of each routed layer in the last micro-batch, the mean over ranks, and the shares of all tokens."""
-        found = [layer.stats() for layer in self.model.routed]
+        """Statistics of each routed layer in the last micro-batch, and the shares of all tokens.
+
+        What compares experts is over all of them and all ranks' rows; what describes routing is the mean over ranks.
+        """
+        layers, team = self.model.routed, self.world.experts
+        own = torch.stack([layer.activity for layer in layers if layer.activity is not None])
+        parts = own.new_zeros(team.size, *own.shape)  # [ranks of a team, layers, experts of a rank, 2]
+        parts[team.rank] = own
+        activity = self.world.sum(parts).transpose(0, 1).flatten(1, 2)
+        found = [layer.stats(activity_E2) for layer, activity_E2 in zip(layers, activity, strict=True)]
         means = {
             name: self.world.sum(torch.stack([one[name].float() for one in found])) / self.world.size
             for name in found[0]
@@ -234,14 +258,19 @@ class Updater:
 
 
 def placed(model: Decoder, config: TrainConfig, world: World) -> Decoder:
-    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer."""
+    """The model as it trains: on the device, in its precision, with this rank's experts, compiled layer by layer.
+
+    A layer whose experts are split runs uncompiled: the rows that a rank takes differ from call to call, and so many
+    shapes would be compiled anew until torch gave up.
+    """
     model = model.to(world.device, PRECISION[config.precision]).train()
     for layer in model.routed:
         layer.expert_groups = config.optim.expert_groups
     split_experts(model, world)
     if config.compile:
         for block in (*model.model["layers"].children(), *model.mtp):
-            block.compile(dynamic=False)
+            if all(layer.exchange is None for layer in block.modules() if isinstance(layer, MoE)):
+                block.compile(dynamic=False)
     return model
 
 

@@ -12,12 +12,14 @@ import torch
 import torch.multiprocessing as mp
 
 from moe import optim, slab
-from moe.config import OptimConfig
-from moe.exchange import load_whole_weights, split_experts, whole_weights
+from moe.config import OptimConfig, TrainConfig
+from moe.data import Batch
+from moe.exchange import split_experts, whole_weights
 from moe.loss import next_token_loss
 from moe.model import Decoder
 from moe.parallel import World
 from moe.presets import preset
+from moe.update import Updater, placed
 
 CONFIG = preset("ci", vocab_size=64, eos=0)
 OPTIM = OptimConfig(grad_clip=0.3, bias_rate=0.1)
@@ -54,12 +56,12 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], folder: Pa
 
 def train_steps(world: World, dtype: torch.dtype, config: OptimConfig = OPTIM, start: Any = None) -> dict[str, Any]:
     """`STEPS` updates of a decoder on seeded rows, this rank taking its slice, with uneven masks; `start` goes on."""
-    model = Decoder(CONFIG, seed=0 if start else world.rank).to(dtype).train()
-    world.copy_from_first(model)
+    model = Decoder(CONFIG).to(dtype).train()
+    if start:
+        model.load_state_dict(start["weights"])
     split_experts(model, world)
     optimizer = optim.build(model, config, world)
     if start:
-        load_whole_weights(model, start["weights"], world)
         optimizer.load_state_tensors(start["state"])
     losses, norms = [], []
     first = start["step"] if start else 0
@@ -93,6 +95,23 @@ def train_steps(world: World, dtype: torch.dtype, config: OptimConfig = OPTIM, s
     }
 
 
+def one_update(world: World) -> dict[str, Any]:
+    """The metrics of one update of a model with a starved expert and one that blows up."""
+    config = TrainConfig(model=CONFIG, optim=OPTIM, steps=STEPS, rows=ROWS, threads=1)
+    model = Decoder(CONFIG)
+    with torch.no_grad():
+        model.routed[0].router_bias[:] = torch.tensor([9.0, 0.0, 0.0, -9.0])  # the last expert starves
+        model.routed[1].gate_up_proj.weight[-1] *= 5.0  # the last expert blows up
+    model = placed(model, config, world)
+    tokens, mask = _batch(0)
+    share = ROWS // world.size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    zeros = torch.zeros(share, TOKENS, dtype=torch.int64).numpy()
+    batch = Batch(tokens[mine, :-1].numpy(), tokens[mine, 1:].numpy(), zeros, zeros, mask[mine].numpy())
+    updater = Updater(config, model, optim.build(model, OPTIM, world), world, ("all",))
+    return updater.run(batch, 0, watch=True).read()
+
+
 def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(1, 64, (ROWS, TOKENS + 1), generator=generator)
@@ -113,6 +132,7 @@ def two_ranks(folder: Path, rank: int) -> None:
     }
     found["resumed"] = train_steps(world, torch.float64, start=torch.load(folder / "one.pt"))
     found["split"] = train_steps(split, torch.float32)
+    found["updates"] = [one_update(world), one_update(split)]
     found["values"] = world.gather(rank * 10)
     world.wait()
     world.close()

@@ -248,7 +248,10 @@ def test_training_rows_are_those_of_the_config() -> None:
 
 def test_a_source_that_does_not_fit_is_named() -> None:
     with pytest.raises(ConfigError, match=r"exceeds the embedding, got 105 tokens, expected at most 104"):
-        training_rows(_config(fim_fraction=0.1, fim_domains=("a",), fim_tokens=(101, 102, 104)), _long_source())
+        training_rows(
+            _config(packing="best_fit", fim_fraction=0.1, fim_domains=("a",), fim_tokens=(101, 102, 104)),
+            _long_source(),
+        )
     foreign = ArrayTokenSource([np.array([1, 2, 3])], vocab_size=200, eos=3, text_bytes=[1])
     with pytest.raises(
         ConfigError, match=r"got 200 tokens, expected at most 104[^$]*got token 3, expected model\.eos 0"
@@ -256,6 +259,13 @@ def test_a_source_that_does_not_fit_is_named() -> None:
         training_rows(_config(), foreign)
     with pytest.raises(ConfigError, match=r"too short, got 20 tokens = 0 steps of 2 x 16, expected 5"):
         training_rows(_config(), _source([[*range(1, 20), 0]]))
+
+
+def test_a_stream_of_rearranged_documents_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"got train\.packing stream and fraction 0\.5; set train\.packing to best_fit"
+    ):
+        training_rows(_config(fim_fraction=0.5, fim_domains=("b",), fim_tokens=(101, 102, 103)), _long_source())
 
 
 def test_fingerprint_notices_another_order() -> None:

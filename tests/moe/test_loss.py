@@ -84,6 +84,13 @@ def test_bfloat16_sums_the_heads_gradient_over_chunks_in_fp32() -> None:
     assert ((grad_head - expected).norm() / expected.norm()).item() < 4e-3
 
 
+def test_bfloat16_scales_the_states_gradient_in_fp32() -> None:
+    """Over 517 targets: 1/517 lies between two bf16 numbers, which would be off by 0.1% the same way everywhere."""
+    x, head, target, _ = _inputs(torch.bfloat16, tokens=517)
+    whole, parts = (torch.autograd.grad(next_token_loss(x, head, target, total=total)[0], x)[0] for total in (517, 1))
+    torch.testing.assert_close(whole, (parts.double() / 517).bfloat16(), atol=0, rtol=0)
+
+
 def test_compiled_rows_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced whole and without the in-place writes; a real compiler would take 15 s here."""
     monkeypatch.setattr(

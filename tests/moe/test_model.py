@@ -186,6 +186,8 @@ def test_layers_compile_whole_and_once_a_kind(model_config: ModelConfig, packed:
         segments = (_tokens(2, 16, seed=10 + step) < 12).cumsum(1) if packed else None
         results = []
         for model in (plain, compiled):
+            for moe in model.routed:
+                moe.counted = (tokens % 3 > 0).flatten()
             x = model.states(tokens, segments)
             loss = (model.norm(x).square().mean() + model.mtp_states(x, tokens, segments)[1].square().mean()).float()
             model.zero_grad()

@@ -84,6 +84,17 @@ def test_split_experts_equal_one_rank(one: dict[str, Any], two: dict[str, Any], 
     _same(four["fp64"], one["fp64"], TOLERANCE["fp64"])
 
 
+def test_readings_of_the_experts_are_over_all_of_them(two: dict[str, Any]) -> None:
+    """Ranks with two of four experts each would compare them in pairs, and replicas miss what others' rows show."""
+    alone = ranks.one_update(World.alone())["experts"]
+    assert alone["rms_min_median"][0] == 0.0
+    assert alone["rms_max_median"][1] > 4.0
+    for row in two["updates"]:
+        for name in ("rms_min_median", "rms_max_median", "dead_fraction"):
+            assert row["experts"][name] == pytest.approx(alone[name], rel=1e-4), name
+        assert row["experts"]["load"] == alone["load"]
+
+
 def test_four_replicas_equal_one_rank(one: dict[str, Any], four: dict[str, Any]) -> None:
     _same(four["plain"], one["fp64"], TOLERANCE["fp64"])
 

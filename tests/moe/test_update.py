@@ -12,8 +12,8 @@ from moe.config import ModelConfig, OptimConfig, TrainConfig
 from moe.data import Batch
 from moe.model import Decoder
 from moe.optim import build
-from moe.parallel import World
-from moe.update import Rows, Updater, attention_logit_bounds
+from moe.parallel import Team, World
+from moe.update import Rows, Updater, attention_logit_bounds, placed
 
 DOMAINS = ("a", "b")
 
@@ -114,6 +114,47 @@ def test_gradients_are_those_of_the_written_loss(config: TrainConfig) -> None:
     _, row = _updated(config, batch)
     assert row["grad_norm"] == pytest.approx(float(wanted), rel=1e-4)
     assert row["group_loss"] == pytest.approx(float(torch.stack(groups).sum().detach()), rel=1e-5)
+
+
+def test_heads_without_a_loss_stay_as_they_are(config: TrainConfig) -> None:
+    idle = dataclasses.replace(config, optim=dataclasses.replace(config.optim, mtp_loss=0.0, weight_decay=0.5))
+    model, row = _updated(idle, _batch())
+    assert "mtp_loss" not in row
+    before = dict(Decoder(idle.model, idle.seed).named_parameters())
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {name for name in before if name.startswith("mtp.")}
+
+
+def test_padding_steers_no_router(config: TrainConfig) -> None:
+    """The loads are those of the 21 places that hold text, in all four rows, for both chosen experts."""
+    batch = _batch()
+    batch.inputs[:, 21:] = batch.targets[:, 21:] = config.model.eos
+    model = Decoder(config.model).train()
+    updater = Updater(config, model, build(model, config.optim), World.alone(), DOMAINS)
+    seen: list[list[int]] = []
+    for layer in model.routed:
+        layer.register_forward_hook(lambda moe, _in, _out: seen.append(moe.load.tolist()))
+    updater.run(batch, 0, watch=True)
+    assert len(seen) == len(model.routed)
+    masked = batch.mask | (batch.inputs != 0) | (batch.targets != 0)
+    assert [sum(load) for load in seen] == [int(masked.sum()) * config.model.top_k] * len(seen)
+    assert masked.sum() == 4 * 21
+
+
+def test_one_group_has_no_loss_to_show(config: TrainConfig) -> None:
+    plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, expert_groups=1, group_loss=0.0))
+    _, row = _updated(plain, _batch())
+    assert "load_violation" in row
+    assert "group_loss" not in row
+
+
+def test_layers_with_split_experts_are_not_compiled(config: TrainConfig) -> None:
+    """Two ranks' rows never have the same shape twice."""
+    split = World(torch.device("cpu"), Team(0, 2), Team(0, 2), Team())
+    for world, routed in ((World.alone(), True), (split, False)):
+        model = placed(Decoder(config.model), dataclasses.replace(config, compile=True), world)
+        compiled = [block._compiled_call_impl is not None for block in (*model.model["layers"], *model.mtp)]
+        assert compiled == [True, routed, routed, True, True]
 
 
 @pytest.mark.parametrize("micro_rows", [1, 3])
