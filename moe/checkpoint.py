@@ -15,6 +15,7 @@ initialisation, and batches are a function of the step.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from moe.model import Decoder
 
 WEIGHTS, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 TOKENIZER, LATEST, CHECKPOINTS, TEMPORARY = "tokenizer.json", "latest", "checkpoints", ".writing"
+OURS = re.compile(r"step-\d{8}(\.writing)?")
 
 
 @dataclass(frozen=True)
@@ -181,8 +183,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_old(folder: Path, newest: str, keep: int) -> None:
-    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too."""
-    names = sorted(p.name for p in (folder / CHECKPOINTS).iterdir())
+    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too.
+
+    Looks only at folders that `save` may have made: what else a person keeps there stays.
+    """
+    made = (p for p in (folder / CHECKPOINTS).iterdir() if OURS.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+    names = sorted(p.name for p in made)
     stay = [n for n in names if n <= newest and not n.endswith(TEMPORARY)][-keep:]
     for name in names:
         if name not in stay:

@@ -261,3 +261,16 @@ def _interrupt_at(step: int) -> Any:
             raise KeyboardInterrupt
 
     return on_step
+
+
+def test_old_checkpoints_go_and_what_others_put_there_stays(tmp_path: Path) -> None:
+    """Copies kept by hand, files and links lie beside them; only folders of training's own names are its to remove."""
+    below = tmp_path / checkpoint.CHECKPOINTS
+    others = ("best", "step-00000003-kept", "step-3", "notes.txt.d")
+    for name in (*others, *(f"step-{i:08d}" for i in (1, 2, 3, 9)), "step-00000004.writing"):
+        (below / name).mkdir(parents=True)
+    (below / ".DS_Store").write_text("")
+    (below / "step-00000007").write_text("a file of that name")
+    checkpoint.remove_old(tmp_path, "step-00000003", keep=2)
+    stay = {"step-00000002", "step-00000003", "step-00000007", ".DS_Store", *others}
+    assert {p.name for p in below.iterdir()} == stay
