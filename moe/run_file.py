@@ -24,9 +24,10 @@ from typing import Any
 
 from core.errors import ConfigError
 from moe.alarms import Limits
-from moe.config import TrainConfig, build
+from moe.config import TrainConfig
 from moe.presets import preset
 from moe.token_files import JoinedSources, open_source
+from moe.typed import build
 
 OWN = ("folder", "source", "preset", "start", "alarms")  # keys that are no fields of TrainConfig
 
@@ -63,11 +64,8 @@ def read_run(path: Path, changes: Iterable[str] = ()) -> RunFile:
         from moe.checkpoint import weights_digest
 
         train["init"] = weights_digest(start)
-    try:
-        config = build(TrainConfig, train, "train")
-        limits = build(Limits, _mapping(values, "alarms"), "alarms")
-    except TypeError as error:  # a text where a number belongs
-        raise ConfigError(f"{path}: a value is of the wrong kind, {error}") from error
+    config = build(TrainConfig, train, "train")
+    limits = build(Limits, _mapping(values, "alarms"), "alarms")
     return RunFile(config, source, here / values["folder"], start, limits)
 
 

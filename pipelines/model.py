@@ -105,9 +105,9 @@ def train(job: Job) -> Outcome:
     from mixtures.reader import MixtureSource
     from moe.alarms import Limits
     from moe.checkpoint import weights_digest
-    from moe.config import build
     from moe.progress import live
     from moe.trainer import train as train_model
+    from moe.typed import build
 
     config: TrainStageConfig = job.config
     source = MixtureSource(job.root, config.phase)

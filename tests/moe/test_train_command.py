@@ -243,7 +243,21 @@ def test_json_is_read_without_yaml(file: Path) -> None:
         ("source.counts.tokens=absent.npz", "absent.npz cannot be read"),
         ("source.counts=3", "source.counts: must name `tokens: FILE`"),
         ("source={}", "source: missing"),
-        ("steps=many", "a value is of the wrong kind"),
+        ("steps=many", "train.steps: must be a whole number, got 'many'"),
+        ("steps=20.5", "train.steps: must be a whole number, got 20.5"),
+        ("optim.schedule=cosin", "optim.schedule: must be one of cosine, wsd, constant, got 'cosin'"),
+        ("packing=bestfit", "train.packing: must be one of stream, best_fit, got 'bestfit'"),
+        ("precision=fp16", "train.precision: must be one of float32, bfloat16, got 'fp16'"),
+        ("shuffle=False", "train.shuffle: must be true or false, got 'False'"),
+        ('optim.lr="3e-3"', r"optim.lr: must be a number, got '3e-3'; write 0.003, which YAML reads as a number"),
+        ("optim.weight_decay=NaN", "optim.weight_decay: must be a number, got nan"),
+        ("threads=true", "train.threads: must be a whole number or null, got True"),
+        (
+            "row_growth=[[2, 8, 3]]",
+            r"train.row_growth: must be a list, each entry a list of 2 \(a whole number, a whole",
+        ),
+        ("model.rope_scaling=2", "model.rope_scaling: must be keys and values or null, got 2"),
+        ("alarms.stop=loss_spike", "alarms.stop: must be a list, each entry a text, got 'loss_spike'"),
         ("steps", "--set takes key=value, got 'steps'"),
         ("steps.more=1", "--set steps.more: steps holds a value"),
     ],
@@ -251,6 +265,14 @@ def test_json_is_read_without_yaml(file: Path) -> None:
 def test_mistakes_in_a_run_file(change: str, message: str, file: Path) -> None:
     with pytest.raises((ConfigError, InputError), match=message):
         read_run(file, [change])
+
+
+def test_wrong_kinds_are_told_together(file: Path) -> None:
+    changes = ["steps=1.5", "precision=fp16", "optim.schedule=cosin", "optim.beta3=1", "model.dim=-1"]
+    with pytest.raises(ConfigError) as error:
+        read_run(file, changes)
+    named = ["moe.dim", "optim.beta3", "optim.schedule", "train.precision", "train.steps"]
+    assert sorted(p.split(":")[0] for p in error.value.problems) == named
 
 
 def test_flat_files_give_the_documents_between_eos(tmp_path: Path) -> None:
