@@ -2,9 +2,9 @@
 
 In: a dataclass, a mapping of what a person or a file gave, the name to call it by. Out: the dataclass, nested ones made too and
 lists made tuples, or one `ConfigError` of all problems: unknown and missing keys, values of the wrong kind, words that a
-`Literal` does not have. Known annotations: bool, int, float (takes whole numbers, not NaN), str, `Literal`, tuples of these, nested
-dataclasses, and any of them with `| None`. What a config says of its values itself (`__post_init__`) comes with the rest where its
-kinds are right.
+`Literal` does not have. Known annotations: bool, int, float (takes whole numbers, not NaN), str, `Literal`, tuples of these,
+nested dataclasses, and any of them with `| None`. What a config says of its values itself (`__post_init__`) comes with the rest
+where its kinds are right.
 """
 
 import dataclasses
