@@ -185,7 +185,7 @@ class _Run:
         values = figures.read()
         self.step += 1
         self._check_finite(values["loss"], values["grad_norm"])
-        row = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context}
+        row: dict[str, Any] = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context}
         row |= finite(values)
         self.holding = self.alarms.see(row)
         if self.holding:

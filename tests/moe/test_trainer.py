@@ -311,7 +311,7 @@ def test_a_fresh_start_keeps_the_metrics_of_another(
     (undisturbed / checkpoint.LATEST).unlink()
     shutil.rmtree(undisturbed / checkpoint.CHECKPOINTS)
     before = _tree(undisturbed)
-    with pytest.raises(StageError, match="metrics.jsonl belongs to a run without checkpoints"):
+    with pytest.raises(StageError, match=r"metrics\.jsonl belongs to a run without checkpoints"):
         train(train_config, source, undisturbed)
     assert _tree(undisturbed) == before
 
@@ -327,7 +327,7 @@ def test_rows_are_json_whatever_was_measured(tmp_path: Path) -> None:
 def test_a_gpu_of_its_own_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ConfigError, match="train.device: names one GPU for 2 ranks, got 'cuda:1'"):
+    with pytest.raises(ConfigError, match=r"train\.device: names one GPU for 2 ranks, got 'cuda:1'"):
         World.from_env(device="cuda:1")
 
 
