@@ -187,6 +187,11 @@ class OptimConfig:
             for name in ("min_lr_fraction", "decay_fraction", "momentum", "beta1", "beta2", "bias_stop_fraction")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if self.group_loss > 0 and self.expert_groups == 1:
+            problems.append(
+                f"optim.group_loss: balances several groups, got {self.group_loss} with expert_groups 1, for which it is "
+                "constant; set expert_groups, or group_loss to 0"
+            )
         _raise(problems)
 
 
@@ -223,6 +228,20 @@ class TrainConfig:
     def rows_of(self, step: int) -> int:
         """Rows of update `step`, counted from 0."""
         return next((rows for start, rows in reversed(self.row_growth) if step >= start), self.rows)
+
+    def rank_problems(self, ranks: int) -> list[str]:
+        """Why so many ranks cannot share the run; nothing when they can."""
+        if ranks < 1:
+            return [f"train: a run has at least one rank, got {ranks}"]
+        out = []
+        if uneven := [rows for rows in (self.rows, *(r for _, r in self.row_growth)) if rows % ranks]:
+            out.append(
+                f"train.rows: must divide among the ranks, got {uneven[0]} rows for {ranks} ranks; change train.rows or "
+                "train.row_growth"
+            )
+        if ranks % self.expert_ranks:
+            out.append(f"train.expert_ranks: must divide the ranks, got {self.expert_ranks} for {ranks} ranks")
+        return out
 
     def __post_init__(self) -> None:
         problems = [

@@ -304,12 +304,7 @@ def _preflight(config: TrainConfig, source: TokenSource, folder: Path, start: Pa
         problems.append(
             f"optim.expert_groups: must divide the experts, got {config.optim.expert_groups} for {config.model.experts}"
         )
-    uneven = [rows for rows in (config.rows, *(r for _, r in config.row_growth)) if rows % world.size]
-    if uneven:
-        problems.append(
-            f"train.rows: must divide among the ranks, got {uneven[0]} rows for {world.size} ranks; change train.rows or "
-            "train.row_growth"
-        )
+    problems += config.rank_problems(world.size)
     if config.tokenizer and not Path(config.tokenizer).is_file():
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
     if folder.exists() and not folder.is_dir():
