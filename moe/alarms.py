@@ -91,10 +91,9 @@ class Alarms:
         """No rule that stops is beyond its limit."""
         return not any(self._beyond[name] for name in self.limits.stop)
 
-    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes the rows of a run that is resumed."""
-        for row in rows:
-            self.see(row)
+    def replay(self, rows: Iterable[Mapping[str, Any]]) -> set[str]:
+        """Takes the rows of a run that is resumed; names the alarms that were raised there."""
+        return {alarm.name for row in rows for alarm in self.see(row)}
 
     def see(self, row: Mapping[str, Any]) -> list[Alarm]:
         """The alarms that hold at this row."""
@@ -142,8 +141,11 @@ class Alarms:
 
 
 def _above(readings: Mapping[str, Any], name: str, limit: float) -> tuple[str, str] | None:
-    """What the greatest layer reads if that is above the limit, "" if not, None where nothing was read."""
-    values = readings.get(name)
+    """What the greatest layer reads if that is above the limit, "" if not, None where nothing was read.
+
+    A null in a row was not finite, and counts as above every limit.
+    """
+    values = [math.inf if value is None else value for value in readings.get(name) or ()]
     if not values:
         return None
     place, value = max(enumerate(values), key=lambda pair: pair[1])
@@ -151,9 +153,9 @@ def _above(readings: Mapping[str, Any], name: str, limit: float) -> tuple[str, s
 
 
 def _below(readings: Mapping[str, Any], name: str, limit: float) -> tuple[str, str] | None:
-    """As `_above`, for the least layer and a limit that it may not fall under."""
-    values = readings.get(name)
+    """As `_above`, for the least layer and a limit that it may not fall under; a null, as of a layer at rest, is no reading."""
+    values = [(place, value) for place, value in enumerate(readings.get(name) or ()) if value is not None]
     if not values:
         return None
-    place, value = min(enumerate(values), key=lambda pair: pair[1])
+    place, value = min(values, key=lambda pair: pair[1])
     return f"{name} {value:.3g} in entry {place}" if value < limit else "", f"at least {limit:.3g}"

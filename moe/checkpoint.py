@@ -13,14 +13,17 @@ is a `StageError` and nothing is changed. There is no generator state: training 
 initialisation, and batches are a function of the step.
 """
 
+import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +34,8 @@ from moe.model import Decoder
 
 WEIGHTS, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 TOKENIZER, LATEST, CHECKPOINTS, TEMPORARY = "tokenizer.json", "latest", "checkpoints", ".writing"
+GIB = 2**30
+OURS = re.compile(r"step-\d{8}(\.writing)?")
 
 
 @dataclass(frozen=True)
@@ -55,33 +60,63 @@ def save(
 ) -> Path:
     """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder.
 
-    `weights` are the model's parameters and buffers, `moments` the optimiser's state, both whole and by name.
+    `weights` are the model's parameters and buffers, `moments` the optimiser's state, both whole and by name. A disk that takes
+    no more is a `StageError`, and the checkpoint before this one stays in force.
     """
     name = _name(step)
-    final, temporary = folder / CHECKPOINTS / name, folder / CHECKPOINTS / (name + TEMPORARY)
+    temporary = folder / CHECKPOINTS / (name + TEMPORARY)
+    # The tokenizer's path is this machine's; its content is what the run was given.
+    stored = to_json(replace(config, tokenizer=tokenizer))
+    try:
+        _write(temporary, {WEIGHTS: weights, OPTIMIZER: moments}, stored, State(step, mixture, tokenizer, {}))
+        final = _commit(folder, temporary, name)
+        remove_old(folder, name, config.keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        stands = find(folder).name if (folder / LATEST).is_file() else "nothing"
+        raise StageError(
+            f"checkpoint: {name} cannot be written, got {error}, expected to write into {folder}; {stands} stands, free "
+            f"{shutil.disk_usage(folder).free / GIB:.1f} GiB; make room and run the same command"
+        ) from error
+    return final
+
+
+def _write(
+    temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], state: State
+) -> None:
+    """The files of a checkpoint, synced, `state` with their hashes."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_plain(weights), temporary / WEIGHTS)
-    save_file(_plain(moments), temporary / OPTIMIZER)
-    # The tokenizer's path is this machine's; its content is what the run was given.
-    _write_json(temporary / CONFIG, to_json(replace(config, tokenizer=tokenizer)))
-    files = {n: file_digest(temporary / n) for n in (WEIGHTS, OPTIMIZER, CONFIG)}
-    _write_json(temporary / STATE, {"step": step, "mixture": mixture, "tokenizer": tokenizer, "files": files})
+    for name, content in tensors.items():
+        save_file(_plain(content), temporary / name)
+    _write_json(temporary / CONFIG, config)
+    files = {n: file_digest(temporary / n) for n in (*tensors, CONFIG)}
+    _write_json(temporary / STATE, vars(replace(state, files=files)))
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
+
+
+def _commit(folder: Path, temporary: Path, name: str) -> Path:
+    """Gives a written checkpoint its name, and then names it in `latest`."""
+    final = folder / CHECKPOINTS / name
     # Present only after a kill between this rename and the pointer, or when a step is written again after a fall-back.
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _sync(folder / CHECKPOINTS)
     replace_text(folder / LATEST, name + "\n")
-    remove_old(folder, name, config.keep)
     return final
 
 
 def find(folder: Path) -> Path:
     """The newest checkpoint of a run folder, or the folder itself if it is a checkpoint."""
     if (folder / LATEST).is_file():
-        return folder / CHECKPOINTS / (folder / LATEST).read_text().strip()
+        name, below = (folder / LATEST).read_text(errors="replace").strip(), folder / CHECKPOINTS
+        if name == ".." or (below / name).parent != below or not (below / name).is_dir():
+            raise StageError(
+                f"checkpoint: {folder / LATEST} names no checkpoint, got {name!r}, expected a folder of {below}; "
+                f"{_fall_back(below / LATEST)}"
+            )
+        return below / name
     if (folder / STATE).is_file():
         return folder
     raise ConfigError(f"moe: no checkpoint here, got {folder}, expected a folder that training wrote; train first")
@@ -90,6 +125,59 @@ def find(folder: Path) -> Path:
 def weights_digest(folder: Path) -> str:
     """Hash of the newest checkpoint's weights: what `TrainConfig.init` names."""
     return file_digest(find(folder) / WEIGHTS)
+
+
+def begun_from(folder: Path, start: Path) -> str:
+    """What `TrainConfig.init` is for a run that begins from `start`: as its own checkpoint says, if `folder` has one.
+
+    A run that goes on needs nothing of `start`, which may have changed since, or be gone.
+    """
+    if (folder / LATEST).is_file():
+        own = find(folder) / CONFIG
+        try:
+            init = json.loads(own.read_text())["init"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StageError(
+                f"checkpoint: {own} cannot be read, got {error}, expected the file that training wrote; "
+                f"{_fall_back(own.parent)}"
+            ) from error
+        if init is not None:
+            return str(init)
+    return weights_digest(start)
+
+
+def lock(folder: Path) -> int | None:
+    """Takes a run folder, made if need be, for this process: a file descriptor that holds it until it is closed, or dies with us.
+
+    The lock is on the folder itself, so that no file of it is part of the run. None where the file system has no such locks
+    (some network ones). A folder that another process holds is a `StageError` with its id, where Linux tells.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = _holder(os.fstat(fd))
+        os.close(fd)
+        raise StageError(
+            f"train: another process trains in {folder}, got a lock of {holder}, expected none; wait for it, stop it, or "
+            "use a new folder"
+        ) from error
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _holder(found: os.stat_result) -> str:
+    """The process that has locked a file, from the kernel's table `id: FLOCK ADVISORY WRITE pid major:minor:inode first last`."""
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    table = Path("/proc/locks")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        words = line.split()
+        if len(words) > 5 and words[1] == "FLOCK" and words[5] == place:
+            return f"process {words[4]}"
+    return "a process that cannot be told from here"
 
 
 def check_empty(folder: Path) -> None:
@@ -175,14 +263,29 @@ def replace_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_text(text)
+    _into_place(temporary, path)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a small file whole or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    shutil.copyfile(source, temporary)
+    _into_place(temporary, path)
+
+
+def _into_place(temporary: Path, path: Path) -> None:
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def remove_old(folder: Path, newest: str, keep: int) -> None:
-    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too."""
-    names = sorted(p.name for p in (folder / CHECKPOINTS).iterdir())
+    """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too.
+
+    Looks only at folders that `save` may have made: what else a person keeps there stays.
+    """
+    made = (p for p in (folder / CHECKPOINTS).iterdir() if OURS.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+    names = sorted(p.name for p in made)
     stay = [n for n in names if n <= newest and not n.endswith(TEMPORARY)][-keep:]
     for name in names:
         if name not in stay:

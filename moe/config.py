@@ -10,9 +10,10 @@ shapes are in `moe/presets.py`.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal
 
 from core.errors import ConfigError
+from moe.typed import build
 
 EXECUTION = {"execution": True}
 POSITIVE = (
@@ -20,7 +21,6 @@ POSITIVE = (
     *("dense_dim", "experts", "top_k", "expert_dim", "shared_dim"),
 )
 MAX_MTP_HEADS = 3
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,11 @@ class OptimConfig:
             for name in ("min_lr_fraction", "decay_fraction", "momentum", "beta1", "beta2", "bias_stop_fraction")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if self.group_loss > 0 and self.expert_groups == 1:
+            problems.append(
+                f"optim.group_loss: balances several groups, got {self.group_loss} with expert_groups 1, for which it is "
+                "constant; set expert_groups, or group_loss to 0"
+            )
         _raise(problems)
 
 
@@ -224,6 +229,20 @@ class TrainConfig:
         """Rows of update `step`, counted from 0."""
         return next((rows for start, rows in reversed(self.row_growth) if step >= start), self.rows)
 
+    def rank_problems(self, ranks: int) -> list[str]:
+        """Why so many ranks cannot share the run; nothing when they can."""
+        if ranks < 1:
+            return [f"train: a run has at least one rank, got {ranks}"]
+        out = []
+        if uneven := [rows for rows in (self.rows, *(r for _, r in self.row_growth)) if rows % ranks]:
+            out.append(
+                f"train.rows: must divide among the ranks, got {uneven[0]} rows for {ranks} ranks; change train.rows or "
+                "train.row_growth"
+            )
+        if ranks % self.expert_ranks:
+            out.append(f"train.expert_ranks: must divide the ranks, got {self.expert_ranks} for {ranks} ranks")
+        return out
+
     def __post_init__(self) -> None:
         problems = [
             f"train.{name}: must be positive, got {getattr(self, name)}"
@@ -253,7 +272,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`; unknown and missing keys are a `ConfigError`."""
+    """The inverse of `to_json`; what does not fit is a `ConfigError` of all problems (moe/typed.py)."""
     return build(TrainConfig, values, "train")
 
 
@@ -265,30 +284,6 @@ def differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-
-
-def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """A config from JSON values: nested configs are built, lists become tuples."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    problems = [
-        f"{where}.{name}: unknown key, expected one of {', '.join(fields)}" for name in values if name not in fields
-    ]
-    problems += [f"{where}.{name}: missing" for name in sorted(required - values.keys())]
-    _raise(problems)
-    hints = get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value, name) for name, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    nested = next((h for h in (hint, *get_args(hint)) if isinstance(h, type) and dataclasses.is_dataclass(h)), None)
-    if nested is not None and isinstance(value, Mapping):
-        return build(nested, value, where)
-    return _tuples(value) if isinstance(value, list) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _identity(config: Any, prefix: str = "") -> dict[str, Any]:

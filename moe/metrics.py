@@ -1,14 +1,16 @@
 """Metrics of a run: the rows of `metrics.jsonl`, and the same as TensorBoard event files.
 
-In: one row an update, from rank 0 (moe/trainer.py says what it holds). Out: `metrics.jsonl`, and below `tensorboard/` one
-scalar for each number, `experts/rms_max_median/2` for entry 2 of a list, at the update's step. A resume cuts the rows behind its
-checkpoint from the file and hides them in TensorBoard (its `purge_step`).
+In: one row an update, from rank 0 (moe/trainer.py says what it holds). Out: `metrics.jsonl`, where null stands for a number that
+is not finite, and below `tensorboard/` one scalar for each number, `experts/rms_max_median/2` for entry 2 of a list, at the
+update's step. A resume cuts the rows behind its checkpoint from the file and hides them in TensorBoard (its `purge_step`).
 """
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,29 @@ class MetricsFile:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, writes: bool = True) -> None:
         self._file = open(folder / METRICS if writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
-        self._writes = writes
+        self._writes, self._broken, self._folder = writes, False, folder
         self._events = _events(folder / TENSORBOARD, step) if tensorboard and writes else None
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        # Rows that a full disk did not take are tried again here; the error of `write` has told of them.
+        with suppress(OSError) if self._broken else nullcontext():
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._broken = True
+            raise StageError(
+                f"train: {self._folder / METRICS} takes no row, got {error}, expected to append update {row['step']}; "
+                "the newest checkpoint stands: make room and run the same command"
+            ) from error
         if self._events is not None:
             for name, value in scalars(row):
                 self._events.add_scalar(name, value, row["step"])
@@ -59,22 +70,54 @@ def scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{name}", float(nested)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines = (Path(folder) / METRICS).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+def finite(value: Any) -> Any:
+    """A row's value with null for each number that JSON does not have (NaN, infinity)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def read_metrics(folder: Path, rows: int | None = None) -> list[dict[str, Any]]:
+    """The first `rows` rows of a run's `metrics.jsonl`, or all; a last line that a kill cut short is left out.
+
+    A file that is missing, or holds something else, is a `StageError`.
+    """
+    out = []
+    for i, line in enumerate(_lines(folder)[:rows], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row or "loss" not in row:
+            raise StageError(
+                f"train: {Path(folder) / METRICS} is damaged, got {line[:60]!r} in line {i}, expected a row of an update; "
+                "restore it or train into a new folder"
+            )
+        out.append(row)
+    return out
 
 
 def cut_metrics(folder: Path, step: int) -> None:
     """Leaves the rows up to `step`: those behind it are written again."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+    path, lines = folder / METRICS, _lines(folder)[:step]
     if len(lines) < step:
         raise StageError(
             f"train: {path} lost rows, got {len(lines)}, expected {step} as the checkpoint says; "
             "restore it or train into a new folder"
         )
-    checkpoint.replace_text(path, "".join(lines))
+    checkpoint.replace_text(path, "".join(line.decode() + "\n" for line in lines))
+
+
+def _lines(folder: Path) -> list[bytes]:
+    """Whole lines, without their ends."""
+    try:
+        return (Path(folder) / METRICS).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise StageError(
+            f"train: no metrics, got {error}, expected {METRICS} beside the checkpoints; restore it or train into a new folder"
+        ) from error
 
 
 def check_tensorboard() -> None:

@@ -113,12 +113,17 @@ class World:
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if size % expert_ranks:
             raise ConfigError(f"train.expert_ranks: must divide the ranks, got {expert_ranks} for {size} ranks")
+        if size > 1 and device.startswith("cuda:"):
+            raise ConfigError(
+                f"train.device: names one GPU for {size} ranks, got {device!r}, expected auto or cuda, each rank on its own; "
+                "choose GPUs with CUDA_VISIBLE_DEVICES"
+            )
         place = _place(device, int(os.environ.get("LOCAL_RANK", "0")))
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # what is made without naming a device, as NCCL's buffers are, goes there too
         if size == 1:
             return cls.alone(place)
         limit = timedelta(seconds=timeout_s)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
         with _answered():
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=limit)
             experts = [range(first, first + expert_ranks) for first in range(0, size, expert_ranks)]

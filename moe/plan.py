@@ -1,12 +1,14 @@
 """What a run would be, before it: parameters, operations, memory, steps and hours.
 
 In: `TrainConfig`, a source, the number of ranks. Out: figures, and the same as text. Counts are exact (moe/flops.py), and so is
-the memory of weights and gradients; the optimiser's is a rank's even share; activations are an estimate, `ACTIVATION_WIDTHS`
-numbers of the model's width a token and layer. Hours are those of H100s at `MFU_FLOOR`. No model is built.
+the memory of weights and gradients, of the experts those that `expert_ranks` leave on a rank; the optimiser's is a rank's even
+share; activations are an estimate, `ACTIVATION_WIDTHS` numbers of the model's width a token and layer. Hours are those of H100s at
+`MFU_FLOOR`. No model is built.
 """
 
 from dataclasses import dataclass
 
+from core.errors import ConfigError
 from moe import flops
 from moe.config import TrainConfig
 from moe.data import TokenSource, training_rows
@@ -39,8 +41,12 @@ class Plan:
 
 def plan(config: TrainConfig, source: TokenSource, ranks: int = 1) -> Plan:
     """The figures of a run; what could not run is a `ConfigError`."""
+    if problems := config.rank_problems(ranks):
+        raise ConfigError(*problems)
     c, rows = config.model, training_rows(config, source)
     total, active = flops.parameters(c)
+    routed = (c.layers - c.dense_layers) * c.experts * 3 * c.dim * c.expert_dim
+    held = total - routed + routed // config.expert_ranks
     width = 2 if config.precision == "bfloat16" else 4
     tokens = rows.first_row(config.steps) * c.context
     per_token = flops.training_flops(c, c.context)
@@ -60,8 +66,8 @@ def plan(config: TrainConfig, source: TokenSource, ranks: int = 1) -> Plan:
         tokens=tokens,
         passes=rows.first_row(config.steps) / rows.rows_per_pass,
         padding_fraction=1 - rows.packing.fill_fraction,
-        weight_bytes=width * total,
-        gradient_bytes=width * total,
+        weight_bytes=width * held,
+        gradient_bytes=width * held,
         optimizer_bytes=int(state / ranks),
         activation_bytes=at_once * (c.layers + c.mtp_heads) * ACTIVATION_WIDTHS * c.dim * width,
         h100_hours=tokens * per_token / (peak * MFU_FLOOR) / 3600,

@@ -1,7 +1,7 @@
 """The live line of a run on a terminal: updates, loss, tokens/s, share of the device's peak, load of the experts.
 
 In: rows of `metrics.jsonl` as they are made. Out: two lines on stderr that are drawn over; nothing where stderr is no terminal,
-but a warning for each alarm when it begins.
+or `rich` is not installed, but a warning for each alarm when it begins.
 """
 
 import contextlib
@@ -32,8 +32,12 @@ def live(steps: int, stream: TextIO | None = None, label: str = "") -> Iterator[
     if not out.isatty():
         yield warn
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:  # a machine that only trains may have none
+        yield warn
+        return
 
     columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.description}"))
     first = f"{label}: " if label else ""

@@ -24,11 +24,13 @@ from typing import Any
 
 from core.errors import ConfigError
 from moe.alarms import Limits
-from moe.config import TrainConfig, build
+from moe.config import TrainConfig
 from moe.presets import preset
 from moe.token_files import JoinedSources, open_source
+from moe.typed import build
 
 OWN = ("folder", "source", "preset", "start", "alarms")  # keys that are no fields of TrainConfig
+TEXTS = ("folder", "start", "tokenizer", "preset")
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,24 @@ def read_run(path: Path, changes: Iterable[str] = ()) -> RunFile:
         _lay_over(values, change)
     if missing := [key for key in ("folder", "source") if not values.get(key)]:
         raise ConfigError(*(f"{path}: {key}: missing" for key in missing))
+    if wrong := [key for key in TEXTS if not isinstance(values.get(key, ""), str | None)]:
+        raise ConfigError(*(f"{path}: {key}: must be a text, got {values[key]!r}" for key in wrong))
     here = path.resolve().parent
     shape = _mapping(values, "model")
     source = open_source(_mapping(values, "source"), here, shape.get("vocab_size"), shape.get("eos"))
     named = {"vocab_size": source.vocab_size, "eos": source.eos}
-    if name := values.get("preset"):
+    if (name := values.get("preset")) is not None:
         shape = asdict(preset(name, **named)) | shape
     start = here / values["start"] if values.get("start") else None
     train = {key: value for key, value in values.items() if key not in OWN} | {"model": named | shape}
     if train.get("tokenizer"):
         train["tokenizer"] = str(here / train["tokenizer"])
     if start is not None and train.get("init") is None:
-        from moe.checkpoint import weights_digest
+        from moe.checkpoint import begun_from
 
-        train["init"] = weights_digest(start)
-    try:
-        config = build(TrainConfig, train, "train")
-        limits = build(Limits, _mapping(values, "alarms"), "alarms")
-    except TypeError as error:  # a text where a number belongs
-        raise ConfigError(f"{path}: a value is of the wrong kind, {error}") from error
+        train["init"] = begun_from(here / values["folder"], start)
+    config = build(TrainConfig, train, "train")
+    limits = build(Limits, _mapping(values, "alarms"), "alarms")
     return RunFile(config, source, here / values["folder"], start, limits)
 
 

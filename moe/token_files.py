@@ -3,8 +3,9 @@
 In: for each domain `{"tokens": FILE}`, a flat run of token ids in which EOS ends documents: `.npz` (array `tokens`; `vocab_size`
 and `eos` if it says so itself) or `.bin` (little-endian ids, `dtype` uint16 unless said), or `{"megatron": PREFIX}`, a
 `PREFIX.bin` and `PREFIX.idx` (moe/megatron.py). Out: a source whose documents are those of the domains one after the other; a run
-mixes them with `shuffle`. The sizes of their texts are not known, so `bytes` is 0. Cost: `.bin` files are mapped, others read;
-8 bytes a document. Mixtures of this project's own roots are read by its pipelines, which `moe` does not know.
+mixes them with `shuffle`. The sizes of their texts are not known, so `bytes` is 0. Cost: `.bin` files are mapped, others read; each
+is read through once to check its ids and find its documents; 8 bytes a document. Mixtures of this project's own roots are read
+by its pipelines, which `moe` does not know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,24 +21,45 @@ from moe.megatron import MegatronSource
 
 KEYS = ("tokens", "megatron", "dtype")
 DTYPES = ("uint16", "uint32", "int32", "int64")
+LONGEST_DOCUMENT = 10**6  # tokens of a file without any EOS; chosen: longer than a book
 
 
 class FlatTokens:
-    """Documents of one flat run of token ids; what stands behind the last EOS is a document too."""
+    """Documents of one flat run of token ids; what stands behind the last EOS is a document too, and gets an EOS.
+
+    Token ids that the vocabulary does not have are an `InputError`, and so is a long run without any EOS: it was written with
+    another one, and would be one document.
+    """
 
     def __init__(self, tokens: np.ndarray, *, vocab_size: int, eos: int, content: str, domain: str = "all") -> None:
         self.vocab_size, self.eos, self.content, self.domains = vocab_size, eos, content, (domain,)
         self._tokens = tokens
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise InputError(
+                f"source.{domain}: no token ids, got {tokens.dtype} of shape {tokens.shape}, expected one row of whole numbers"
+            )
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+        if lowest < 0 or highest >= vocab_size:
+            raise InputError(
+                f"source.{domain}: token ids outside the vocabulary, got {lowest} to {highest}, expected 0 to {vocab_size - 1}; "
+                "correct the file's dtype or model.vocab_size"
+            )
         ends = np.flatnonzero(tokens == eos) + 1
+        if not len(ends) and len(tokens) > LONGEST_DOCUMENT:
+            raise InputError(
+                f"source.{domain}: no document ends, got {len(tokens)} tokens without EOS {eos}, expected one within "
+                f"{LONGEST_DOCUMENT}; correct model.eos, or write the file with EOS behind each document"
+            )
         if len(tokens) and (not len(ends) or ends[-1] < len(tokens)):
-            ends = np.append(ends, len(tokens))
+            ends = np.append(ends, len(tokens) + 1)  # the EOS that `tokens` appends
         self._starts = np.concatenate(([0], ends))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def tokens(self, i: int) -> np.ndarray:
-        return self._tokens[self._starts[i] : self._starts[i + 1]].astype(np.int32)
+        found = self._tokens[self._starts[i] : self._starts[i + 1]].astype(np.int32)
+        return found if len(found) == self.length(i) else np.append(found, np.int32(self.eos))
 
     def length(self, i: int) -> int:
         return int(self._starts[i + 1] - self._starts[i])
@@ -109,6 +131,9 @@ def open_source(
     `vocab_size` and `eos`."""
     problems = []
     for name, entry in given.items():
+        if isinstance(entry, Mapping) and not all(isinstance(value, str) for value in entry.values()):
+            problems.append(f"source.{name}: its values must be texts, got {dict(entry)!r}")
+            continue
         if not isinstance(entry, Mapping) or not {"tokens", "megatron"} & entry.keys() or entry.keys() - set(KEYS):
             problems.append(f"source.{name}: must name `tokens: FILE` or `megatron: PREFIX`, got {entry!r}")
     if not given:
@@ -146,6 +171,9 @@ def _dtype(name: str, given: str) -> np.dtype:
 
 
 def _vocabulary(name: str, vocab_size: int | None, eos: int | None) -> tuple[int, int]:
+    wrong = [v for v in (vocab_size, eos) if v is not None and (isinstance(v, bool) or not isinstance(v, int))]
+    if wrong:
+        raise ConfigError(f"source.{name}: model.vocab_size and model.eos must be whole numbers, got {wrong[0]!r}")
     if vocab_size is None or eos is None:
         raise ConfigError(
             f"source.{name}: the file does not say its vocabulary, got vocab_size {vocab_size} and eos {eos}; "

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,9 +75,8 @@ def _train(given: argparse.Namespace) -> int:
     device_of(run.config.device)
     world = World.from_env(expert_ranks=run.config.expert_ranks, device=run.config.device)
     try:
-        with live(run.config.steps) as on_step:
-            shown = on_step if world.rank == 0 else None
-            summary = train(run.config, run.source, run.folder, shown, run.start, world, limits=run.limits)
+        with live(run.config.steps) if world.rank == 0 else nullcontext() as on_step:
+            summary = train(run.config, run.source, run.folder, on_step, run.start, world, limits=run.limits)
     finally:
         world.close()
     if world.rank == 0:

@@ -8,6 +8,7 @@ update:
     mtp_loss [float] by head  load_violation [float] and group_loss float of the routed layers (moe/experts.py)
     experts {name: [float]}, attention_logit_bound [float] by layer: at the first, the last and each EXPERT_STEPS-th update
     alarms [{name, found, expected}], where some hold (moe/alarms.py)
+    null: a number that was not finite, among the experts' only
     step_s, tokens_per_s, mfu float, memory_bytes int: alone differ between equal runs; mfu on known GPUs only
 
 A run may start from another run's checkpoint (moe/start.py). The same call on a folder with a checkpoint goes on from it, on
@@ -19,9 +20,10 @@ nothing. Ranks share the folder: rank 0 writes it, the others read it.
 
 import gc
 import math
-import shutil
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from moe.config import TrainConfig, differences
 from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
 from moe.device import device_of, memory_bytes, memory_named, repeatable, utilisation
 from moe.exchange import whole_weights
-from moe.metrics import METRICS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
+from moe.metrics import METRICS, MetricsFile, check_tensorboard, cut_metrics, finite, read_metrics
 from moe.model import Decoder
 from moe.optim import build
 from moe.parallel import World
@@ -85,11 +87,17 @@ def train(
     `on_step` gets each metrics row after it is written. `limits` say when an alarm holds and which ones stop the run.
     """
     world = world or World.alone(device_of(config.device))
-    rows = _preflight(config, source, start, world)
+    folder = Path(folder)
+    rows = _preflight(config, source, folder, start, world)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = Path(folder)
-    with repeatable(config.deterministic, world.device), memory_named(config, folder, world.size):
+    if world.device.type == "cuda" and world.device.index is not None:
+        torch.cuda.set_device(world.device)
+    with (
+        _locked(folder, world),
+        repeatable(config.deterministic, world.device),
+        memory_named(config, folder, world.size),
+    ):
         run = _Run(config, rows, folder, world, limits or Limits(), start)
         began = time.perf_counter()
         try:
@@ -97,6 +105,24 @@ def train(
         finally:
             gc.unfreeze()
     return run.summary(time.perf_counter() - began)
+
+
+@contextmanager
+def _locked(folder: Path, world: World) -> Iterator[None]:
+    """The folder is this run's alone within: rank 0 holds it, and where it cannot every rank raises."""
+    lock, problem = None, None
+    try:
+        if world.rank == 0:
+            try:
+                lock = checkpoint.lock(folder)
+            except StageError as error:
+                problem = str(error)
+        if problem := world.gather(problem)[0]:
+            raise StageError(problem)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 class _Run:
@@ -159,7 +185,8 @@ class _Run:
         values = figures.read()
         self.step += 1
         self._check_finite(values["loss"], values["grad_norm"])
-        row = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context, **values}
+        row: dict[str, Any] = {"step": self.step, "tokens": self.rows.first_row(self.step) * self.config.model.context}
+        row |= finite(values)
         self.holding = self.alarms.see(row)
         if self.holding:
             self.raised |= {alarm.name for alarm in self.holding}
@@ -213,6 +240,12 @@ class _Run:
         """The folder's newest checkpoint, if it is one of this run; on every rank before any of them writes."""
         if not (self.folder / checkpoint.LATEST).is_file():
             checkpoint.check_empty(self.folder)
+            metrics = self.folder / METRICS
+            if metrics.is_file() and metrics.stat().st_size:
+                raise StageError(
+                    f"train: {metrics} belongs to a run without checkpoints, got {metrics.stat().st_size} bytes, expected none; "
+                    f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
+                )
             self.world.wait()
             return None
         path = checkpoint.find(self.folder)
@@ -232,7 +265,7 @@ class _Run:
     def _open(self, name: str | None) -> None:
         """Brings the folder to where the run goes on: at a checkpoint's name, or at a fresh start with one of step 0."""
         if name is not None:
-            self.alarms.replay(read_metrics(self.folder)[: self.step])
+            self.raised |= self.alarms.replay(read_metrics(self.folder, self.step))
             self.world.wait()
             if self.world.rank == 0:
                 cut_metrics(self.folder, self.step)
@@ -241,7 +274,7 @@ class _Run:
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.tokenizer:
-                shutil.copyfile(self.config.tokenizer, self.folder / checkpoint.TOKENIZER)
+                checkpoint.copy_file(Path(self.config.tokenizer), self.folder / checkpoint.TOKENIZER)
             checkpoint.replace_text(self.folder / METRICS, "")
         self.save()
 
@@ -264,22 +297,20 @@ class _Run:
             )
 
 
-def _preflight(config: TrainConfig, source: TokenSource, start: Path | None, world: World) -> PackedRows:
+def _preflight(config: TrainConfig, source: TokenSource, folder: Path, start: Path | None, world: World) -> PackedRows:
     """All that can be wrong before any work, shown together."""
     problems = []
     if config.model.experts % config.optim.expert_groups:
         problems.append(
             f"optim.expert_groups: must divide the experts, got {config.optim.expert_groups} for {config.model.experts}"
         )
-    uneven = [rows for rows in (config.rows, *(r for _, r in config.row_growth)) if rows % world.size]
-    if uneven:
-        problems.append(
-            f"train.rows: must divide among the ranks, got {uneven[0]} rows for {world.size} ranks; change train.rows or "
-            "train.row_growth"
-        )
+    problems += config.rank_problems(world.size)
     if config.tokenizer and not Path(config.tokenizer).is_file():
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
-    problems += start_problems(config, start)
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"train: the run's folder is a file, got {folder}, expected a folder or nothing there")
+    if not (folder / checkpoint.LATEST).is_file():  # a run that goes on has its weights, and needs none to start from
+        problems += start_problems(config, start)
     rows = None
     try:
         if config.tensorboard:

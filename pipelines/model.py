@@ -12,10 +12,10 @@ A pipeline may train through phases: `train@anneal: {phase: anneal, after: train
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from core.cache import fetched
 from core.errors import ConfigError
@@ -24,13 +24,16 @@ from core.manifest import read_manifest
 from core.stage import Kind, Resources, Stage, StageConfig, execution
 from core.storage import Root
 from core.workspace import mirrored, workspace
+from moe.alarms import Limits
+from moe.config import TrainConfig, from_json
 from moe.presets import Name, preset
+from moe.typed import build
 
 if TYPE_CHECKING:
     from mixtures.reader import MixtureSource
-    from moe.config import TrainConfig
 
 EVALUATION = "evaluation.json"
+PLACEHOLDER_VOCABULARY = 2**20  # beyond that of any tokenizer: knobs are checked before there is one
 # Knobs that are fields of moe.config.TrainConfig under the same name.
 PLAN = (
     *(
@@ -88,6 +91,23 @@ class TrainStageConfig(StageConfig):
     tensorboard: bool = execution(False, "event files beside metrics.jsonl")
     alarms: dict[str, Any] = execution({}, "limits of moe.alarms.Limits that differ, and which alarms `stop` the run")
 
+    @model_validator(mode="after")
+    def _moe_takes_it(self) -> Self:
+        """What `moe` says of its own knobs comes with the pipeline's other mistakes; the vocabulary is known only in `train`."""
+        problems: list[str] = []
+        given = {"steps": 1, "fim_tokens": (0, 1, 2) if self.fim_tokens else None}
+        for made in (
+            lambda: _with_knobs(self, PLACEHOLDER_VOCABULARY, 0, given),
+            lambda: build(Limits, self.alarms, "alarms"),
+        ):
+            try:
+                made()
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(*problems)
+        return self
+
 
 class EvaluateStageConfig(StageConfig):
     """What to measure on the trained model."""
@@ -103,9 +123,7 @@ class EvaluateStageConfig(StageConfig):
 def train(job: Job) -> Outcome:
     """Train on one phase; the loss curve is `metrics.jsonl` in the model's folder."""
     from mixtures.reader import MixtureSource
-    from moe.alarms import Limits
     from moe.checkpoint import weights_digest
-    from moe.config import build
     from moe.progress import live
     from moe.trainer import train as train_model
 
@@ -133,25 +151,36 @@ def train(job: Job) -> Outcome:
         content = weights_digest(place.path)
     figures = {name: value for name, value in asdict(summary).items() if not isinstance(value, Path)}
     outputs = {"weights": {"content": content, "folder": folder}}
+    figures["passes"] = passes(plan, source)
     accounts = {"train_tokens": summary.tokens, "steps": plan.steps, "parameters": summary.parameters}
     return Outcome(outputs=outputs, accounts=accounts, observed=figures)
 
 
-def train_plan(config: TrainStageConfig, source: "MixtureSource", tokenizer: Path, init: str | None) -> "TrainConfig":
+def train_plan(config: TrainStageConfig, source: "MixtureSource", tokenizer: Path, init: str | None) -> TrainConfig:
     """What the knobs say, with the steps that the phase holds."""
-    from moe.config import from_json
     from moe.data import training_rows
 
-    shape = asdict(preset(config.preset, vocab_size=source.vocab_size, eos=source.eos))
-    plan = from_json(
-        {name: getattr(config, name) for name in PLAN}
-        | {"model": shape | config.model, "optim": config.optim, "steps": 1, "init": init}
-        | {"tokenizer": str(tokenizer), "fim_tokens": _fim_ids(config, tokenizer)}
-    )
+    given = {"steps": 1, "init": init, "tokenizer": str(tokenizer), "fim_tokens": _fim_ids(config, tokenizer)}
+    plan = _with_knobs(config, source.vocab_size, source.eos, given)
     available = training_rows(plan, source).steps
     assert available is not None  # it does not repeat
     steps = config.steps or min(config.max_steps, available)
     return replace(plan, steps=steps, repeat=steps > available)
+
+
+def passes(plan: TrainConfig, source: "MixtureSource") -> float:
+    """How often the run reads the phase: above 1 where `steps` exceed it."""
+    from moe.data import training_rows
+
+    rows = training_rows(plan, source)
+    return rows.first_row(plan.steps) / rows.rows_per_pass
+
+
+def _with_knobs(config: TrainStageConfig, vocab_size: int, eos: int, given: dict[str, Any]) -> TrainConfig:
+    """The knobs as a config of `moe`, with what is `given` of the rest; what does not fit is a `ConfigError`."""
+    shape = asdict(preset(config.preset, vocab_size=vocab_size, eos=eos)) | config.model
+    knobs = {name: getattr(config, name) for name in PLAN}
+    return from_json(knobs | {"model": shape, "optim": config.optim} | given)
 
 
 def _fim_ids(config: TrainStageConfig, tokenizer: Path) -> tuple[int, ...] | None:

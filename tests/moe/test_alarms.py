@@ -177,3 +177,10 @@ def test_a_dead_expert_warns(faulty: Callable[[Fault], TrainConfig], source: Arr
             config, source, tmp_path / "stopped", start=tmp_path / "sound",
             limits=Limits(readings=2, dead_ratio=0.1, stop=("dead_expert",)),
         )  # fmt: skip
+
+
+def test_a_replay_names_what_was_raised_and_reads_nulls() -> None:
+    """A null was not finite: beyond every limit where too much alarms, no reading where too little does."""
+    rows = [_experts(0.01, 1.5)] * 3 + [_row(experts={"rms_min_median": [None], "rms_max_median": [1.0, None]})] * 3
+    assert Alarms(Limits(readings=3), 3.0).replay(rows) == {"dead_expert", "expert_blow_up"}
+    assert Alarms(Limits(readings=4), 3.0).replay(rows) == set()

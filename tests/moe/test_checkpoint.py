@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -261,3 +262,85 @@ def _interrupt_at(step: int) -> Any:
             raise KeyboardInterrupt
 
     return on_step
+
+
+def test_old_checkpoints_go_and_what_others_put_there_stays(tmp_path: Path) -> None:
+    """Copies kept by hand, files and links lie beside them; only folders of training's own names are its to remove."""
+    below = tmp_path / checkpoint.CHECKPOINTS
+    others = ("best", "step-00000003-kept", "step-3", "notes.txt.d")
+    for name in (*others, *(f"step-{i:08d}" for i in (1, 2, 3, 9)), "step-00000004.writing"):
+        (below / name).mkdir(parents=True)
+    (below / ".DS_Store").write_text("")
+    (below / "step-00000007").write_text("a file of that name")
+    checkpoint.remove_old(tmp_path, "step-00000003", keep=2)
+    stay = {"step-00000002", "step-00000003", "step-00000007", ".DS_Store", *others}
+    assert {p.name for p in below.iterdir()} == stay
+
+
+def test_a_folder_is_trained_in_by_one_process(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    """While it trains another call is refused, with the process that has it; the lock leaves no file and ends with the run."""
+    refused = []
+
+    def again(row: dict[str, Any]) -> None:
+        if row["step"] == 1:
+            with pytest.raises(StageError, match="another process trains in") as error:
+                train(train_config, source, tmp_path)
+            refused.append(str(error.value))
+
+    train(train_config, source, tmp_path, again)
+    assert f"got a lock of process {os.getpid()}," in refused[0] or not Path("/proc/locks").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "latest", METRICS]
+    assert train(train_config, source, tmp_path).resumed_step == 12
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    """The kernel takes no more than some bytes a file; the same command goes on when it does again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row: dict[str, Any]) -> None:
+        if row["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    try:
+        with pytest.raises(StageError, match=r"step-00000010 cannot be written.* step-00000005 stands, free .* GiB"):
+            train(train_config, source, tmp_path, fill)
+        assert not (tmp_path / checkpoint.CHECKPOINTS / "step-00000010.writing").exists()
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size, hard))
+        with pytest.raises(
+            StageError, match=r"takes no row, got .* expected to append update \d+; the newest checkpoint stands"
+        ):
+            train(train_config, source, tmp_path, lambda row: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert train(train_config, source, tmp_path).resumed_step == 5
+    train(train_config, source, tmp_path.parent / "undisturbed")
+    assert _bytes(tmp_path) == _bytes(tmp_path.parent / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["step-00000099", "", "..", "step-00000005/config.json", "\udcff"])
+def test_a_pointer_to_nothing(name: str, train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
+    train(dataclasses.replace(train_config, steps=1), source, tmp_path)
+    (tmp_path / checkpoint.LATEST).write_bytes(name.encode(errors="surrogateescape"))
+    for use in (checkpoint.load, checkpoint.weights_digest, lambda folder: train(train_config, source, folder)):
+        with pytest.raises(StageError, match=r"latest names no checkpoint, got .* write step-00000001 into"):
+            use(tmp_path)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_from(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    train(dataclasses.replace(train_config, steps=1), source, before)
+    config = dataclasses.replace(train_config, steps=2, init=checkpoint.begun_from(after, before))
+    train(config, source, after, start=before)
+    train(dataclasses.replace(train_config, steps=1, seed=1), source, tmp_path / "other")
+    for start in (tmp_path / "other", tmp_path / "gone"):
+        assert checkpoint.begun_from(after, start) == config.init
+        assert train(config, source, after, start=start).resumed_step == 2
+    with pytest.raises(ConfigError, match="the weights to start from are not those of the config"):
+        train(config, source, tmp_path / "new", start=tmp_path / "other")
+    assert checkpoint.begun_from(before, after) == checkpoint.weights_digest(after), "it began from none"

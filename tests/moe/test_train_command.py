@@ -243,7 +243,28 @@ def test_json_is_read_without_yaml(file: Path) -> None:
         ("source.counts.tokens=absent.npz", "absent.npz cannot be read"),
         ("source.counts=3", "source.counts: must name `tokens: FILE`"),
         ("source={}", "source: missing"),
-        ("steps=many", "a value is of the wrong kind"),
+        ("folder=5", "folder: must be a text, got 5"),
+        ("start=[]", r"start: must be a text, got \[\]"),
+        ("tokenizer=1.5", "tokenizer: must be a text, got 1.5"),
+        ("preset={}", "preset: must be a text, got {}"),
+        ("optim.group_loss=0.1", "optim.group_loss: balances several groups, got 0.1 with expert_groups 1"),
+        ("model.eos=a", "model.eos must be whole numbers|model.eos: must be a whole number, got 'a'"),
+        ("source.counts.tokens=5", "source.counts: its values must be texts, got {'tokens': 5}"),
+        ("steps=many", "train.steps: must be a whole number, got 'many'"),
+        ("steps=20.5", "train.steps: must be a whole number, got 20.5"),
+        ("optim.schedule=cosin", "optim.schedule: must be one of cosine, wsd, constant, got 'cosin'"),
+        ("packing=bestfit", "train.packing: must be one of stream, best_fit, got 'bestfit'"),
+        ("precision=fp16", "train.precision: must be one of float32, bfloat16, got 'fp16'"),
+        ("shuffle=False", "train.shuffle: must be true or false, got 'False'"),
+        ('optim.lr="3e-3"', r"optim.lr: must be a number, got '3e-3'; write 0.003, which YAML reads as a number"),
+        ("optim.weight_decay=NaN", "optim.weight_decay: must be a number, got nan"),
+        ("threads=true", "train.threads: must be a whole number or null, got True"),
+        (
+            "row_growth=[[2, 8, 3]]",
+            r"train.row_growth: must be a list, each entry a list of 2 \(a whole number, a whole",
+        ),
+        ("model.rope_scaling=2", "model.rope_scaling: must be keys and values or null, got 2"),
+        ("alarms.stop=loss_spike", "alarms.stop: must be a list, each entry a text, got 'loss_spike'"),
         ("steps", "--set takes key=value, got 'steps'"),
         ("steps.more=1", "--set steps.more: steps holds a value"),
     ],
@@ -253,19 +274,63 @@ def test_mistakes_in_a_run_file(change: str, message: str, file: Path) -> None:
         read_run(file, [change])
 
 
+def test_wrong_kinds_are_told_together(file: Path) -> None:
+    changes = ["steps=1.5", "precision=fp16", "optim.schedule=cosin", "optim.beta3=1", "model.dim=-1"]
+    with pytest.raises(ConfigError) as error:
+        read_run(file, changes)
+    named = ["moe.dim", "optim.beta3", "optim.schedule", "train.precision", "train.steps"]
+    assert sorted(p.split(":")[0] for p in error.value.problems) == named
+
+
 def test_flat_files_give_the_documents_between_eos(tmp_path: Path) -> None:
     np.array([5, 6, 0, 7, 0, 8], np.uint16).tofile(tmp_path / "a.bin")
     np.array([1, 0, 0], np.uint32).tofile(tmp_path / "b.bin")
     entries = {"a": {"tokens": "a.bin"}, "b": {"tokens": "b.bin", "dtype": "uint32"}}
     source = open_source(entries, tmp_path, vocab_size=9, eos=0)
-    assert [source.tokens(i).tolist() for i in range(len(source))] == [[5, 6, 0], [7, 0], [8], [1, 0], [0]]
-    assert source.lengths().tolist() == [source.length(i) for i in range(5)] == [3, 2, 1, 2, 1]
+    assert [source.tokens(i).tolist() for i in range(len(source))] == [[5, 6, 0], [7, 0], [8, 0], [1, 0], [0]]
+    assert source.lengths().tolist() == [source.length(i) for i in range(5)] == [3, 2, 2, 2, 1]
     assert [source.domain(i) for i in range(5)] == [0, 0, 0, 1, 1]
     assert source.domains == ("a", "b")
     renamed = open_source({"c": entries["a"], "b": entries["b"]}, tmp_path, vocab_size=9, eos=0)
     assert renamed.content != source.content
     with pytest.raises(ConfigError, match=r"source.a: the file does not say its vocabulary"):
         open_source(entries, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([[1, 0], [2, 0]]), r"source.a: no token ids, got int64 of shape \(2, 2\)"),
+        (np.array([1.0, 0.0]), "source.a: no token ids, got float64"),
+        (np.array([1, 2**32 + 3, 0]), "token ids outside the vocabulary, got 0 to 4294967299, expected 0 to 8"),
+        (np.array([1, -1, 0]), "token ids outside the vocabulary, got -1 to 1"),
+        (np.ones(1_000_001, np.uint16), "source.a: no document ends, got 1000001 tokens without EOS 0"),
+    ],
+)
+def test_files_that_hold_no_documents(tokens: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", tokens=tokens)
+    with pytest.raises(InputError, match=message):
+        open_source({"a": {"tokens": "a.npz"}}, tmp_path, vocab_size=9, eos=0)
+
+
+def test_a_plan_knows_the_ranks(file: Path) -> None:
+    run = read_run(file, ["expert_ranks=2"])
+    c = run.config.model
+    whole, split = plan(replace(run.config, expert_ranks=1), run.source, 2), plan(run.config, run.source, 2)
+    experts = 2 * c.experts * 3 * c.dim * c.expert_dim  # of two routed layers, half of them elsewhere
+    assert whole.weight_bytes - split.weight_bytes == 4 * experts // 2
+    assert whole.optimizer_bytes == split.optimizer_bytes
+    for ranks, message in ((3, "4 rows for 3 ranks"), (0, "at least one rank, got 0"), (1, "got 2 for 1 ranks")):
+        with pytest.raises(ConfigError, match=message):
+            plan(run.config, run.source, ranks)
+
+
+def test_without_rich_alarms_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    stream = _Terminal()
+    with live(5, stream) as on_step:
+        on_step({"step": 1, "alarms": [{"name": "dead_expert", "found": "rms 0"}]})
+    assert stream.getvalue() == "update 1: alarm dead_expert: rms 0\n"
 
 
 def test_the_live_line_says_what_a_row_holds() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,8 @@ from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
-from moe.metrics import METRICS, TIME_FIELDS, read_metrics
+from moe.metrics import METRICS, TIME_FIELDS, MetricsFile, finite, read_metrics
+from moe.parallel import World
 from moe.trainer import train
 from tests.moe.conftest import counting_source
 
@@ -271,6 +273,62 @@ def test_lost_metrics_are_noticed(train_config: TrainConfig, source: ArrayTokenS
     (undisturbed / METRICS).write_text("")
     with pytest.raises(StageError, match="lost rows, got 0, expected 12"):
         train(train_config, source, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no metrics, got .* expected metrics.jsonl"),
+        (b"\0" * 4096 + b"\n", "is damaged, got .* in line 1"),
+        (b"[1]\n", r"is damaged, got b'\[1\]' in line 1"),
+    ],
+)
+def test_metrics_that_are_none(
+    content: bytes | None, message: str, train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    (undisturbed / METRICS).unlink()
+    if content is not None:
+        (undisturbed / METRICS).write_bytes(content)
+    before = _tree(undisturbed)
+    with pytest.raises(StageError, match=message):
+        train(train_config, source, undisturbed)
+    assert _tree(undisturbed) == before
+
+
+def test_garbage_behind_the_checkpoint_is_cut_off(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    """What a power cut leaves of rows that were never synced."""
+    whole = (undisturbed / METRICS).read_bytes()
+    (undisturbed / METRICS).write_bytes(whole + b"\xff\0\0\n\0")
+    train(train_config, source, undisturbed)
+    assert (undisturbed / METRICS).read_bytes() == whole
+
+
+def test_a_fresh_start_keeps_the_metrics_of_another(
+    train_config: TrainConfig, source: ArrayTokenSource, undisturbed: Path
+) -> None:
+    (undisturbed / checkpoint.LATEST).unlink()
+    shutil.rmtree(undisturbed / checkpoint.CHECKPOINTS)
+    before = _tree(undisturbed)
+    with pytest.raises(StageError, match=r"metrics\.jsonl belongs to a run without checkpoints"):
+        train(train_config, source, undisturbed)
+    assert _tree(undisturbed) == before
+
+
+def test_rows_are_json_whatever_was_measured(tmp_path: Path) -> None:
+    row = {"step": 1, "loss": 2.0, "experts": {"rms_max_median": [math.inf, 1.5], "load": [[math.nan, 1]]}}
+    with MetricsFile(tmp_path, 0, tensorboard=False) as metrics:
+        metrics.write(finite(row))
+    said = json.loads((tmp_path / METRICS).read_text(), parse_constant=pytest.fail)
+    assert said == {"step": 1, "loss": 2.0, "experts": {"rms_max_median": [None, 1.5], "load": [[None, 1]]}}
+
+
+def test_a_gpu_of_its_own_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match=r"train\.device: names one GPU for 2 ranks, got 'cuda:1'"):
+        World.from_env(device="cuda:1")
 
 
 def test_a_lost_pointer_is_not_a_fresh_run(

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from core.errors import ConfigError
 from moe.data import ArrayTokenSource
-from pipelines.model import TrainStageConfig, train_plan
+from pipelines.model import TrainStageConfig, passes, train_plan
 
 TOKENS = ["<|eos|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", *"abcd"]
 
@@ -73,3 +73,31 @@ def test_knobs_reach_the_run(source: ArrayTokenSource, tokenizer: Path) -> None:
 def test_knobs_that_fit_nothing(knobs: dict, message: str, source: ArrayTokenSource, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         train_plan(TrainStageConfig(preset="ci", **knobs), source, tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"model": {"dimm": 3}}, "model.dimm: unknown key"),
+        ({"model": {"heads": 3, "kv_heads": 2}}, "moe.heads: must be a multiple of kv_heads"),
+        ({"optim": {"schedule": "cosin"}}, "optim.schedule: must be one of cosine, wsd, constant, got 'cosin'"),
+        ({"optim": {"lr": "3e-3"}}, "optim.lr: must be a number, got '3e-3'"),
+        ({"alarms": {"stop": ["fire"]}}, "alarms.stop: unknown alarm, got 'fire'"),
+        ({"keep": 0}, "train.keep: must be positive, got 0"),
+        ({"fim_fraction": 0.5}, "train.fim_fraction: lies in 0 to 1 and needs fim_domains and fim_tokens"),
+    ],
+)
+def test_knobs_of_moe_are_checked_with_the_config(knobs: dict, message: str) -> None:
+    """Before any stage runs, and with no tokenizer there."""
+    with pytest.raises(ConfigError, match=message):
+        TrainStageConfig(**knobs)
+    with pytest.raises(ConfigError) as error:
+        TrainStageConfig(alarms={"readings": 0}, optim={"lr": True})
+    assert len(error.value.problems) == 2
+    TrainStageConfig(model={"eos": 99_999}, fim_fraction=0.5, fim_domains=("code",), fim_tokens=("a", "b", "c"))
+
+
+def test_passes_over_the_phase_are_counted(source: ArrayTokenSource, tokenizer: Path) -> None:
+    for steps, expected in ((5, 0.4), (40, 3.2)):
+        plan = train_plan(TrainStageConfig(preset="ci", rows=8, steps=steps), source, tokenizer, None)
+        assert passes(plan, source) == pytest.approx(expected)
