@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.hashing import digest, file_digest, table_digest, type_name
+from moe.metrics import TIME_FIELDS
 
 # How a run went, not what came out: spills, locks, a crawl's queue, and the log that `answers.parquet` is made from.
 LEFT_OUT = ("exchange/", "locks/", "runs/", "captures/web/frontier.", "captures/answers/answers.jsonl")
 MAKERS = {"dialogues": "dialogues", "augmented": "augment"}  # dataset -> the stage that made its documents
 FOLDERS = {"tokens": "tokenize", "mixtures": "mix", "rl": "rl", "sft": "sft"}
-TIMES = ("step_s", "tokens_per_s")  # of a line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,10 @@ def _said(path: Path) -> Any:
     text = path.read_text("utf-8")
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in text.splitlines()]
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+        return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
     value = json.loads(text)
     if path.parent.name == "manifests":
         value.pop("observed")
-    if path.parent.parent.name == "checkpoints":  # a checkpoint says from which file it copied its tokenizer
-        value.pop("tokenizer") if path.name == "config.json" else value["files"].pop("config.json")
     return value
 
 

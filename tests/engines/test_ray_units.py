@@ -79,8 +79,7 @@ def test_actors_are_kept_for_the_next_run_and_make_way_for_tasks(ray_engine):
     units = [Unit(f"u{i}", i) for i in range(12)]
     first = {r.value for r in ray_engine.run_units(tell_pid, units, "first", 60, MODEL)}
     then = {r.value for r in ray_engine.run_units(tell_pid, units, "then", 60, MODEL)}
-    assert then <= first
-    assert len(first) <= 2
+    assert len(first | then) <= 2, "one that was still starting in the first run may work in the second"
     assert ray_engine.fold(ray_engine.table(ROWS), count_and_sum, add_pairs) == (300, sum(range(300)))
     wide = ray_engine.run_units(squared, units, "wide", 60, Resources(cpus=2, load_once=True))
     assert [r.value for r in wide] == [i * i for i in range(12)]
