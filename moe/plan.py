@@ -1,9 +1,9 @@
 """What a run would be, before it: parameters, operations, memory, steps and hours.
 
 In: `TrainConfig`, a source, the number of ranks. Out: figures, and the same as text. Counts are exact (moe/flops.py), and so is
-the memory of weights and gradients, of the experts those that `expert_ranks` leave on a rank; the optimiser's is an even share;
-activations are an estimate, `ACTIVATION_WIDTHS` numbers of the model's width a token and layer. Hours are those of H100s at
-`MFU_FLOOR`. No model is built.
+the memory of weights and gradients, of the experts those that `expert_ranks` leave on a rank; the optimiser's is a rank's even
+share; activations are an estimate, `ACTIVATION_WIDTHS` numbers of the model's width a token and layer. Hours are those of H100s
+at `MFU_FLOOR`. No model is built.
 """
 
 from dataclasses import dataclass

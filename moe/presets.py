@@ -1,7 +1,7 @@
 """Named shapes of the decoder, and one dial that derives a shape.
 
 `ci` trains in a second, `tiny` in one or two minutes on two cores; `30m` and `150m` are proxies for questions about data;
-`1b` and `3b` are models. Parameters in all and active for a token, at a vocabulary of 32,768, embedding and head included:
+`1b` and `3b` are models. Parameters in all and active for a token, at a vocabulary of 32,768 (embedding and head are in both):
 `30m` 31M and 12M, `150m` 147M and 43M, `1b` 965M and 227M, `3b` 3,117M and 688M. From `30m` on the proportions are those of
 `at_depth`.
 """

@@ -2,10 +2,10 @@
 
 In: for each domain `{"tokens": FILE}`, a flat run of token ids in which EOS ends documents: `.npz` (array `tokens`; `vocab_size`
 and `eos` if it says so itself) or `.bin` (little-endian ids, `dtype` uint16 unless said), or `{"megatron": PREFIX}`, a
-`PREFIX.bin` and `PREFIX.idx` (moe/megatron.py). Out: a source of the documents of all domains, one domain after another; a run
-mixes them with `shuffle`. The sizes of their texts are not known, so `bytes` is 0. Cost: `.bin` files are mapped, others read; each
-is read through once to check its ids and find its documents; 8 bytes a document. Mixtures of this project's own roots are read
-by its pipelines, which `moe` does not know.
+`PREFIX.bin` and `PREFIX.idx` (moe/megatron.py). Out: a source whose documents are those of the domains one after the other; a run
+mixes them with `shuffle`. The sizes of their texts are not known, so `bytes` is 0. Cost: `.bin` files are mapped, others read;
+each is read through once to check its ids and find its documents; 8 bytes a document. Mixtures of this project's own roots are
+read by its pipelines, which `moe` does not know.
 """
 
 from collections.abc import Mapping, Sequence
