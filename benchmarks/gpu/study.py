@@ -4,12 +4,13 @@
     python -m benchmarks.gpu.study ROOT --part run  [--steps 800]
 
 ROOT is a pipeline's root (its mixtures `pretrain` and `held_out`, their token shards and tokenizer). Every arm sees the same
-rows in the same order from the same seeds, at equal tokens. `dense` has the base's operations a token (all five layers 672 wide:
-0.1% fewer) and no experts. Learning rates of the base, of AdamW and of `dense` are chosen on one half of the held-out documents, on
-a seed of their own; every figure that is reported is of the other half. The other arms use the base's rate untuned, which favours
-the base. Held-out bits per byte are compared by `mixtures.compare`: paired by document, runs as the second source of noise; with
-the baseline trained again on another order as the A/A arm, which gives the least effect that this study could have found. Lines
-are written as runs finish and the comparison after every seed, so a call that is cut off keeps them.
+rows in the same order from the same seeds, at equal tokens. `dense` has the base's operations a token (all five layers 672
+wide: 0.1% fewer) and no experts. Learning rates of the base, of AdamW and of `dense` are chosen on one half of the held-out
+documents, on a seed of their own; every figure that is reported is of the other half. The other arms use the base's rate
+untuned, which favours the base. Held-out bits per byte are compared by `mixtures.compare`: paired by document, runs as the
+second source of noise; with the baseline trained again on another order as the A/A arm, which gives the least effect that this
+study could have found. Lines are written as runs finish and the comparison after every seed, so a call that is cut off keeps
+them.
 The longer run trains one MTP head, then three, and drafts with them; not compiled, as compiling took 80 s of each of its runs.
 """
 
