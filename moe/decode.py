@@ -315,7 +315,9 @@ def unserved(model: Decoder) -> str | None:
         return f"they need compute capability 8, got {torch.cuda.get_device_name(weight.device)}"
     if find_spec("triton") is None:
         return "triton is not installed"
-    if {(p.dtype, p.is_contiguous()) for p in model.parameters()} != {(weight.dtype, True)} or weight.dtype not in SERVED:
+    if {(p.dtype, p.is_contiguous()) for p in model.parameters()} != {
+        (weight.dtype, True)
+    } or weight.dtype not in SERVED:
         return f"its weights must be contiguous and of one dtype of 32 or 16 bits, got {weight.dtype}"
     if config.head_dim not in HEAD_DIMS or router > MOST_ROUTER:
         return f"a head of {config.head_dim} or a router of {config.experts} x {config.dim} is beyond them"

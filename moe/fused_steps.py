@@ -59,9 +59,7 @@ class FusedSteps:
         self._draft(x_MD, rows, mode)
         return logits_BTV
 
-    def _settle(
-        self, new_BT: Tensor, drafts_BK: Tensor | None, gained_B: Tensor | None, rows: int, mode: Mode
-    ) -> None:
+    def _settle(self, new_BT: Tensor, drafts_BK: Tensor | None, gained_B: Tensor | None, rows: int, mode: Mode) -> None:
         state = self.state
         into = state.token_B, state.out_BT, state.kept_B, state.made_B, state.trunk.lengths_B
         kernels_rounds.settle(new_BT, drafts_BK, gained_B, state.active_B[:rows], into)

@@ -215,5 +215,5 @@ def test_models_that_the_kernels_do_not_serve_are_named_and_decoded_by_layers() 
     model = _model(0).double()
     assert unserved(model) is not None
     assert Decode(model, rows=1, context=20).fused is None
-    with pytest.raises(ConfigError, match="fused kernels cannot serve this model, .*set fused to None or False"):
+    with pytest.raises(ConfigError, match=r"fused kernels cannot serve this model, .*set fused to None or False"):
         Decode(model, rows=1, context=20, fused=True)
