@@ -182,7 +182,7 @@ class Decode:
     def _replay(self, kind: Kind, rows: int, mode: Mode) -> Replay:
         key = kind, rows, mode
         if key not in self.replays:
-            steps = self if self.fused is None or not self.fused.takes(kind, rows) else self.fused
+            steps: Decode | FusedSteps = self if self.fused is None or not self.fused.takes(kind, rows) else self.fused
             body = steps.plain if kind == "plain" else steps.round
             replay = Replay(lambda: body(rows, mode), self.pool)
             if self.capture:

@@ -219,5 +219,5 @@ def settle(
     drafts = new_BT if drafts_BK is None else drafts_BK
     _settle_kernel[(rows,)](
         new_BT, drafts, active_B if gained_B is None else gained_B, active_B, token_B, out_BT, kept_B, made_B, lengths_B,
-        out_BT.stride(0), drafts.stride(0), tokens, gained_B is None, triton.next_power_of_2(tokens), num_warps=1,
+        out_BT.stride(0), drafts.stride(0), tokens, gained_B is None, max(2, triton.next_power_of_2(tokens)), num_warps=1,
     )  # fmt: skip
