@@ -221,12 +221,10 @@ class Decode:
     def verified(self, logits_BTV: Tensor, rows: int, mode: Mode) -> tuple[Tensor, Tensor]:
         """`verify` of the first rows' drafts under their settings."""
         drafts_BK, tokens = self.draft_BK[:rows], self.drafts + 1
-        p_BTV = torch.stack(
-            [self._distribution(logits_BTV[:, i], rows, drafts_BK[:, :i], mode) for i in range(tokens)], 1
-        )
+        p_TBV = [self._distribution(logits_BTV[:, i], rows, drafts_BK[:, :i], mode) for i in range(tokens)]
         at_BT = self.made_B[:rows, None] + torch.arange(tokens, device=self.device)
         draw_BTW = self.draw_BNW[self.trunk.rows_B[:rows, None], at_BT.clamp(max=self.draw_BNW.shape[1] - 1)]
-        return verify(p_BTV, drafts_BK, self.q_BKV[:rows], draw_BTW)
+        return verify(torch.stack(p_TBV, 1), drafts_BK, self.q_BKV[:rows], draw_BTW)
 
     def _states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer) -> Tensor:
         """`Decoder.states`, layer by layer through `run`."""

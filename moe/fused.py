@@ -26,11 +26,11 @@ from moe.model import Decoder
 class FusedDecoder:
     """`states` and `logits` of new tokens, and their parts; no method reads anything back from the device."""
 
-    def __init__(self, model: Decoder, capacity: int) -> None:
-        """`capacity`: that of the caches, which bounds the positions."""
+    def __init__(self, model: Decoder, capacity: int, heads: int = 0) -> None:
+        """`capacity`: that of the caches, which bounds the positions. `heads`: MTP heads that will draft."""
         self.config = model.config
         self.trunk: Any = model.model
-        self.heads: Any = model.mtp
+        self.heads: Any = model.mtp[:heads]
         self.lm_head = model.lm_head
         parts: tuple[Any, ...] = self.trunk["layers"], self.heads
         self.joined = [_joined(layer) for part in parts for layer in part]

@@ -27,7 +27,7 @@ class FusedSteps:
     """`plain` and `round` of a `Decode`."""
 
     def __init__(self, state: "Decode") -> None:
-        self.state, self.model = state, FusedDecoder(state.model, state.trunk.capacity)
+        self.state, self.model = state, FusedDecoder(state.model, state.trunk.capacity, state.drafts)
 
     def takes(self, kind: "Kind", rows: int) -> bool:
         """Whether a step has few enough tokens. Heads then read up to 2 K of a row, which costs little more."""

@@ -81,7 +81,7 @@ def test_only_the_tokens_that_count_are_kept():
     model, (ours, theirs) = build(config(), rows=3)
     fused = FusedDecoder(model, ours.capacity)
     with torch.inference_mode():
-        for seed, counts in enumerate(([4, 1, 0], [2, 4, 3], [1, 0, 4], [4, 4, 0])):
+        for seed, counts in enumerate(([4, 1, 0], [2, 4, 3], [1, 0, 4], [4, 4, 0]) * 2):
             new, counts_B = tokens(3, 4, seed=seed), torch.tensor(counts, device=DEVICE)
             want_BTD = model.states(new, cache=theirs.feed(3, counts_B))
             got_BTD = fused.states(new, ours, counts_B).unflatten(0, (3, 4))
@@ -96,7 +96,7 @@ def test_only_the_tokens_that_count_are_kept():
 def test_a_draft_head_is_that_of_the_model():
     """The first head; those behind it, which read carries and drafts, are in test_fused.py."""
     model, (ours, theirs) = build(config(mtp_heads=1), rows=1)
-    fused, read = FusedDecoder(model, ours.capacity), tokens(1, 3)
+    fused, read = FusedDecoder(model, ours.capacity, heads=1), tokens(1, 3)
     x_BTD = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     kept_B, none = torch.tensor([3], device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     with torch.inference_mode():
