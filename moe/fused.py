@@ -6,7 +6,7 @@ the LM head, but for rounding, at B * T <= 16 tokens a step: eight launches a la
 steps of one, whatever the other rows are.
 
 Weights are those of the model at construction, read where they lie; only q, k, v and gate are copied side by side, so that
-one kernel reads them (1b: 107 MB in bf16). Whoever changes weights makes a new one.
+one kernel reads them (preset `1b` in bf16: 66 MB more). Whoever changes weights makes a new one.
 
 Legend: B rows, T new tokens of each, M = B * T, D model width, V vocabulary.
 """
