@@ -97,7 +97,7 @@ class Batcher:
     `context` None: the model's. `tokenizer` (a `tokenizers.Tokenizer`) is needed for texts and stop strings. `prefix`
     precedes every prompt: None is EOS, with which every document begins in training. `speculate` uses the model's MTP
     heads, where it has any and while it pays by `pace`; `lag`, steps that may be under way unread, is 1 on a GPU.
-    `capture` and `compiled` are those of `Decode`.
+    `capture`, `compiled` and `fused` are those of `Decode`.
     """
 
     model: Decoder
@@ -112,6 +112,7 @@ class Batcher:
     lag: int | None = field(default=None, kw_only=True)
     capture: bool = field(default=True, kw_only=True)
     compiled: bool = field(default=False, kw_only=True)
+    fused: bool | None = field(default=None, kw_only=True)
     clock: Callable[[], float] = field(default=time.perf_counter, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class Batcher:
         self.acceptance = Acceptance.none(self.drafts)
         self.decode = Decode(
             self.model, rows=self.slots, context=self.limit, drafts=self.drafts, capture=self.capture,
-            compiled=self.compiled,
+            compiled=self.compiled, fused=self.fused,
         )  # fmt: skip
         self.steps_behind = (1 if self.decode.device.type == "cuda" else 0) if self.lag is None else self.lag
         self._lock = threading.Condition()

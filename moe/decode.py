@@ -8,16 +8,24 @@ cache's spare slot and their lengths stay.
 Two kinds: `plain` reads each row's pending token and chooses the next; `round` reads it with K drafts behind it, keeps
 what `verify` lets stand, and drafts anew. Either can follow the other.
 
+Prompts are read by the model's own layers. Steps are too, or by fused kernels (moe/fused_steps.py): on a GPU, where the
+kernels serve the model (`unserved`) and a step has few enough tokens for them. Which of the two depends on a step's kind
+and number of rows alone. Both give the same logits but for rounding; by kernels alone, rounds and plain steps give the
+same bits, so that greedy answers with drafts are those without.
+
 Legend: B rows of a step, N rows in all, K drafts, T = tokens that a step reads (1 or K + 1), V vocabulary, W draws.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, cast
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
+from core.errors import ConfigError
 from moe.cache import Cache, Feed, LayerStep, Step
 from moe.graphs import Replay
 from moe.layers import Layer, Tables
@@ -25,9 +33,15 @@ from moe.model import Decoder
 from moe.sampling import CHOOSE, DRAFT, DRAWS, Mode, Sampling, Settings, choose, distribution, draws
 from moe.speculative import Drafter, Rows, RunLayer, row_at, verify, verify_greedy
 
+if TYPE_CHECKING:
+    from moe.fused_steps import FusedSteps
+
 Kind = Literal["plain", "round"]
 Start = tuple[Tensor, Step, dict[bool, Tables]]
 MOST_VARIANTS = 64  # of a compiled layer: four kinds by the batch sizes and by one or K + 1 + h tokens
+# What one program of the kernels can hold: a router's weights, at 512 numbers a thread, and a head (chosen).
+MOST_ROUTER, HEAD_DIMS = 2**17, range(16, 257)
+SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Decode:
@@ -42,8 +56,13 @@ class Decode:
         drafts: int = 0,
         capture: bool = True,
         compiled: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        """`capture`: graphs on a GPU. `compiled`: layers by torch.compile, once for each kind and shape of step."""
+        """`capture`: graphs on a GPU. `compiled`: layers by torch.compile, once for each kind and shape of step.
+
+        `fused`: steps of few tokens by fused kernels; None: on a GPU, where they serve the model. The model's weights are
+        then read as they are now. With both, what is left to the layers is compiled.
+        """
         config, weight = model.config, model.lm_head.weight
         self.run: RunLayer = _run_layer
         self.begin: Callable[..., Start] = _begin
@@ -67,6 +86,17 @@ class Decode:
         self.replays: dict[tuple[Kind, int, Mode], Replay] = {}
         self.capture = capture and self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self.fused = self._fused(fused)
+
+    def _fused(self, wanted: bool | None) -> "FusedSteps | None":
+        problem = unserved(self.model)
+        if wanted and problem:
+            raise ConfigError(f"decode: fused kernels cannot serve this model, {problem}; set fused to None or False")
+        if problem or wanted is False or (wanted is None and self.device.type != "cuda"):
+            return None
+        from moe.fused_steps import FusedSteps  # Triton is there on machines with a GPU alone
+
+        return FusedSteps(self)
 
     def admit(self, row: int, prompt: Sequence[int], sampling: Sampling) -> None:
         """Gives a row to a request. `prompt` counts for the repetition penalty; it is not read here."""
@@ -99,7 +129,7 @@ class Decode:
         tokens_BT = self._tensor([[*c, *[0] * (most - len(c))] for c in chunks])
         x_BTD = self._states(tokens_BT, self.trunk.feed(rows_B, counts_B, reach), _run_layer)
         logits_B1V = self.model.lm_head(self.model.norm(row_at(x_BTD, counts_B - 1))).unsqueeze(1)
-        token_B = self._next(logits_B1V[:, 0], rows_B, mode)
+        token_B = self.next_token(logits_B1V[:, 0], rows_B, mode)
         following_B = torch.where(last_B, token_B, self._tensor([a or 0 for a in ahead]))
         self.active_B[rows_B] = last_B.long()
         self._gain(rows_B, token_B.unsqueeze(1), last_B.long(), mode)
@@ -152,7 +182,8 @@ class Decode:
     def _replay(self, kind: Kind, rows: int, mode: Mode) -> Replay:
         key = kind, rows, mode
         if key not in self.replays:
-            body = self._plain if kind == "plain" else self._round
+            steps: Decode | FusedSteps = self if self.fused is None or not self.fused.takes(kind, rows) else self.fused
+            body = steps.plain if kind == "plain" else steps.round
             replay = Replay(lambda: body(rows, mode), self.pool)
             if self.capture:
                 active_B = self.active_B.clone()
@@ -162,14 +193,16 @@ class Decode:
             self.replays[key] = replay
         return self.replays[key]
 
-    def _plain(self, rows: int, mode: Mode) -> Tensor:
+    def plain(self, rows: int, mode: Mode) -> Tensor:
+        """The body of a plain step by the model's layers; returns logits [B, 1, V]."""
         active_B = self.active_B[:rows]
         x_B1D = self._states(self.token_B[:rows, None], self.trunk.feed(rows, active_B), self.run)
         logits_B1V = self.model.lm_head(self.model.norm(x_B1D))
-        self._gain(rows, self._next(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
+        self._gain(rows, self.next_token(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
         return logits_B1V
 
-    def _round(self, rows: int, mode: Mode) -> Tensor:
+    def round(self, rows: int, mode: Mode) -> Tensor:
+        """The body of a round by the model's layers; returns logits [B, T, V]."""
         active_B, tokens = self.active_B[:rows], self.drafts + 1
         drafts_BK = self.draft_BK[:rows]
         tokens_BT = torch.cat((self.token_B[:rows, None], drafts_BK), 1)
@@ -178,17 +211,20 @@ class Decode:
         if mode == "greedy":
             gained_B, out_BT = verify_greedy(logits_BTV.argmax(-1), drafts_BK)
         else:
-            p_BTV = torch.stack(
-                [self._distribution(logits_BTV[:, i], rows, drafts_BK[:, :i], mode) for i in range(tokens)], 1
-            )
-            at_BT = self.made_B[:rows, None] + torch.arange(tokens, device=self.device)
-            draw_BTW = self.draw_BNW[self.trunk.rows_B[:rows, None], at_BT.clamp(max=self.draw_BNW.shape[1] - 1)]
-            gained_B, out_BT = verify(p_BTV, drafts_BK, self.q_BKV[:rows], draw_BTW)
+            gained_B, out_BT = self.verified(logits_BTV, rows, mode)
         kept_B = gained_B * active_B
         self.trunk.rollback(tokens * active_B - kept_B, rows)
         self._gain(rows, out_BT, kept_B, mode)
         self._draft(x_BTD, out_BT, kept_B, rows, mode, self.run)
         return logits_BTV
+
+    def verified(self, logits_BTV: Tensor, rows: int, mode: Mode) -> tuple[Tensor, Tensor]:
+        """`verify` of the first rows' drafts under their settings."""
+        drafts_BK, tokens = self.draft_BK[:rows], self.drafts + 1
+        p_TBV = [self._distribution(logits_BTV[:, i], rows, drafts_BK[:, :i], mode) for i in range(tokens)]
+        at_BT = self.made_B[:rows, None] + torch.arange(tokens, device=self.device)
+        draw_BTW = self.draw_BNW[self.trunk.rows_B[:rows, None], at_BT.clamp(max=self.draw_BNW.shape[1] - 1)]
+        return verify(torch.stack(p_TBV, 1), drafts_BK, self.q_BKV[:rows], draw_BTW)
 
     def _states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer) -> Tensor:
         """`Decoder.states`, layer by layer through `run`."""
@@ -204,16 +240,23 @@ class Decode:
         view, busy_B1 = _view(rows), counts_B[:, None] > 0
 
         def pick(head: int, logits_BV: Tensor, before_BH: Tensor) -> Tensor:
-            if mode == "greedy":
-                return logits_BV.argmax(-1)
-            q_BV = self._distribution(logits_BV, rows, before_BH, mode).float()
-            self.q_BKV[view, head] = torch.where(busy_B1, q_BV, self.q_BKV[view, head])
-            return choose(q_BV, self._draw(rows, head, DRAFT))
+            return self.draft_token(head, logits_BV, before_BH, counts_B, rows, mode)
 
         drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick, run)
         self.draft_BK[view] = torch.where(busy_B1, drafts_BK, self.draft_BK[view])
 
-    def _next(self, logits_BV: Tensor, rows: Rows, mode: Mode) -> Tensor:
+    def draft_token(
+        self, head: int, logits_BV: Tensor, before_BH: Tensor, counts_B: Tensor, rows: Rows, mode: Mode
+    ) -> Tensor:
+        """A head's draft [B] behind those before it; for sampling, what it was drawn from is noted where counts are not 0."""
+        if mode == "greedy":
+            return logits_BV.argmax(-1)
+        q_BV, view = self._distribution(logits_BV, rows, before_BH, mode).float(), _view(rows)
+        self.q_BKV[view, head] = torch.where(counts_B[:, None] > 0, q_BV, self.q_BKV[view, head])
+        return choose(q_BV, self._draw(rows, head, DRAFT))
+
+    def next_token(self, logits_BV: Tensor, rows: Rows, mode: Mode) -> Tensor:
+        """The tokens [B] behind what the rows have read."""
         if mode == "greedy":
             return logits_BV.argmax(-1)
         no_drafts = self._zeros(len(logits_BV), 0)
@@ -241,17 +284,44 @@ class Decode:
         self.out_BT[view, :tokens] = out_BT
         self.kept_B[view] = kept_B
         if mode != "greedy":  # a request without penalty never asks; with one the mode is another
-            new_BT = torch.arange(tokens, device=self.device) < kept_B[:, None]
-            marks = torch.zeros_like(self.seen_BV[view]).scatter_(
-                1, torch.where(new_BT, out_BT, out_BT[:, :1]), busy_B[:, None].expand(-1, tokens)
-            )
-            self.seen_BV[view] |= marks
+            self.mark(rows, out_BT, kept_B)
+
+    def mark(self, rows: Rows, out_BT: Tensor, kept_B: Tensor) -> None:
+        """Notes the tokens as seen, for the repetition penalty."""
+        view, tokens = _view(rows), out_BT.shape[1]
+        new_BT = torch.arange(tokens, device=self.device) < kept_B[:, None]
+        marks = torch.zeros_like(self.seen_BV[view]).scatter_(
+            1, torch.where(new_BT, out_BT, out_BT[:, :1]), (kept_B > 0)[:, None].expand(-1, tokens)
+        )
+        self.seen_BV[view] |= marks
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _tensor(self, values: Sequence) -> Tensor:
         return torch.tensor(values, device=self.device)
+
+
+def unserved(model: Decoder) -> str | None:
+    """Why fused kernels cannot run this model where it is; None where they can."""
+    config, weight = model.config, model.lm_head.weight
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    router = (1 << (config.experts - 1).bit_length()) * (1 << (config.dim - 1).bit_length())
+    if weight.device.type != "cuda" and not (weight.device.type == "cpu" and interpreted):
+        return f"they need a GPU, got {weight.device.type}"
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return f"they need compute capability 8, got {torch.cuda.get_device_name(weight.device)}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if {(p.dtype, p.is_contiguous()) for p in model.parameters()} != {
+        (weight.dtype, True)
+    } or weight.dtype not in SERVED:
+        return f"its weights must be contiguous and of one dtype of 32 or 16 bits, got {weight.dtype}"
+    if config.head_dim not in HEAD_DIMS or router > MOST_ROUTER:
+        return f"a head of {config.head_dim} or a router of {config.experts} x {config.dim} is beyond them"
+    if config.router_dtype != "float32" or any(m.exchange is not None for m in model.routed):
+        return "the router must be in float32 and all experts here"
+    return None
 
 
 def _run_layer(layer: Layer, x_BTD: Tensor, tables: dict[bool, Tables], layout: LayerStep) -> Tensor:

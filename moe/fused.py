@@ -1,10 +1,12 @@
-"""Decode steps of few tokens by the kernels of moe/kernels_decode.py, captured in a CUDA graph.
+"""The model's layers for few new tokens, by the kernels of moe/kernels_decode.py and moe/kernels_attend.py.
 
-In: a decoder, a cache whose rows were prefilled by the model itself, and the next tokens. Out: the residual stream and
-fp32 logits of each. The same function as `Decoder.states(tokens, cache=cache.feed(B))` and the LM head, at B * T <= 16
-tokens a step: eight launches a layer, no host work between them. A step of T tokens gives the bits of T steps of one.
+In: a decoder, a cache whose rows were prefilled by the model itself or by steps like these, and the next tokens. Out: the
+residual stream and fp32 logits of each. The same function as `Decoder.states(tokens, cache=cache.feed(B, counts_B))` and
+the LM head, but for rounding, at B * T <= 16 tokens a step: eight launches a layer. A step of T tokens gives the bits of T
+steps of one, whatever the other rows are.
 
-Weights are those of the model at construction; q, k, v and gate are copied side by side so that one kernel reads them.
+Weights are those of the model at construction, read where they lie; only q, k, v and gate are copied side by side, so that
+one kernel reads them (preset `1b` in bf16: 66 MB more). Whoever changes weights makes a new one.
 
 Legend: B rows, T new tokens of each, M = B * T, D model width, V vocabulary.
 """
@@ -15,38 +17,56 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from moe import kernels_attend, kernels_decode
+from moe import kernels_attend, kernels_decode, kernels_rounds
 from moe.cache import Cache
 from moe.layers import Layer, Tables
 from moe.model import Decoder
 
-WARM_STEPS = 2  # compile and load the kernels before the capture
-
 
 class FusedDecoder:
-    """`states` and `logits` of new tokens; `replay` runs both as one graph."""
+    """`states` and `logits` of new tokens, and their parts; no method reads anything back from the device."""
 
-    def __init__(self, model: Decoder, cache: Cache) -> None:
-        """The cache's capacity bounds the positions; it may hold the layers of MTP heads too."""
-        self.config, self.capacity = model.config, cache.capacity
+    def __init__(self, model: Decoder, capacity: int, heads: int = 0) -> None:
+        """`capacity`: that of the caches, which bounds the positions. `heads`: MTP heads that will draft."""
+        self.config = model.config
         self.trunk: Any = model.model
-        self.heads: Any = model.mtp
+        self.heads: Any = model.mtp[:heads]
         self.lm_head = model.lm_head
         parts: tuple[Any, ...] = self.trunk["layers"], self.heads
         self.joined = [_joined(layer) for part in parts for layer in part]
-        place_1P = torch.arange(cache.capacity, device=cache.lengths_B.device)[None]
+        place_1P = torch.arange(capacity, device=model.lm_head.weight.device)[None]
         self.tables: dict[bool, Tables] = {
             full: (cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous())
             for full, (cos, sin) in model.tables(place_1P).items()
         }
 
-    def states(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """The residual stream [M, D] of new tokens of the first B rows, which the cache then holds."""
-        rows, tokens = self._checked(tokens_BT, cache)
-        x_MD = self.trunk["embed_tokens"].weight[tokens_BT.flatten()]
+    @property
+    def embedding(self) -> Tensor:
+        """Rows of all tokens [V, D]."""
+        return self.trunk["embed_tokens"].weight
+
+    def states(self, tokens_BT: Tensor, cache: Cache, counts_B: Tensor | None = None) -> Tensor:
+        """The residual stream [M, D] of the first B rows' new tokens, of which the cache then holds the first counts_B."""
+        rows, tokens = tokens_BT.shape
+        if rows * tokens > kernels_decode.TOKENS or tokens > cache.slack + 1:
+            raise ConfigError(
+                f"moe.fused: a step takes at most {kernels_decode.TOKENS} tokens and slack + 1 of a row, got {rows} x "
+                f"{tokens} with slack {cache.slack}; feed them to Decoder.states"
+            )
+        if counts_B is None:
+            counts_B = torch.full_like(cache.lengths_B[:rows], tokens)
+        x_MD = torch.nn.functional.embedding(tokens_BT.flatten(), self.embedding)
+        x_MD = self.layers(x_MD, cache, counts_B, extra=0)
+        cache.lengths_B[:rows] += counts_B
+        return x_MD
+
+    def layers(self, x_MD: Tensor, cache: Cache, counts_B: Tensor, *, extra: int) -> Tensor:
+        """The trunk over embeddings; `counts_B + extra` of each row's are kept, 0 where the count is 0.
+
+        The cache's lengths are not moved on.
+        """
         for index, layer in enumerate(self.trunk["layers"]):
-            x_MD = self.layer(layer, index, x_MD, cache, tokens)
-        cache.lengths_B[:rows] += tokens
+            x_MD = self._layer(layer, index, x_MD, cache, counts_B, extra)
         return x_MD
 
     def logits(self, x_MD: Tensor) -> Tensor:
@@ -54,25 +74,35 @@ class FusedDecoder:
         norm, head = self.trunk["norm"], self.lm_head
         return kernels_decode.linear(x_MD, head.weight, gain_D=norm.weight, eps=norm.eps, dtype=torch.float32)
 
-    def draft_states(self, head: int, tokens_BT: Tensor, x_MD: Tensor, cache: Cache) -> Tensor:
-        """An MTP head's stream [M, D] from the tokens it reads and the stream before it; `cache` holds its layer."""
-        rows, tokens = self._checked(tokens_BT, cache)
-        module, width = self.heads[head], self.config.dim
-        embedded_MD = self.trunk["embed_tokens"].weight[tokens_BT.flatten()]
-        e, h, weight = module.enorm, module.hnorm, module.eh_proj.weight
-        merged_MD = kernels_decode.linear(embedded_MD, weight[:, :width], gain_D=e.weight, eps=e.eps)
-        merged_MD = kernels_decode.linear(x_MD, weight[:, width:], gain_D=h.weight, eps=h.eps, add_MN=merged_MD)
-        x_MD = self.layer(module, self.config.layers + head, merged_MD, cache, tokens)
-        cache.lengths_B[:rows] += tokens
-        return x_MD
+    def draft_states(
+        self,
+        head: int,
+        state_MD: Tensor,
+        carry_BD: Tensor,
+        verified: tuple[Tensor, Tensor],
+        drafts_BK: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        """A head's stream [B * (T + head), D] as `Drafter.draft` has it; arguments are those of `kernels_rounds.feed`.
 
-    def draft_logits(self, head: int, x_MD: Tensor) -> Tensor:
-        """Scores [M, V] of an MTP head, fp32."""
+        `cache` holds the head's layer. Of a row that has kept any tokens, kept + head are; lengths are not moved on.
+        """
+        module = self.heads[head]
+        gains = module.enorm.weight, module.hnorm.weight
+        merged_MX = kernels_rounds.feed(
+            head, state_MD, carry_BD, verified, drafts_BK, self.embedding, gains, module.enorm.eps
+        )
+        x_MD = kernels_decode.linear(merged_MX, module.eh_proj.weight)
+        return self._layer(module, self.config.layers + head, x_MD, cache, verified[1], head)
+
+    def draft_logits(self, head: int, state_MD: Tensor, kept_B: Tensor) -> Tensor:
+        """Scores [B, V] behind each row's last token, fp32."""
         norm, output = self.heads[head].shared_head_norm, self.heads[head].output
-        return kernels_decode.linear(x_MD, output.weight, gain_D=norm.weight, eps=norm.eps, dtype=torch.float32)
+        return kernels_decode.linear(
+            state_MD, output.weight, gain_D=norm.weight, eps=norm.eps, last=(kept_B, head), dtype=torch.float32
+        )
 
-    def layer(self, layer: Layer, index: int, x_MD: Tensor, cache: Cache, tokens: int) -> Tensor:
-        """One layer; the cache's lengths are not moved on."""
+    def _layer(self, layer: Layer, index: int, x_MD: Tensor, cache: Cache, counts_B: Tensor, extra: int) -> Tensor:
         attention, norm = layer.self_attn, layer.input_layernorm
         y_MX = kernels_attend.attend(
             kernels_decode.linear(x_MD, self.joined[index], gain_D=norm.weight, eps=norm.eps),
@@ -81,56 +111,15 @@ class FusedDecoder:
             cache.buffers[index],
             cache.lengths_B,
             cache.starts_B,
-            tokens=tokens,
+            counts_B,
+            extra=extra,
+            tokens=len(x_MD) // len(counts_B),
             heads=attention.q_proj.out_features // attention.head_dim,
             window=None if attention.full else self.config.window,
             eps=attention.q_norm.eps,
         )
         x_MD = kernels_decode.linear(y_MX, attention.o_proj.weight, add_MN=x_MD)
         return _routed(layer, x_MD) if layer.routed else _dense(layer, x_MD)
-
-    def _checked(self, tokens_BT: Tensor, cache: Cache) -> tuple[int, int]:
-        rows, tokens = tokens_BT.shape
-        if rows * tokens > kernels_decode.TOKENS or tokens > cache.slack + 1:
-            raise ConfigError(
-                f"moe.fused: a step takes at most {kernels_decode.TOKENS} tokens and slack + 1 of a row, got {rows} x "
-                f"{tokens} with slack {cache.slack}; feed them to Decoder.states"
-            )
-        return rows, tokens
-
-
-class Replay:
-    """A captured step: feed tokens, get logits in a buffer that the next replay overwrites."""
-
-    def __init__(self, fused: FusedDecoder, cache: Cache, rows: int, tokens: int, *, greedy: bool = False) -> None:
-        """`greedy`: of one token a row; the next replay reads the likeliest tokens by itself, from `tokens_BT`."""
-        self.tokens_BT = torch.zeros(rows, tokens, dtype=torch.int64, device=cache.lengths_B.device)
-        lengths_B = cache.lengths_B.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(side):
-            for _ in range(WARM_STEPS):
-                self._run(fused, cache, greedy)
-                cache.lengths_B.copy_(lengths_B)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self.graph):
-            self.x_MD, self.logits_MV = self._run(fused, cache, greedy)
-        cache.lengths_B.copy_(lengths_B)
-
-    def _run(self, fused: FusedDecoder, cache: Cache, greedy: bool) -> tuple[Tensor, Tensor]:
-        x_MD = fused.states(self.tokens_BT, cache)
-        logits_MV = fused.logits(x_MD)
-        if greedy:
-            self.tokens_BT.copy_(kernels_decode.greedy(logits_MV).unsqueeze(1))
-        return x_MD, logits_MV
-
-    def __call__(self, tokens_BT: Tensor | None = None) -> Tensor:
-        """Logits [M, V] of the step; None: of the tokens that the last greedy replay chose."""
-        if tokens_BT is not None:
-            self.tokens_BT.copy_(tokens_BT)
-        self.graph.replay()
-        return self.logits_MV
 
 
 def _joined(layer: Layer) -> Tensor:

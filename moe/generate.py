@@ -90,10 +90,11 @@ def generate_batch(
     tokenizer: Any = None,
     speculate: bool = False,
     slots: int = SLOTS,
+    fused: bool | None = None,
 ) -> list[Answer]:
-    """The prompts' continuations, in their order; `sampling` for all of them, or one each."""
+    """The prompts' continuations, in their order; `sampling` for all of them, or one each. `fused` is that of `Decode`."""
     events: list[list[Event]] = [[] for _ in prompts]
-    for event in stream(model, prompts, sampling, tokenizer=tokenizer, speculate=speculate, slots=slots):
+    for event in stream(model, prompts, sampling, tokenizer=tokenizer, speculate=speculate, slots=slots, fused=fused):
         events[event.id].append(event)
     return [_answer(part) for part in events]
 
@@ -106,12 +107,13 @@ def stream(
     tokenizer: Any = None,
     speculate: bool = False,
     slots: int = SLOTS,
+    fused: bool | None = None,
 ) -> Iterator[Event]:
     """Events of all prompts as they come; an event's `id` is the prompt's index. Settings are checked at once."""
     each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
     batcher = Batcher(
         model, tokenizer, slots=max(1, min(slots, len(prompts))), speculate=speculate, queue=max(1, len(prompts)),
-        context=_context(model, prompts, each),
+        context=_context(model, prompts, each), fused=fused,
     )  # fmt: skip
     for prompt, settings in zip(prompts, each, strict=True):
         batcher.submit(prompt, settings)
@@ -176,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="no drafts by MTP heads")
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, help="steps by fused kernels; default: if they can"
+    )
     return parser
 
 
@@ -199,7 +204,7 @@ def _run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     last = None
-    for last in stream(model, [ids], sampling, tokenizer=tokenizer, speculate=not args.plain):
+    for last in stream(model, [ids], sampling, tokenizer=tokenizer, speculate=not args.plain, fused=args.fused):
         sys.stdout.write(last.text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -28,6 +28,10 @@ def _rotate_store_kernel(
     keys: tl.tensor,
     values: tl.tensor,
     lengths: tl.tensor,
+    starts: tl.tensor,
+    counts: tl.tensor,
+    extra: tl.tensor,
+    capacity: tl.tensor,
     eps: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -43,7 +47,12 @@ def _rotate_store_kernel(
     m, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)
     inside = c < C
-    row, place = m // T, tl.load(lengths + m // T) + m % T
+    row, t = m // T, m % T
+    place = tl.load(lengths + row) + t
+    count = tl.load(counts + row)
+    held = (t < tl.where(count > 0, count + extra, 0)) & (place >= tl.load(starts + row)) & (place < capacity)
+    slot = tl.where(held, place % P, P)  # the spare one, which nothing reads
+    place = tl.minimum(tl.maximum(place, 0), capacity - 1)
     x = tl.load(joined + m * N + head * C + c, mask=inside, other=0.0)
     if head < H + G:
         gain = q_gain if head < H else k_gain
@@ -61,9 +70,9 @@ def _rotate_store_kernel(
     if head < H:
         tl.store(q + (m * H + head) * C + c, x, mask=inside)
     elif head < H + G:
-        tl.store(keys + row * row_stride + (head - H) * head_stride + (place % P) * C + c, x, mask=inside)
+        tl.store(keys + row.to(tl.int64) * row_stride + (head - H) * head_stride + slot * C + c, x, mask=inside)
     else:
-        tl.store(values + row * row_stride + (head - H - G) * head_stride + (place % P) * C + c, x, mask=inside)
+        tl.store(values + row.to(tl.int64) * row_stride + (head - H - G) * head_stride + slot * C + c, x, mask=inside)
 
 
 @triton.jit
@@ -73,9 +82,12 @@ def _score_kernel(
     values: tl.tensor,
     lengths: tl.tensor,
     starts: tl.tensor,
+    counts: tl.tensor,
     part: tl.tensor,
     top: tl.tensor,
     mass: tl.tensor,
+    extra: tl.tensor,
+    capacity: tl.tensor,
     scale: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -93,8 +105,10 @@ def _score_kernel(
 ) -> None:
     m, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = m // T
-    place_q = tl.load(lengths + row) + m % T
-    last = place_q + T - 1 - m % T
+    count = tl.load(counts + row)
+    # The newest position that is held. Queries of padding see what it sees, so that their states stay finite.
+    last = tl.minimum(tl.load(lengths + row) + tl.where(count > 0, count + extra, 0), capacity) - 1
+    place_q = tl.minimum(tl.load(lengths + row) + m % T, last)
     first = tl.load(starts + row)
     r, c = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     shared: tl.constexpr = H // G
@@ -104,7 +118,7 @@ def _score_kernel(
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     y = tl.zeros([QUERIES, WIDTH], tl.float32)
-    base = row * row_stride + group * head_stride
+    base = row.to(tl.int64) * row_stride + group * head_stride
     high = tl.minimum(chunk * CHUNK + CHUNK, tl.minimum(P, last + 1))
     for low in range(chunk * CHUNK, high, KEYS):
         slot = low + tl.arange(0, KEYS)
@@ -170,7 +184,9 @@ def attend(
     buffers: tuple[Tensor, Tensor],
     lengths_B: Tensor,
     starts_B: Tensor,
+    counts_B: Tensor,
     *,
+    extra: int,
     tokens: int,
     heads: int,
     window: int | None,
@@ -178,18 +194,21 @@ def attend(
 ) -> Tensor:
     """Stores the new keys and values and returns the gated outputs [M, H * C].
 
+    Of row b's `tokens` the first `counts_B[b] + extra` are stored at places `lengths_B[b]` onwards; none where the count
+    is 0. Those that are not, like those before the row's start or beyond the tables, go to the buffer's spare slot.
+
     `joined_MN` holds q, k, v of all heads and one gate logit a query head (none: no gate), side by side; `gains` of the
     q and k norm; `tables` cos and sin [positions, half of the rotated width] in fp32; `buffers` [rows, G, P + 1, C]. A
     window needs P >= window + T - 1.
     """
     keys, values = buffers
     (M, N), (G, C), slots = joined_MN.shape, (keys.shape[1], keys.shape[3]), keys.shape[2] - 1
-    H, half, width = heads, tables[0].shape[1], triton.next_power_of_2(C)
+    H, (capacity, half), width = heads, tables[0].shape, triton.next_power_of_2(C)
     q_MHC = joined_MN.new_empty(M, H, C)
     strides = keys.stride(0), keys.stride(1)
     _rotate_store_kernel[(M, H + 2 * G)](
-        joined_MN, *gains, *tables, q_MHC, keys, values, lengths_B, eps, *strides, slots, tokens, N, H, G, C, half, width,
-        num_warps=1,
+        joined_MN, *gains, *tables, q_MHC, keys, values, lengths_B, starts_B, counts_B, extra, capacity, eps, *strides,
+        slots, tokens, N, H, G, C, half, width, num_warps=1,
     )  # fmt: skip
     chunk = KEYS * triton.cdiv(slots, KEYS * CHUNKS)
     block = KEYS if joined_MN.element_size() == 2 else EXACT_KEYS
@@ -197,8 +216,8 @@ def attend(
     part = torch.empty(M, H, chunks, C, dtype=torch.float32, device=q_MHC.device)
     top, mass = part.new_empty(M, H, chunks), part.new_empty(M, H, chunks)
     _score_kernel[(M, G, chunks)](
-        q_MHC, keys, values, lengths_B, starts_B, part, top, mass, C**-0.5, *strides, slots, tokens, H, G, C, window or 0,
-        chunks, chunk, block, queries, width, num_warps=8, num_stages=2,
+        q_MHC, keys, values, lengths_B, starts_B, counts_B, part, top, mass, extra, capacity, C**-0.5, *strides, slots,
+        tokens, H, G, C, window or 0, chunks, chunk, block, queries, width, num_warps=8, num_stages=2,
     )  # fmt: skip
     y_MX = joined_MN.new_empty(M, H * C)
     gated = N > (H + 2 * G) * C

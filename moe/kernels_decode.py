@@ -1,7 +1,7 @@
 """Triton kernels of a decode step: at most 16 tokens at a time, every weight read once, eight launches a layer.
 
 In: bf16 (or fp32) weights and M = B * T tokens, T new ones of each of B rows. Out: what the same layers of moe/layers.py
-compute, from fp32 sums. moe/fused.py puts them together and captures them in a CUDA graph.
+compute, from fp32 sums. moe/fused.py puts them together.
 
 A token's bits do not depend on M: chunks of keys and the order of sums are fixed by the shapes of the weights and of the
 cache. So a step that verifies four drafted tokens gives the bits of four steps of one token.
@@ -20,7 +20,6 @@ TOKENS = 16  # of a step at most; a program goes through them one by one, with i
 ROWS = 8
 BLOCK_IN = 2048
 EXPERT_BLOCK_OUT = 512
-BEST_BLOCK = 1024
 
 
 @triton.jit
@@ -29,14 +28,18 @@ def _linear_kernel(
     gain: tl.tensor,
     weight: tl.tensor,
     add: tl.tensor,
+    kept: tl.tensor,
     out: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     stride: tl.tensor,
+    tokens: tl.tensor,
+    ahead: tl.tensor,
     eps: tl.tensor,
     D: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
+    LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -45,12 +48,15 @@ def _linear_kernel(
     w = tl.load(weight + at, mask=inside & (d < D)[None, :], other=0.0)
     g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
     for m in range(M):
+        read = m
+        if LAST:
+            read = m * tokens + tl.maximum(tl.load(kept + m), 1) - 1 + ahead
         total, square = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for low in tl.static_range(0, D, BLOCK):
             if D > BLOCK:  # more than a program holds: read again for each token
                 w = tl.load(weight + at + low, mask=inside & (d < D - low)[None, :], other=0.0)
                 g = tl.load(gain + d + low, mask=d < D - low, other=0.0).to(tl.float32)
-            h = tl.load(x + m * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
+            h = tl.load(x + read * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
             if NORM:
                 square += h * h
                 h = h * (1 + g)
@@ -218,41 +224,6 @@ def _expert_out_kernel(
     tl.store(out + m * D + n, y.to(out.dtype.element_ty), mask=n < D)
 
 
-@triton.jit
-def _best_kernel(
-    logits: tl.tensor, value: tl.tensor, index: tl.tensor, V: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    m, part = tl.program_id(0), tl.program_id(1)
-    v = part * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + m * V + v, mask=v < V, other=float("-inf"))
-    best = tl.max(x, axis=0)
-    tl.store(value + m * parts + part, best)
-    tl.store(index + m * parts + part, tl.min(tl.where(x == best, v, V), axis=0))
-
-
-@triton.jit
-def _best_of_kernel(
-    value: tl.tensor, index: tl.tensor, token: tl.tensor, parts: tl.tensor, V: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    m, part = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(value + m * parts + part, mask=part < parts, other=float("-inf"))
-    v = tl.load(index + m * parts + part, mask=part < parts, other=V)
-    best = tl.min(tl.where(x == tl.max(x, axis=0), v, V), axis=0)
-    tl.store(token + m, tl.minimum(best, V - 1).to(tl.int64))
-
-
-def greedy(logits_MV: Tensor) -> Tensor:
-    """The likeliest token of each row, int64 [M]; of equal ones the lowest."""
-    tokens, vocab = logits_MV.shape
-    parts = triton.cdiv(vocab, BEST_BLOCK)
-    value = logits_MV.new_empty(tokens, parts)
-    index = torch.empty(tokens, parts, dtype=torch.int32, device=logits_MV.device)
-    token_M = torch.empty(tokens, dtype=torch.int64, device=logits_MV.device)
-    _best_kernel[(tokens, parts)](logits_MV, value, index, vocab, parts, BEST_BLOCK, num_warps=4)
-    _best_of_kernel[(tokens,)](value, index, token_M, parts, vocab, triton.next_power_of_2(parts), num_warps=4)
-    return token_M
-
-
 def linear(
     x_MD: Tensor,
     weight_ND: Tensor,
@@ -260,15 +231,21 @@ def linear(
     gain_D: Tensor | None = None,
     eps: float = 0.0,
     add_MN: Tensor | None = None,
+    last: tuple[Tensor, int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`norm(x) @ weight.T + add` [M, N]; without `gain_D` x is taken as it is. `weight` may be a slice of columns."""
-    tokens, width = x_MD.shape
-    outputs = weight_ND.shape[0]
-    out_MN = x_MD.new_empty(tokens, outputs, dtype=dtype or x_MD.dtype)
+    """`norm(x) @ weight.T + add` [M, N]; without `gain_D` x is taken as it is.
+
+    `last`: kept [B] and h. Of each row's x only the token at max(kept, 1) - 1 + h is read, and the result is [B, N].
+    """
+    (tokens, width), outputs = x_MD.shape, weight_ND.shape[0]
+    kept_B, ahead = (x_MD, 0) if last is None else last
+    rows = tokens if last is None else len(kept_B)
+    out_MN = x_MD.new_empty(rows, outputs, dtype=dtype or x_MD.dtype)
     _linear_kernel[(triton.cdiv(outputs, ROWS),)](
-        x_MD, x_MD if gain_D is None else gain_D, weight_ND, x_MD if add_MN is None else add_MN, out_MN, tokens, outputs,
-        weight_ND.stride(0), eps, width, gain_D is not None, add_MN is not None, ROWS, _block(width), num_warps=8,
+        x_MD, x_MD if gain_D is None else gain_D, weight_ND, x_MD if add_MN is None else add_MN, kept_B, out_MN, rows,
+        outputs, weight_ND.stride(0), tokens // rows, ahead, eps, width, gain_D is not None, add_MN is not None,
+        last is not None, ROWS, _block(width), num_warps=8,
     )  # fmt: skip
     return out_MN
 

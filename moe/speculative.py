@@ -52,6 +52,10 @@ class Drafter:
         ]  # fmt: skip
         # Entry h: the output of head h - 1 in its last verified row, which head h reads first. Entry 0 is not used.
         self.carry_HBD = torch.zeros(drafts, rows, config.dim, device=weight.device, dtype=weight.dtype)
+        # The caches' lengths are its rows: one operation moves all of them on.
+        self.lengths_HB = torch.zeros(drafts, rows, dtype=torch.int64, device=weight.device)
+        for cache, lengths_B in zip(self.caches, self.lengths_HB, strict=True):
+            cache.lengths_B = lengths_B
 
     def restart(self, row: Tensor, length: int | Tensor = 0) -> None:
         """Forgets what the rows' heads have read; the next state fed is that of position `length`."""

@@ -2,16 +2,20 @@
 
 Greedy, 256 new tokens behind a prompt of 128; what a time covers differs, and stands in each line as `covers`:
 
-    plain_steps_*                replays of one CUDA graph a token of moe/fused.py: no prefill, no requests, nothing read back
+    plain_steps_*                steps of moe/decode.py, one CUDA graph a token: no prefill, no requests, nothing read back
     plain_generate_batch_*       moe.generate.generate_batch, what a caller has: a call's new tokens, the capture of its graph
                                  included; a call for one token, which is prefill and setting up, subtracted
     plain_batcher_*              the same through one moe.batching.Batcher that stays, as in a server: its graph is captured
-                                 before; with `compiled`, its layers by torch.compile; one token subtracted likewise
+                                 before; one token subtracted likewise
     plain_hf_generate_static     Hugging Face's generate of Qwen3-MoE (`train_step.qwen_shape`) with a static cache, which
                                  compiles by itself; compiled before, one token subtracted likewise
 
+Steps run by the fused kernels (moe/fused.py), as they do for whoever sets nothing; `layers` in a name: by the model's own layers,
+`compiled`: those by torch.compile.
+
 `rounds_*`: one step that verifies K drafts and makes new ones, as a graph; with random weights drafts are hardly ever right, so
-the speed-up at an acceptance length A is A x plain ms / round ms, which is shown for A from 1 to K + 1.
+the speed-up at an acceptance length A is A x plain ms / round ms, which is shown for A from 1 to K + 1. `several_*`: the
+verification alone.
 """
 
 import dataclasses
@@ -24,14 +28,17 @@ import torch
 from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import qwen_shape, step_shape
 from core.errors import StageError
-from moe import fused as fast
 from moe.batching import Batcher
 from moe.cache import Cache
 from moe.config import ModelConfig
+from moe.decode import Decode, Kind
+from moe.fused import FusedDecoder
 from moe.generate import generate_batch
+from moe.graphs import Replay
 from moe.sampling import Sampling
 
 PROMPT, NEW = 128, 256
+KINDS: tuple[Kind, ...] = ("plain", "round")
 
 
 def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any
     exact = timing.drawn(config, torch.float32).eval()
     exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     caches = [_cache(config, 1, t, 600 + PROMPT, 3) for t in (dtype, dtype, dtype, torch.float32)]
-    fused = fast.FusedDecoder(model, caches[0])
+    fused = FusedDecoder(model, caches[0].capacity)
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda")
     errors: list[tuple[float, float]] = []
     same, flips = True, [0, 0]
@@ -66,28 +73,16 @@ def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def plain(config: ModelConfig, rows: int = 1, context: int = 4096) -> dict[str, Any]:
+def plain(config: ModelConfig, rows: int = 1, context: int = 4096, fused: bool = True) -> dict[str, Any]:
     """Greedy decoding by one graph a token."""
-    torch.manual_seed(0)
-    model = timing.drawn(config).eval()
-    cache = _cache(config, rows, torch.bfloat16, context, 3)
-    fused = fast.FusedDecoder(model, cache)
-    with torch.inference_mode():
-        model.states(torch.randint(1, config.vocab_size, (rows, PROMPT), device="cuda"), cache=cache)
-    replay = fast.Replay(fused, cache, rows, 1, greedy=True)
-    replay(torch.ones(rows, 1, dtype=torch.int64, device="cuda"))
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(NEW):
-        replay()
-    torch.cuda.synchronize()
-    ms = (time.perf_counter() - begin) / NEW * 1000
+    state = _state(config, rows=rows, context=context, fused=fused)
+    ms = _step_ms(state, "plain", NEW)
     return {
         "covers": "replayed steps, no prefill",
         "rows": rows,
         "ms": ms,
         "tokens_per_s": rows / ms * 1000,
-        "kernels": timing.kernels(replay, 10, 16),
+        "kernels": timing.kernels(lambda: state.step("plain", rows, "greedy"), 10, 16),
         **_memory(),
     }
 
@@ -97,35 +92,44 @@ def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = timing.drawn(config).eval()
     cache = _cache(config, 1, torch.bfloat16, 4096, 3)
-    fused = fast.FusedDecoder(model, cache)
+    fused = FusedDecoder(model, cache.capacity)
+    tokens_BT = torch.ones(1, tokens, dtype=torch.int64, device="cuda")
     with torch.inference_mode():
         model.states(torch.randint(1, config.vocab_size, (1, PROMPT), device="cuda"), cache=cache)
-    replay = fast.Replay(fused, cache, 1, tokens)
-    return {"tokens": tokens, "ms": timing.median_ms(lambda: replay(None), 50)}
+        replay = Replay(lambda: fused.logits(fused.states(tokens_BT, cache)))
+        replay.prepare()
+        return {"tokens": tokens, "ms": timing.median_ms(replay, 50)}
 
 
-def rounds(config: ModelConfig, drafts: int) -> dict[str, Any]:
+def rounds(config: ModelConfig, drafts: int, fused: bool = True) -> dict[str, Any]:
     """moe/decode.py's greedy steps: plain, and verifying `drafts` drafts."""
-    from moe.decode import Decode
-
-    torch.manual_seed(0)
-    model = timing.drawn(dataclasses.replace(config, mtp_heads=drafts)).eval()
-    state = Decode(model, rows=1, context=2048, drafts=drafts)
-    prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
-    state.admit(0, prompt, Sampling(temperature=0.0))
-    state.prefill([0], [prompt], [None], PROMPT, "greedy")
-    figures: dict[str, Any] = {}
-    for kind in ("plain", "round"):
-        for _ in range(3):
-            state.step(kind, 1, "greedy")
-        state.wait()
-        begin = time.perf_counter()
-        for _ in range(100):
-            state.step(kind, 1, "greedy")
-        state.wait()
-        figures[f"{kind}_ms"] = (time.perf_counter() - begin) * 10
+    state = _state(dataclasses.replace(config, mtp_heads=drafts), context=2048, drafts=drafts, fused=fused)
+    figures: dict[str, Any] = {f"{kind}_ms": _step_ms(state, kind, 100) for kind in KINDS}
     ratio = figures["plain_ms"] / figures["round_ms"]
-    return figures | {f"speedup_at_{a}": a * ratio for a in range(1, drafts + 2)} | _memory()
+    figures |= {f"speedup_at_{a}": a * ratio for a in range(1, drafts + 2)}
+    return figures | {"kernels": timing.kernels(lambda: state.step("round", 1, "greedy"), 10, 24), **_memory()}
+
+
+def _state(config: ModelConfig, *, rows: int = 1, context: int, drafts: int = 0, fused: bool) -> Decode:
+    """Rows behind a prompt, ready for steps."""
+    torch.manual_seed(0)
+    state = Decode(timing.drawn(config).eval(), rows=rows, context=context, drafts=drafts, fused=fused)
+    prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
+    for row in range(rows):
+        state.admit(row, prompt, Sampling(temperature=0.0))
+    state.prefill(range(rows), [prompt] * rows, [None] * rows, PROMPT, "greedy")
+    return state
+
+
+def _step_ms(state: Decode, kind: Kind, steps: int) -> float:
+    for _ in range(3):
+        state.step(kind, state.rows, "greedy")
+    state.wait()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        state.step(kind, state.rows, "greedy")
+    state.wait()
+    return (time.perf_counter() - begin) / steps * 1000
 
 
 def generated(config: ModelConfig) -> dict[str, Any]:
@@ -140,12 +144,12 @@ def generated(config: ModelConfig) -> dict[str, Any]:
     return {"covers": "a call: new tokens and capture, less a call for 1"} | _new_tokens(run) | _memory()
 
 
-def batched(config: ModelConfig, *, compiled: bool) -> dict[str, Any]:
+def batched(config: ModelConfig, *, fused: bool | None = None, compiled: bool = False) -> dict[str, Any]:
     """One request at a time through a `Batcher` that stays."""
     torch.manual_seed(0)
     model = timing.drawn(config).eval()
     prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
-    batcher = Batcher(model, slots=1, context=PROMPT + NEW + 1, compiled=compiled)
+    batcher = Batcher(model, slots=1, context=PROMPT + NEW + 1, fused=fused, compiled=compiled)
 
     def run(new: int) -> int:
         batcher.submit(prompt, Sampling(temperature=0.0, max_tokens=new))
@@ -215,13 +219,17 @@ def main() -> None:
         "plain_steps_v32k": lambda: plain(small),
         "plain_steps_v129k": lambda: plain(large),
         "plain_steps_rows8_v32k": lambda: plain(small, rows=8),
+        "plain_steps_layers_v32k": lambda: plain(small, fused=False),
         "plain_generate_batch_v32k": lambda: generated(small),
-        "plain_batcher_v32k": lambda: batched(small, compiled=False),
-        "plain_batcher_compiled_v32k": lambda: batched(small, compiled=True),
+        "plain_batcher_v32k": lambda: batched(small),
+        "plain_batcher_layers_v32k": lambda: batched(small, fused=False),
+        "plain_batcher_compiled_v32k": lambda: batched(small, fused=False, compiled=True),
         "several_2": lambda: several(small, 2),
         "several_4": lambda: several(small, 4),
         "rounds_1": lambda: rounds(small, 1),
         "rounds_3": lambda: rounds(small, 3),
+        "rounds_layers_1": lambda: rounds(small, 1, fused=False),
+        "rounds_layers_3": lambda: rounds(small, 3, fused=False),
         "plain_hf_generate_static": lambda: hf_static(qwen_shape(32_768)),
     }
     for name, body in known.items():

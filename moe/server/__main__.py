@@ -34,6 +34,7 @@ class Options:
     speculate: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    fused: bool | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--speculate", action="store_true", help="draft with the MTP heads")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, help="decode by fused kernels (default: where they can)"
+    )
     try:
         serve(Options(**vars(parser.parse_args(argv))))
     except StepwellError as e:
@@ -75,8 +79,9 @@ def serve(options: Options) -> None:
     model = load_for_use(options.folder, options.device, options.dtype)
     tokenizer = load_tokenizer(options.folder)
     batcher = Batcher(
-        model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate
-    )
+        model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate,
+        fused=options.fused,
+    )  # fmt: skip
     name = options.name or options.folder.resolve().name
     serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY) or None)
     config = uvicorn.Config(
