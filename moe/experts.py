@@ -18,6 +18,7 @@ routed copies of tokens.
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -141,10 +142,7 @@ class MoE(ExactBuffers):
         self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim)
         self.register_buffer("router_bias", torch.zeros(c.experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.experts, dtype=torch.int64), persistent=False)
-        self.pieces = PLAIN
-        if c.experts_backend == "triton":
-            kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
-            self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+        self.pieces = self._pieces()
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
         self.counted: Tensor | None = None  # [S] bool: the tokens of the next forward that steer the router; None: all
@@ -152,6 +150,16 @@ class MoE(ExactBuffers):
         # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
         self.routing: dict[str, Tensor] | None = None
         self.activity: Tensor | None = None  # [this rank's experts, 2]: sums of squares, rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Moves or casts the module, and chooses anew what fits where it is then; a forward has nothing to ask."""
+        super()._apply(fn, recurse)
+        self.pieces = self._pieces()
+        return self
+
+    def _pieces(self) -> "Pieces":
+        weight = self.gate.weight
+        return pieces(self.backend, weight.device, weight.dtype, len(weight), has_triton(weight.device))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -267,6 +275,26 @@ class Pieces(NamedTuple):
 
 
 PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
+FUSED_EXPERTS = 64  # auto's most: as many were measured (docs/benchmarks.md), and the sort's tables grow with them
+
+
+def pieces(backend: str, device: torch.device, dtype: torch.dtype, experts: int, triton: bool) -> Pieces:
+    """The pieces of a backend. `auto` takes the fused ones on a GPU with Triton, in bfloat16 and for few experts.
+
+    They are as repeatable as the plain ones (no atomic additions), so a deterministic run takes them too.
+    """
+    fits = triton and device.type == "cuda" and dtype == torch.bfloat16 and experts <= FUSED_EXPERTS
+    if backend != "triton" and not (backend == "auto" and fits):
+        return PLAIN
+    kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
+    return Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton runs on the device: a GPU of capability 8.0 or more, which it wants, and the package."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Dispatch(torch.autograd.Function):

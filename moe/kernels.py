@@ -106,7 +106,7 @@ def _on_tensor_cores(x: Tensor) -> bool:
 
 @torch.library.custom_op("stepwell::swiglu", mutates_args=())
 def _swiglu(h: Tensor, weight: Tensor, limit: float) -> Tensor:
-    if h.is_cuda:
+    if h.is_cuda and h.dtype != torch.float64:  # the kernels work in fp32
         from moe import kernels_triton
 
         return kernels_triton.swiglu(h, weight, limit)
@@ -115,7 +115,7 @@ def _swiglu(h: Tensor, weight: Tensor, limit: float) -> Tensor:
 
 @torch.library.custom_op("stepwell::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, h: Tensor, weight: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    if h.is_cuda:
+    if h.is_cuda and h.dtype != torch.float64:
         from moe import kernels_triton
 
         return kernels_triton.swiglu_backward(dy, h, weight, limit)

@@ -18,6 +18,7 @@ from core.hashing import file_digest
 from moe import checkpoint
 from moe.config import OptimConfig, RopeScaling, TrainConfig
 from moe.data import ArrayTokenSource
+from moe.files import TEMPORARY
 from moe.metrics import METRICS, TIME_FIELDS, read_metrics
 from moe.model import Decoder
 from moe.trainer import train
@@ -56,7 +57,7 @@ def test_a_kill_while_a_file_of_a_save_is_written(
     caught = 0
     for step in (1, 2, 3):
         folder = tmp_path / f"killed-{step}"
-        temporary = folder / checkpoint.CHECKPOINTS / (f"step-{step:08d}" + checkpoint.TEMPORARY)
+        temporary = folder / checkpoint.CHECKPOINTS / (f"step-{step:08d}" + TEMPORARY)
         _killed_when(temporary / name, config, source, folder)
         caught += temporary.is_dir()
         assert checkpoint.find(folder).is_dir()
