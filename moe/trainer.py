@@ -119,6 +119,8 @@ def _locked(folder: Path, world: World) -> Iterator[None]:
                 lock = checkpoint.lock(folder)
             except StageError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = _no_folder(folder, error)
         if problem := world.gather(problem)[0]:
             raise StageError(problem)
         yield
@@ -274,10 +276,12 @@ class _Run:
                 checkpoint.remove_old(self.folder, name, self.config.keep)
             return
         if self.world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.tokenizer:
-                copy_file(Path(self.config.tokenizer), self.folder / checkpoint.TOKENIZER)
-            replace_text(self.folder / METRICS, "")
+            try:
+                if self.config.tokenizer:
+                    copy_file(Path(self.config.tokenizer), self.folder / checkpoint.TOKENIZER)
+                replace_text(self.folder / METRICS, "")
+            except OSError as error:
+                raise StageError(_no_folder(self.folder, error)) from error
         self.save()
 
     def _stands(self) -> str:
@@ -297,6 +301,10 @@ class _Run:
                 f"train: update {self.step} is not finite, got loss {loss} and gradient norm {grad_norm}, "
                 f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
             )
+
+
+def _no_folder(folder: Path, error: OSError) -> str:
+    return f"train: the run's folder takes no file, got {error}, expected to write into {folder}; make room or choose another"
 
 
 def _preflight(config: TrainConfig, source: TokenSource, folder: Path, start: Path | None, world: World) -> PackedRows:

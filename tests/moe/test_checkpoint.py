@@ -323,6 +323,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert _bytes(tmp_path) == _bytes(tmp_path.parent / "undisturbed")
 
 
+def test_a_folder_that_takes_no_file_is_named(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    """One that cannot be made, as a file is in its way; and a disk that is full at the first file."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StageError, match=r"the run's folder takes no file, got .*Not a directory.* make room or choose"
+    ):
+        train(train_config, source, tmp_path / "file" / "run")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(" " * 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(StageError, match=r"takes no file, got .*File too large.* expected to write into"):
+            train(dataclasses.replace(train_config, tokenizer=str(tokenizer)), source, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("name", ["step-00000099", "", "..", "step-00000005/config.json", "\udcff"])
 def test_a_pointer_to_nothing(name: str, train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> None:
     train(dataclasses.replace(train_config, steps=1), source, tmp_path)
