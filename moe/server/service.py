@@ -2,9 +2,9 @@
 
 In: prompts as token ids with their sampling. Out: an asynchronous stream of `Event`s for each. The thread alone touches the
 `Batcher` and the model, so nothing in them needs a lock; what it is asked to do goes through a queue of calls, what comes of it
-goes back to the event loop. A client that leaves cancels its requests. A step that fails, as by too little memory, ends the
-thread: the rows' state is no longer known. The log says so, and every client. When the batcher's own queue is full, or as many prompts
-wait for their score, the answer is `Full` and the client is told to come back.
+goes back to the event loop. A client that leaves cancels its requests. When the batcher's own queue is full, or as many prompts
+wait for their score, the answer is `Full` and the client is told to come back. A step that fails, as by too little memory, ends
+the thread, since the rows' state is no longer known: the log says so, and every client hears it.
 """
 
 import asyncio
