@@ -125,7 +125,8 @@ def test_train_kill_resume_evaluate_and_draft(file: Path, capsys: pytest.Capture
     assert heads == [1, 3]
 
     questions = file.parent / "questions.jsonl"
-    questions.write_text(json.dumps({"context": PROMPT, "continuation": " law or agreed to in writing"}) + "\n")
+    asked = json.dumps({"context": PROMPT, "continuation": " law or agreed to in writing"}) + "\n"
+    questions.write_text(2 * asked)
     out, _ = _done(["-m", "moe.examine", str(three), "--questions", str(questions)])
     assert json.loads(out.splitlines()[-1])["questions.jsonl"]["greedy_fraction"] == 1.0
 
