@@ -16,7 +16,7 @@ Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E 
 routed copies of tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +30,7 @@ from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss
 from moe.config import ModelConfig
 
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
+TRITON = find_spec("triton") is not None  # a constant, so that compiled code does not ask
 MANY_ROWS, ALIGNED = 512, 64  # from so many rows on weights are copied side by side (chosen), in multiples of 64
 
 
@@ -86,11 +87,27 @@ class SwiGLU(nn.Module):
 
 def side_by_side(x: Tensor, *maps: nn.Linear) -> list[Tensor]:
     """Each map of x; of many rows on a GPU by one product, which reads x once and has one gradient of x to add."""
-    if not x.is_cuda or x.shape[:-1].numel() < MANY_ROWS:
+    if not many(x):
         return [m(x) for m in maps]
-    weight, widths = torch.cat([m.weight for m in maps]), [m.out_features for m in maps]
-    widths.append(-len(weight) % ALIGNED)
-    return list(functional.linear(x, functional.pad(weight, (0, 0, 0, widths[-1]))).split(widths, -1)[:-1])
+    widths = [m.out_features for m in maps]
+    y = product(x, maps)
+    return list(y.split([*widths, y.shape[-1] - sum(widths)], -1)[:-1])
+
+
+def many(x: Tensor) -> bool:
+    """Whether there is enough on a GPU to pay for weights copied side by side."""
+    return x.is_cuda and x.shape[:-1].numel() >= MANY_ROWS
+
+
+def fused(x: Tensor) -> bool:
+    """Whether kernels in half precision serve, and pay, for what stands between products."""
+    return many(x) and x.dtype in (torch.bfloat16, torch.float16) and TRITON
+
+
+def product(x: Tensor, maps: Sequence[nn.Linear]) -> Tensor:
+    """All maps of x side by side, behind them columns of zeros up to a multiple of `ALIGNED`."""
+    weight = torch.cat([m.weight for m in maps])
+    return functional.linear(x, functional.pad(weight, (0, 0, 0, -len(weight) % ALIGNED)))
 
 
 def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
