@@ -309,7 +309,7 @@ def pieces(backend: str, device: torch.device, dtype: torch.dtype, experts: int,
 
 def has_triton(device: torch.device) -> bool:
     """Whether Triton runs on the device: a GPU of capability 8.0 or more, which it wants, and the package."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or not TRITON:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -30,8 +30,8 @@ KILLED_AT = (3, 8)  # updates: before the first periodic checkpoint and behind i
 
 @pytest.fixture
 def gpu_config(train_config: TrainConfig) -> TrainConfig:
-    """Heads, groups, several micro-batches of two sizes, and widths that every kernel takes."""
-    model = dataclasses.replace(train_config.model, dim=64, head_dim=32, expert_dim=64, mtp_heads=2)
+    """Heads, groups, several micro-batches of two sizes, and widths and rows from which on every kernel is used."""
+    model = dataclasses.replace(train_config.model, context=256, dim=64, head_dim=32, expert_dim=64, mtp_heads=2)
     optim = OptimConfig(warmup_steps=3, group_loss=1e-2, expert_groups=2, z_loss=1e-4)
     return dataclasses.replace(
         train_config, model=model, optim=optim, micro_rows=3, device="cuda", deterministic=True, packing="best_fit",
