@@ -20,13 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from moe import checkpoint
+from moe.batching import Batcher
 from moe.data import ArrayTokenSource
 from moe.evaluate import evaluate
-from moe.generate import generate_batch
 from moe.metrics import TIME_FIELDS, read_metrics
 from moe.run_file import read_run
 from moe.sampling import Sampling
-from moe.speculative import Acceptance
 from moe.trainer import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,7 +134,8 @@ def test_train_kill_resume_evaluate_and_draft(file: Path, capsys: pytest.Capture
     plain, nothing = _done([*asked_for, "--plain"])
     assert drafted == plain
     assert drafted.startswith(" law or agreed to in writing")
-    assert (nothing, "tokens a round" in said) == ("", True)
+    assert nothing == ""
+    assert said == "" or "tokens a round" in said, "drafts are switched off where they lose"
     seconds = time.perf_counter() - began
 
     run = read_run(file, [*THREE, "folder=undisturbed"])
@@ -148,12 +148,14 @@ def test_train_kill_resume_evaluate_and_draft(file: Path, capsys: pytest.Capture
     held = ArrayTokenSource(documents, vocab_size=VOCAB, eos=0, text_bytes=[2 * len(d) for d in documents])
     assert evaluate(three, held)["all"]["bpb"] < evaluate(one, held)["all"]["bpb"] + 0.1 < 1.0
     tokenizer = Tokenizer.from_file(str(file.parent / "tokenizer.json"))
-    answer = generate_batch(
-        checkpoint.load(three), [tokenizer.encode(PROMPT).ids], Sampling(temperature=0, max_tokens=24),
-        tokenizer=tokenizer, speculate=True,
-    )[0]  # fmt: skip
-    assert answer.text == drafted.rstrip("\n")
-    assert isinstance(answer.acceptance, Acceptance)
-    assert answer.acceptance.length > 1.5, "three heads that learnt a text by heart"
+    # A clock that stands still: whether rounds pay on a busy machine is not the question.
+    batcher = Batcher(checkpoint.load(three), tokenizer, slots=1, speculate=True, clock=lambda: 0.0)
+    batcher.submit(tokenizer.encode(PROMPT).ids, Sampling(temperature=0, max_tokens=24))
+    events = []
+    while not batcher.idle:
+        events += batcher.step()
+    assert "".join(event.text for event in events) == drafted.rstrip("\n")
+    assert events[-1].acceptance is not None
+    assert events[-1].acceptance.length > 1.5, "three heads that learnt a text by heart"
     with capsys.disabled():
         print(f"\nsix commands, from the first update to the drafted text: {seconds:.0f} s")
