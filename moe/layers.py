@@ -122,10 +122,10 @@ class Attention(nn.Module):
         """Normed and rotated queries and keys, values [B, T, H or G, C], and the gates' logits [B, T, H]."""
         maps = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
         if fused(x_BTD):
-            shape = tuple(m.out_features // self.head_dim for m in maps[:2])
+            heads, groups = (m.out_features // self.head_dim for m in maps[:2])
             gates = 0 if self.g_proj is None else self.g_proj.out_features
             q, k, v, gate_BTH = kernels_heads.heads(
-                product(x_BTD, maps), self.q_norm.weight, self.k_norm.weight, *turn, (*shape, self.head_dim), gates,
+                product(x_BTD, maps), self.q_norm.weight, self.k_norm.weight, *turn, (heads, groups, self.head_dim), gates,
                 self.q_norm.eps,
             )  # fmt: skip
             return q, k, v, gate_BTH if gates else None

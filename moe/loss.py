@@ -143,8 +143,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in total's type, without rounding the product to a's type where the device can."""
     if total.dtype == a.dtype:
         return total.addmm_(a, b)
-    if total.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=total.dtype)
+    if total.is_cuda:  # in place: another result would be a copy of the whole head's gradient for each chunk
+        return torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     return total.add_(a @ b)
 
 
