@@ -17,7 +17,6 @@ routed copies of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moe import kernels
 from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss, routing_stats, squares_and_rows
 from moe.config import ModelConfig
 
@@ -176,7 +176,7 @@ class MoE(ExactBuffers):
 
     def _pieces(self) -> "Pieces":
         weight = self.gate.weight
-        return pieces(self.backend, weight.device, weight.dtype, len(weight), has_triton(weight.device))
+        return pieces(self.backend, weight.device, weight.dtype, len(weight), kernels.at_home(weight.device))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -292,6 +292,7 @@ class Pieces(NamedTuple):
 
 
 PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
+FUSED_PIECES = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
 FUSED_EXPERTS = 64  # auto's most: as many were measured (docs/benchmarks.md), and the sort's tables grow with them
 
 
@@ -301,17 +302,7 @@ def pieces(backend: str, device: torch.device, dtype: torch.dtype, experts: int,
     They are as repeatable as the plain ones (no atomic additions), so a deterministic run takes them too.
     """
     fits = triton and device.type == "cuda" and dtype == torch.bfloat16 and experts <= FUSED_EXPERTS
-    if backend != "triton" and not (backend == "auto" and fits):
-        return PLAIN
-    kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
-    return Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
-
-
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton runs on the device: a GPU of capability 8.0 or more, which it wants, and the package."""
-    if device.type != "cuda" or not TRITON:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return FUSED_PIECES if backend == "triton" or (backend == "auto" and fits) else PLAIN
 
 
 def summed(y_RD: Tensor, inverse_R: Tensor, k: int) -> Tensor:

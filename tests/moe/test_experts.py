@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from moe import kernels
 from moe.balance import activity_stats, group_loss
 from moe.config import ModelConfig
-from moe.experts import PLAIN, MoE, SwiGLU, _Combine, _Dispatch, halves, has_triton, pieces, sort_by_expert
+from moe.experts import PLAIN, MoE, SwiGLU, _Combine, _Dispatch, halves, pieces, sort_by_expert
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_pieces_are_chosen_anew_with_every_move(config: ModelConfig) -> None:
     for move in (lambda m: m.to(torch.bfloat16), lambda m: m.cpu(), lambda m: m.double()):
         moe.pieces = PLAIN._replace(top=lambda score, k: score.argsort(-1)[:, :k])
         assert move(moe).pieces == PLAIN
-    assert not has_triton(torch.device("cpu"))
+    assert not kernels.at_home(torch.device("cpu"))
 
 
 def test_float64_stays_float64(config: ModelConfig) -> None:
