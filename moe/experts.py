@@ -17,7 +17,6 @@ routed copies of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moe import kernels
 from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss, routing_stats, squares_and_rows
 from moe.config import ModelConfig
 
@@ -159,10 +159,7 @@ class MoE(ExactBuffers):
         self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim)
         self.register_buffer("router_bias", torch.zeros(c.experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.experts, dtype=torch.int64), persistent=False)
-        self.pieces = PLAIN
-        if c.experts_backend == "triton":
-            kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
-            self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+        self.pieces = self._pieces()
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
         self.counted: Tensor | None = None  # [S] bool: the tokens of the next forward that steer the router; None: all
@@ -170,6 +167,16 @@ class MoE(ExactBuffers):
         # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
         self.routing: dict[str, Tensor] | None = None
         self.activity: Tensor | None = None  # [this rank's experts, 2]: sums of squares, rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Moves or casts the module, and chooses anew what fits where it is then; a forward has nothing to ask."""
+        super()._apply(fn, recurse)
+        self.pieces = self._pieces()
+        return self
+
+    def _pieces(self) -> "Pieces":
+        weight = self.gate.weight
+        return pieces(self.backend, weight.device, weight.dtype, len(weight), kernels.at_home(weight.device))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -285,6 +292,17 @@ class Pieces(NamedTuple):
 
 
 PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
+FUSED_PIECES = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+FUSED_EXPERTS = 64  # auto's most: as many were measured (docs/benchmarks.md), and the sort's tables grow with them
+
+
+def pieces(backend: str, device: torch.device, dtype: torch.dtype, experts: int, triton: bool) -> Pieces:
+    """The pieces of a backend. `auto` takes the fused ones on a GPU with Triton, in bfloat16 and for few experts.
+
+    They are as repeatable as the plain ones (no atomic additions), so a deterministic run takes them too.
+    """
+    fits = triton and device.type == "cuda" and dtype == torch.bfloat16 and experts <= FUSED_EXPERTS
+    return FUSED_PIECES if backend == "triton" or (backend == "auto" and fits) else PLAIN
 
 
 def summed(y_RD: Tensor, inverse_R: Tensor, k: int) -> Tensor:
