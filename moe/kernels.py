@@ -105,6 +105,15 @@ def pieces(x: Tensor, count: int) -> list[Tensor]:
     return parts
 
 
+def _two_pieces(x_SE: Tensor) -> Tensor:
+    """`pieces(x, 2)` side by side [S, 2E]."""
+    if x_SE.is_cuda:
+        from moe import kernels_triton
+
+        return kernels_triton.two_pieces(x_SE)
+    return torch.cat(pieces(x_SE, 2), dim=1)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -168,11 +177,10 @@ def _router_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple
     if not _on_tensor_cores(x):
         wide = dlogits.to(_wide(x))
         return (wide @ weight.to(_wide(x))).to(x.dtype), (wide.T @ x.to(_wide(x))).to(weight.dtype)
-    high, low = pieces(dlogits, GRADIENT_PIECES)
-    both = torch.cat((high, low), dim=1)
+    both = _two_pieces(dlogits)
     weights = pieces(weight.float(), 1 if weight.dtype == torch.bfloat16 else GRADIENT_PIECES)
     # Of two pieces each way, low times low is below the rounding of the result.
-    left = torch.cat((both, high), dim=1) if len(weights) > 1 else both
+    left = torch.cat((both, both[:, : dlogits.shape[1]]), dim=1) if len(weights) > 1 else both
     right = torch.cat((weights[0], weights[0], *weights[1:]))
     dweight = torch.mm(both.T, x, out_dtype=torch.float32).unflatten(0, (GRADIENT_PIECES, -1)).sum(0)
     return left @ right, dweight.to(weight.dtype)

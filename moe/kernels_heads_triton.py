@@ -2,7 +2,7 @@
 
 In: CUDA tensors (or CPU ones under TRITON_INTERPRET=1). A program takes one head and a run of tokens. A head is three
 tiles: the widths that turn, those they are paired with, and the rest, so that every load is of neighbours. Gains'
-gradients are summed by a program over its tokens, and over programs by torch.
+gradients are summed by a program over its tokens, and over programs by another kernel.
 
 Legend: S = B * T tokens, N columns of the product, H query heads, G key/value heads, C head width, A angles, R = C - 2A
 widths that do not turn; ANGLES and REST are A and R rounded up to powers of two.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 ROWS = 16  # tokens of a tile: 16 x 128 widths are 16 values a thread of four warps
 COLUMNS = 128  # of values and gates at once
+PARTS, SUMS = 64, 8  # programs and widths whose gains' gradients are added at once
 RUN = 16  # tiles of a backward program; its gains' gradients are one row of partial sums
 
 
@@ -167,6 +168,32 @@ def _backward_kernel(
 
 
 @triton.jit
+def _sum_kernel(
+    dgain: tl.tensor,
+    dgain_q: tl.tensor,
+    dgain_k: tl.tensor,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    ALL: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Over all programs, and the heads of a kind."""
+    c, part = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, PARTS)[:, None]
+    total_q, total_k = tl.zeros([PARTS, WIDTH], tl.float32), tl.zeros([PARTS, WIDTH], tl.float32)
+    for low in range(0, ALL, PARTS):
+        at = dgain + (low + part) * ((H + G) * C) + c[None, :]
+        inside = (low + part < ALL) & (c < C)[None, :]
+        for head in range(H):
+            total_q += tl.load(at + head * C, mask=inside, other=0.0)
+        for head in range(H, H + G):
+            total_k += tl.load(at + head * C, mask=inside, other=0.0)
+    tl.store(dgain_q + c, tl.sum(total_q, axis=0).to(dgain_q.dtype.element_ty), mask=c < C)
+    tl.store(dgain_k + c, tl.sum(total_k, axis=0).to(dgain_k.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
 def _rest_kernel(
     dv: tl.tensor,
     dgate: tl.tensor,
@@ -241,8 +268,9 @@ def heads_backward(
     _rest_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(N - begin, COLUMNS))](
         dv, dgate, dx_BTN, tokens, T, N, *dv.stride()[:3], dgate.shape[-1], begin, G, C, ROWS, COLUMNS, num_warps=4
     )
-    dgain_HC = dgain.sum(0)
-    return dx_BTN, dgain_HC[:H].sum(0).to(gain_q_C.dtype), dgain_HC[H:].sum(0).to(gain_k_C.dtype)
+    dgains = torch.empty_like(gain_q_C), torch.empty_like(gain_k_C)
+    _sum_kernel[(triton.cdiv(C, SUMS),)](dgain, *dgains, H, G, C, parts, PARTS, SUMS, num_warps=4)
+    return dx_BTN, *dgains
 
 
 def _tiles(width: int, angles: int) -> tuple[int, int, int, int]:

@@ -140,6 +140,19 @@ def _place_kernel(
     tl.store(order + target, row.to(tl.int64), mask=row < R)
 
 
+@triton.jit
+def _two_pieces_kernel(
+    x: tl.tensor, out: tl.tensor, S: tl.tensor, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+) -> None:
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    inside = (row < S) & (col < E)
+    value = tl.load(x + row * E + col, mask=inside, other=0.0)
+    high = value.to(out.dtype.element_ty)
+    at = out + row * (2 * E) + col
+    tl.store(at, high, mask=inside)
+    tl.store(at + E, (value - high.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+
+
 def swiglu(h_RH: Tensor, weight_R: Tensor, limit: float) -> Tensor:
     """`kernels.swiglu_reference` in one pass."""
     rows, width = h_RH.shape[0], h_RH.shape[1] // 2
@@ -172,6 +185,17 @@ def top_experts(score_SE: Tensor, top_k: int) -> Tensor:
     grid = (triton.cdiv(tokens, TOP_ROWS),)
     _top_kernel[grid](score_SE.contiguous(), chosen_SK, tokens, experts, top_k, TOP_ROWS, cols, num_warps=4)
     return chosen_SK
+
+
+def two_pieces(x_SE: Tensor) -> Tensor:
+    """`kernels.pieces(x, 2)` side by side [S, 2E], bf16, of fp32 x."""
+    tokens, experts = x_SE.shape
+    out_SP = torch.empty(tokens, 2 * experts, dtype=torch.bfloat16, device=x_SE.device)
+    cols = triton.next_power_of_2(experts)
+    _two_pieces_kernel[(triton.cdiv(tokens, TOP_ROWS),)](
+        x_SE.contiguous(), out_SP, tokens, experts, TOP_ROWS, cols, num_warps=4
+    )
+    return out_SP
 
 
 def expert_order(chosen_R: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,7 +98,8 @@ class _NextTokenLoss(torch.autograd.Function):
             grad_x is not None
         ):  # in the scale's precision: as a 0-d factor it would be rounded to the states' type first
             grad_x = torch.mul(grad_x, scale.view(1, 1), out=torch.empty_like(grad_x))
-        grad_head = None if grad_head is None else (grad_head * scale).to(ctx.head_dtype)
+        if grad_head is not None:
+            grad_head = torch.mul(grad_head, scale, out=torch.empty_like(grad_head, dtype=ctx.head_dtype))
         return grad_x, grad_head, None, None, None, None, None
 
 

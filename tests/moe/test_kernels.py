@@ -132,3 +132,13 @@ def test_expert_order_kernel(triton_kernels, rows, experts):
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
         assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (70, 32), (33, 20)])
+def test_two_pieces_are_those_of_the_definition(tokens, experts, triton_kernels):
+    x = draw(tokens, experts, scale=3.0)
+    got = triton_kernels.two_pieces(x)
+    if INTERPRETED:  # which cuts off where a GPU rounds
+        torch.testing.assert_close(got.float().unflatten(1, (2, -1)).sum(1), x, rtol=2**-14, atol=0)
+    else:
+        assert torch.equal(got, torch.cat(kernels.pieces(x, 2), dim=1))
