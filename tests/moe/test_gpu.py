@@ -42,12 +42,13 @@ def gpu_config(train_config: TrainConfig) -> TrainConfig:
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"precision": "bfloat16"},
-    "bfloat16 compiled": {"precision": "bfloat16", "compile": True, "micro_rows": 2},
     "bfloat16 adamw": {"precision": "bfloat16", "optim": OptimConfig(optimizer="adamw", warmup_steps=3)},
     "bfloat16 varlen": {"precision": "bfloat16", "attention_backend": "varlen"},
     "bfloat16 sdpa, plain experts": {
         "precision": "bfloat16", "attention_backend": "sdpa", "experts_backend": "grouped"
     },
+    # Few shapes, and last: compiling takes minutes.
+    "bfloat16 compiled": {"precision": "bfloat16", "compile": True, "micro_rows": 2, "mtp_heads": 0, "layers": 2},
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def _variant(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, model=model, **{k: v for k, v in changes.items() if k not in fields})
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_killed_run_ends_with_the_same_bits(
     name: str, gpu_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
@@ -66,7 +68,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     train(config, source, whole)
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(config)), str(folder)]
-    for stop in KILLED_AT:
+    for stop in KILLED_AT[1:] if config.compile else KILLED_AT:
         with subprocess.Popen(
             [*command, str(stop)], cwd=REPOSITORY, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as child:
