@@ -52,7 +52,7 @@ class Pool:
         self.workers = workers
         self._all: list[Worker] = []
         self._runs = 0
-        Finalize(self, end_all, args=(self._all,), exitpriority=AT_EXIT)
+        self._at_exit: Finalize[None] | None = None
 
     def run(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, progress: Progress) -> list[Report]:
         """`fn` on every unit; reports in order. Stops at the first failure, after running units have ended; where the process
@@ -70,8 +70,13 @@ class Pool:
     def close(self) -> None:
         """End all workers, within seconds. The next run starts new ones."""
         end_all(self._all)
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+            self._at_exit = None
 
     def start_worker(self) -> Worker:
+        if self._at_exit is None:  # for those who forget `close`
+            self._at_exit = Finalize(self, end_all, args=(self._all,), exitpriority=AT_EXIT)
         return start(self._all)
 
     def discard(self, worker: Worker) -> None:

@@ -15,7 +15,7 @@ from core.engines.contract import Unit
 from core.engines.local import LocalEngine
 from tests.core.kernels import faulty, squared
 
-STRUCK = ("/core/engines/", "/core/stopping.py", "/multiprocessing/", "/selectors.py", "/contextlib.py", "/weakref.py")
+STRUCK = ("/core/engines/", "/core/stopping.py", "/multiprocessing/", "/selectors.py", "/contextlib.py")
 UNTIL_THEY_HANG = 26_000  # instructions on a fast machine, a slow one waits in a few thousand more: counted
 
 

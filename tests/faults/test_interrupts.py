@@ -106,13 +106,24 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_waits_for_the_end_of_what_is_patient(ctrl_c):
-    came = []
-    with pytest.raises(KeyboardInterrupt), stopping.patiently():
+def struck_while_patient(came: list[str]) -> None:
+    with stopping.patiently():
         with stopping.patiently():
             os.kill(os.getpid(), signal.SIGINT)
             came.append("inner")
         came.append("outer")
+
+
+def struck_and_failing() -> None:
+    with stopping.patiently():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("at the same time")
+
+
+def test_ctrl_c_waits_for_the_end_of_what_is_patient(ctrl_c):
+    came: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        struck_while_patient(came)
     assert came == ["inner", "outer"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -130,9 +141,8 @@ def test_ctrl_c_is_raised_once_where_it_is_asked_for(ctrl_c):
 
 
 def test_ctrl_c_is_not_lost_to_another_exception(ctrl_c):
-    with pytest.raises(KeyboardInterrupt) as caught, stopping.patiently():
-        os.kill(os.getpid(), signal.SIGINT)
-        raise ValueError("at the same time")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        struck_and_failing()
     assert isinstance(caught.value.__context__, ValueError)
 
 
