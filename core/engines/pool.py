@@ -169,8 +169,8 @@ class _Run:
 
     def _ready(self, worker: Worker) -> None:
         worker.ready = True
-        if self.failure is not None or stopping.asked():
-            worker.task = None  # it was to begin while others failed
+        if stopping.asked():
+            worker.task = None  # no unit begins any more
         else:
             self._send(worker)
 

@@ -63,7 +63,12 @@ def end_all(workers: list[Worker]) -> None:
     """End every process and empty the list; takes LEAVE_S and, for what cannot be killed, KILLED_S each."""
     with stopping.patiently():
         for worker in workers:
-            worker.process.terminate() if worker.task else _send_end(worker)
+            if not worker.ready:
+                kill(worker)  # it has begun nothing
+            elif worker.task is not None:
+                worker.process.terminate()
+            else:
+                _send_end(worker)
         last = time.monotonic() + LEAVE_S
         while workers:
             end(workers[-1], last - time.monotonic())
