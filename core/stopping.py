@@ -5,6 +5,10 @@ In: signals of this process while a command is in `listening`. Out: `Stopped`, r
 kill -9 at any moment, so it does not matter where the exception strikes; it is there to release locks and temporary files.
 
 A second signal ends the process on the spot. Workers end with it, and the next run takes its locks over.
+
+In a process that does not listen (a script, a notebook) Ctrl-C is a KeyboardInterrupt as ever, but not inside `patiently`: Python
+raises it between any two instructions, and swallows it where that is a destructor or a weakref's callback. There it is a flag,
+for `interrupt` to look at, and no later than at the block's end it is raised.
 """
 
 import contextlib
@@ -33,6 +37,7 @@ class _Request:
     number = 0
     at = 0.0
     patience = 0
+    interrupted = False  # Ctrl-C came while it was held back
 
 
 @contextlib.contextmanager
@@ -72,17 +77,46 @@ def check() -> None:
         raise Stopped
 
 
+def interrupt() -> None:
+    """KeyboardInterrupt if Ctrl-C was held back: for what waits inside `patiently`."""
+    if _Request.interrupted:
+        _Request.interrupted = False
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def patiently() -> Iterator[None]:
-    """No `Stopped` strikes inside the block, which may look at `asked` by itself; at its end comes what was asked inside."""
+    """No `Stopped` and no KeyboardInterrupt strikes inside the block, which may look at `asked` and `interrupt` by itself; at
+    its end comes what was asked inside."""
     before = _Request.number
-    _Request.patience += 1
+    with _holding_ctrl_c():
+        _Request.patience += 1
+        try:
+            yield
+        finally:
+            _Request.patience -= 1
+    if _Request.number != before:
+        raise Stopped
+
+
+@contextlib.contextmanager
+def _holding_ctrl_c() -> Iterator[None]:
+    """For Python's own reaction to Ctrl-C; who has set another, or ignores it, keeps that."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    _Request.interrupted = False
+    signal.signal(signal.SIGINT, _held)
     try:
         yield
     finally:
-        _Request.patience -= 1
-    if _Request.number != before:
-        raise Stopped
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt()
+
+
+def _held(number: int, frame: Any) -> None:
+    _Request.interrupted = True
 
 
 def request(number: int) -> bool:

@@ -1,28 +1,26 @@
 """A supervised process pool. It notices a worker that dies or goes silent, names what it was doing, and tries again alone.
 
 `multiprocessing.Pool` waits for ever when a worker is killed (the usual fate under an out-of-memory killer), and one raising task
-there ends its siblings. Here the driver waits on pipes and process sentinels together, so no death goes unseen.
+there ends its siblings. Here the driver waits on pipes and process sentinels together, so no death goes unseen. A Ctrl-C is a
+flag that the driver looks at while it waits (see `core.stopping`), never an exception in the middle of what it does.
 """
 
 import logging
-import multiprocessing
-import os
 import pickle
-import signal
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from typing import Any
 
 from core import stopping
 from core.engines.contract import NO_ROW, Note, Report, Unit, UnitFn
 from core.engines.measure import measured
-from core.engines.worker import work
+from core.engines.processes import Worker, end, end_all, exit_reason, kill, start
 from core.errors import ConfigError, RetryableError, StageError
 
 POISON_LIMIT = 20  # rows that may kill a worker in one unit before the stage stops: the reject budget's floor
@@ -30,7 +28,8 @@ RETRIES = 3  # RetryableError from a unit
 FIRST_WAIT_S = 0.5  # before the second try, doubled each time: chosen, untested
 BLIND_DEATHS = 2  # deaths of a unit that never said which row it was at
 START_S = 60.0  # for a worker to start and import what a unit needs, where `stall_s` is less: chosen, untested
-LEAVE_S = 3.0  # for a worker to remove its half-written file before it is killed: chosen, untested
+LOOK_S = 0.2  # for which a request to stop may go unseen: chosen, untested
+AT_EXIT = 15  # of what `multiprocessing` does before it joins its children, as its own pools have it
 
 log = logging.getLogger("stepwell")
 
@@ -46,70 +45,50 @@ class _Task:
     not_before: float = 0.0
 
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    knows: int = -1  # number of the last function sent to it
-    task: _Task | None = None
-    row: int | None = None
-    began: bool = False  # it has said something of its task
-    last_sign: float = field(default_factory=time.monotonic)
-
-
 class Pool:
     """`workers` processes that live until `close`. Started on first use."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._all: list[_Worker] = []
+        self._all: list[Worker] = []
         self._runs = 0
+        self._at_exit: Finalize[None] | None = None
 
     def run(self, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, progress: Progress) -> list[Report]:
         """`fn` on every unit; reports in order. Stops at the first failure, after running units have ended; where the process
-        is asked to stop (see `core.stopping`), after they have ended or GRACE_S is over."""
-        self._runs += 1
+        is asked to stop (see `core.stopping`), after they have ended or GRACE_S is over; at Ctrl-C where nobody listens for it,
+        at once."""
         run = _Run(self, pickle.dumps(fn), units, label, stall_s, progress)
-        try:
-            with stopping.patiently():
+        with stopping.patiently():
+            self._runs += 1
+            try:
                 return run.finish()
-        except BaseException:
-            self.close()  # a worker may still be busy with a unit nobody waits for
-            raise
+            except BaseException:
+                self.close()  # a worker may still be busy with a unit nobody waits for
+                raise
 
     def close(self) -> None:
-        for worker in self._all:
-            worker.process.terminate() if worker.task else _send_end(worker)
-        last = time.monotonic() + LEAVE_S
-        for worker in self._all:
-            worker.process.join(timeout=max(0.0, last - time.monotonic()))
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()
-        self._all = []
+        """End all workers, within seconds. The next run starts new ones."""
+        end_all(self._all)
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+            self._at_exit = None
 
-    def start_worker(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, os.getpid()), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self._all.append(worker)
-        return worker
+    def start_worker(self) -> Worker:
+        if self._at_exit is None:  # for those who forget `close`
+            self._at_exit = Finalize(self, end_all, args=(self._all,), exitpriority=AT_EXIT)
+        return start(self._all)
 
-    def discard(self, worker: _Worker) -> None:
-        worker.process.join(timeout=5)
-        worker.pipe.close()
+    def discard(self, worker: Worker) -> None:
+        end(worker)
         self._all.remove(worker)
 
-    def idle(self) -> list[_Worker]:
+    def idle(self) -> list[Worker]:
         for worker in [w for w in self._all if w.task is None and not w.process.is_alive()]:
             self.discard(worker)  # killed between two units: nobody's fault
         return [w for w in self._all if w.task is None]
 
-    def busy(self) -> list[_Worker]:
+    def busy(self) -> list[Worker]:
         return [w for w in self._all if w.task is not None]
 
 
@@ -127,6 +106,7 @@ class _Run:
 
     def finish(self) -> list[Report]:
         while self.waiting or self.pool.busy():
+            stopping.interrupt()
             if stopping.asked():
                 self._be_patient()
             if self.failure is not None:
@@ -134,7 +114,7 @@ class _Run:
             self._assign()
             busy = self.pool.busy()
             if busy:
-                ready = set(wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=1.0))
+                ready = set(wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=LOOK_S))
                 for worker in busy:
                     if worker.pipe in ready or worker.process.sentinel in ready:
                         self._listen(worker)
@@ -173,24 +153,37 @@ class _Run:
             self.waiting.popleft()
             idle = self.pool.idle()
             worker = idle[0] if idle else self.pool.start_worker()
-            self._send(worker, task)
+            worker.task, worker.row, worker.began, worker.last_sign = task, None, False, now
+            if worker.ready:
+                self._send(worker)
 
-    def _send(self, worker: _Worker, task: _Task) -> None:
+    def _send(self, worker: Worker) -> None:
+        """Tell a worker that reads what its task is."""
         number = self.pool._runs
         fn = self.fn if worker.knows != number else None
-        worker.knows, worker.task, worker.row, worker.began = number, task, None, False
-        worker.last_sign = time.monotonic()
+        worker.knows = number
         try:
-            worker.pipe.send((number, fn, task.unit))
-        except (BrokenPipeError, ConnectionResetError):
+            worker.pipe.send((number, fn, worker.task.unit))
+        except OSError:  # BlockingIOError: it is frozen
             self._died(worker, "died before it began")
 
-    def _listen(self, worker: _Worker) -> None:
+    def _ready(self, worker: Worker) -> None:
+        worker.ready = True
+        if stopping.asked():
+            worker.task = None  # no unit begins any more
+        else:
+            self._send(worker)
+
+    def _listen(self, worker: Worker) -> None:
         """Take every message that is there; a closed pipe is a death."""
         try:
             while worker.pipe.poll():
                 kind, payload = worker.pipe.recv()
-                worker.began, worker.last_sign = True, time.monotonic()
+                worker.last_sign = time.monotonic()
+                if kind == "ready":
+                    self._ready(worker)
+                    return
+                worker.began = True
                 if kind == "note":
                     docs, size, row = payload
                     if row is not None:
@@ -199,14 +192,13 @@ class _Run:
                 else:
                     self._ended(worker, kind, payload)
                     return
-        except (EOFError, OSError):  # OSError: it died in the middle of a message
-            worker.process.join(timeout=5)
-            self._died(worker, _exit_reason(worker.process.exitcode))
+        except (EOFError, OSError):  # OSError: it died, or was frozen, in the middle of a message
+            self._died(worker, exit_reason(worker))
             return
         if not worker.process.is_alive() and not worker.pipe.poll():
-            self._died(worker, _exit_reason(worker.process.exitcode))
+            self._died(worker, exit_reason(worker))
 
-    def _ended(self, worker: _Worker, kind: str, payload: Any) -> None:
+    def _ended(self, worker: Worker, kind: str, payload: Any) -> None:
         task, worker.task = worker.task, None
         assert task is not None
         if kind == "done":
@@ -223,7 +215,7 @@ class _Run:
         else:
             self.failure = self.failure or failed_unit(self.label, task.unit.name, error, trace)
 
-    def _died(self, worker: _Worker, how: str) -> None:
+    def _died(self, worker: Worker, how: str) -> None:
         task = worker.task
         self.pool.discard(worker)
         if task is None:
@@ -250,8 +242,7 @@ class _Run:
         for worker in self.pool.busy():
             patience_s = self.stall_s if worker.began else max(self.stall_s, START_S)
             if now - worker.last_sign > patience_s:
-                worker.process.kill()
-                worker.process.join(timeout=5)
+                kill(worker)
                 self._died(worker, f"gave no sign for {patience_s:.0f} s")
 
 
@@ -289,17 +280,3 @@ def attempted(work: Callable[[], Any], label: str, unit: str) -> Any:
 
 def quiet_note(docs: int = 0, bytes: int = 0, row: int | None = None) -> None:
     """The `note` of engines that know by themselves whether a worker lives."""
-
-
-def _exit_reason(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"exited with {code}"
-
-
-def _send_end(worker: _Worker) -> None:
-    try:
-        worker.pipe.send(None)
-    except (BrokenPipeError, ConnectionResetError):
-        return

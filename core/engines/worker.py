@@ -16,6 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from core import stopping
 from core.engines.measure import measured
 from core.errors import StageError
 
@@ -26,10 +27,11 @@ KEPT_BYTES = 4 << 20
 
 
 def work(pipe: Connection, parent: int) -> None:
-    """A worker's life: receive units until the pipe closes."""
+    """A worker's life: say that it is ready, then receive units until the pipe closes."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent in the moment before
     signal.signal(signal.SIGTERM, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.NUMBERS)  # the driver starts us with these blocked
     faulthandler.register(signal.SIGUSR1)
     _die_with(parent)
     _keep_freed_memory()
@@ -37,6 +39,7 @@ def work(pipe: Connection, parent: int) -> None:
 
     pa.set_cpu_count(1)  # parallelism is the number of workers; more threads would only fight over the cores
     known, fn = -1, None
+    pipe.send(("ready", None))
     while True:
         try:
             message = pipe.recv()

@@ -13,6 +13,7 @@ import pytest
 from core.engines.contract import Unit
 from core.engines.local import LocalEngine
 from core.errors import ConfigError, StageError
+from tests.bounds import BOUND_S
 from tests.core.kernels import faulty, killer_rows, squared, tell_pid
 
 REPO = Path(__file__).resolve().parents[2]
@@ -146,13 +147,13 @@ def test_a_worker_killed_between_two_runs_costs_nothing(pool):
 
 
 DRIVER = """
-import json, sys
-from pathlib import Path
+import json, signal, sys
 from core.engines.contract import Unit
 from core.engines.local import LocalEngine
 from tests.core.kernels import faulty, tell_pid
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup pytest &` has it ignored, and we inherit that
     folder = sys.argv[1]
     engine = LocalEngine(folder, 2)
     pids = set()
@@ -190,7 +191,10 @@ def test_a_driver_that_is_killed_leaves_no_orphans(tmp_path):
 def test_ctrl_c_ends_everything_at_once(tmp_path):
     driver, pids = start_driver(tmp_path)
     os.killpg(driver.pid, signal.SIGINT)
-    _, said = driver.communicate(timeout=30)
-    assert driver.returncode != 0
-    assert said.count("KeyboardInterrupt") == 1  # the driver's own, none from workers
+    try:
+        _, said = driver.communicate(timeout=BOUND_S)
+    finally:
+        driver.kill()
+    assert driver.returncode == -signal.SIGINT
+    assert said.splitlines().count("KeyboardInterrupt") == 1  # the driver's own, none from workers
     wait_until(lambda: not any(alive(p) for p in pids), "workers outlive their driver")

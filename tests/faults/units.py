@@ -1,5 +1,7 @@
 """Units that the tests of stopping hand to workers."""
 
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,4 +19,11 @@ def lingers(unit: Unit, note: Note) -> Report:
         temporary.rename(Path(unit.payload, f"{unit.name}.done"))
     finally:
         temporary.unlink(missing_ok=True)
+    return Report(unit.name)
+
+
+def turns_deaf(unit: Unit, note: Note) -> Report:
+    """Ends, but its process will not: a thread that nobody stops stays, and SIGTERM is not heard."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=time.sleep, args=(3600,)).start()
     return Report(unit.name)
