@@ -1,4 +1,4 @@
-"""The `spark` engine: units are tasks of one RDD, a frame is a DataFrame of pieces, a shuffle is their repartition and sort.
+"""The `spark` engine: a unit is a task, a frame is a DataFrame of pieces, a shuffle is their repartition and sort.
 
 Needs Java 17 or newer and pyspark. Works with `local[n]`, under spark-submit, and against a master (`address`). All I/O happens
 inside the tasks through the project's own writer, so no Hadoop file system is needed.
@@ -113,7 +113,7 @@ class SparkEngine:
         if not units:
             return []
         with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
-            work = partial(spark_units.run, self._session.sparkContext, fn, units, label, stall_s, resources)
+            work = partial(spark_units.run, self._session, fn, units, label, stall_s, resources)
             reports = [_checked(r) for r in self._driver(work, label, units)]
             advance(sum(r.docs for r in reports), sum(r.bytes for r in reports), len(units))
         self.peak_memory_bytes = max([self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports)])
@@ -123,8 +123,7 @@ class SparkEngine:
         self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
     ) -> SparkFrame:
         pickled = [pickle.dumps(u) for u in units]
-        places = self._session.range(0, len(pickled), 1, max(1, len(pickled)))  # one a partition
-        rows = places.select(F.col("id").cast("int").alias(spark_pieces.PLACE), F.lit(b"").alias(spark_pieces.ROWS))
+        rows = spark_units.places(self._session, len(pickled))
         step = self._step(label, schema, partial(spark_tasks.scan, fn, pickled, label))
         return self._computed(SparkFrame(schema, rows, sum(u.bytes for u in units), (step,)))
 

@@ -40,6 +40,8 @@ ATTEMPTS = (
 )
 END_S = 20.0  # for Java to end by itself
 KNOCK_S = 5.0  # for a master to take a connection: chosen, untested
+# Java moves pieces here and has no loop of its own that is worth C2: without it, start-up and the first frame take half the CPU.
+JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
 LOCAL = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
@@ -105,6 +107,13 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         "spark.sql.adaptive.enabled": "false",  # the partition count is ours
         "spark.sql.autoBroadcastJoinThreshold": "-1",  # so is the choice of what is broadcast
         "spark.sql.caseSensitive": "true",
+        # A frame has some hundred rows in Spark's eyes: to generate and compile code for them, or to compress them, costs more.
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",
+        "spark.sql.inMemoryColumnarStorage.enableVectorizedReader": "false",
+        "spark.driver.defaultJavaOptions": JAVA,
+        "spark.executor.defaultJavaOptions": JAVA,
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
         "spark.sql.execution.arrow.maxBytesPerBatch": str(BATCH_BYTES),
         "spark.sql.session.timeZone": "UTC",
@@ -129,9 +138,11 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
 
 
 def _defaults(given: SparkConf, ours: SparkConf) -> SparkConf:
-    """`ours` over what spark-submit and spark-defaults.conf gave; a local master is told to try tasks again."""
+    """`ours` over what spark-submit and spark-defaults.conf gave, but for Java's options; a local master is told to try tasks
+    again."""
     for key, value in ours.getAll():
-        given.set(key, value)
+        if not (key.endswith("defaultJavaOptions") and given.contains(key)):
+            given.set(key, value)
     if local := LOCAL.fullmatch(given.get("spark.master") or ""):
         given.set("spark.master", f"local[{local[1] or 1},{ATTEMPTS}]")
     return given
