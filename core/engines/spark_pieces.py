@@ -6,6 +6,8 @@ value at every step between Java and Python, which cost minhash five times the w
 Below zero a place says what a task has to say: its answer (`Said`, or an error of ours) for partition -1 - place.
 """
 
+import gc
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -23,6 +25,7 @@ PIECE_BYTES = (
 )  # of rows in a piece: chosen, so that Java's arrays stay small and a piece's own cost does not count
 
 Pieces = Iterator[tuple[int, bytes]]
+_settled = 0  # modules that were imported when this process last settled
 
 
 def pieces(batches: Iterable[pa.RecordBatch]) -> Pieces:
@@ -30,6 +33,17 @@ def pieces(batches: Iterable[pa.RecordBatch]) -> Pieces:
     for batch in batches:
         for place, content in zip(batch.column(0).to_pylist(), batch.column(1), strict=True):
             yield place, content.as_py()
+
+
+def settle() -> None:
+    """At the end of each task: pyspark collects garbage after it, which walks through all that was ever imported, 60 ms with the
+    libraries of `minhash`. What is there now stays, and is left out of it. Parallelism is the number of workers."""
+    global _settled
+    if _settled != len(sys.modules):
+        gc.collect()
+        gc.freeze()
+        pa.set_cpu_count(1)
+        _settled = len(sys.modules)
 
 
 def said(place: int, content: bytes) -> pa.RecordBatch:

@@ -23,7 +23,7 @@ from pyspark import TaskContext
 from core.engines.columns import join_tables
 from core.engines.contract import Align, ChunkFn, Report, Unit
 from core.engines.pool import FIRST_WAIT_S, attempted, failed_unit
-from core.engines.spark_pieces import PIECE_BYTES, Pieces, blocks, opened, packed, pieces, said
+from core.engines.spark_pieces import PIECE_BYTES, Pieces, blocks, opened, packed, pieces, said, settle
 from core.engines.spill import Cut, Told, chunks, gathered, prepared, shards_of, split
 from core.errors import ConfigError, RetryableError, StageError, StepwellError
 
@@ -93,6 +93,7 @@ def chain(steps: Sequence[Step], end: End, label: str, copies: int, batches: Bat
         told = ours(label, e)
     for partition in range(copies if isinstance(told, StepwellError) else 1):
         yield said(-1 - partition, pickle.dumps(told))
+    settle()
 
 
 def _arrived(told: Said, stream: Pieces) -> Pieces:

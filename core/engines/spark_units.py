@@ -20,7 +20,7 @@ import pyarrow as pa
 from core.engines.contract import Report, Unit, UnitFn
 from core.engines.guard import alone, watched
 from core.engines.pool import attempted
-from core.engines.spark_pieces import PLACE, ROWS, STRUCT, pieces, said
+from core.engines.spark_pieces import PLACE, ROWS, STRUCT, pieces, said, settle
 from core.errors import ConfigError, StageError, StepwellError
 from core.stage import Resources
 
@@ -44,6 +44,7 @@ def unit_tasks(
     """Of each unit whose place comes in its report, or why there is none."""
     for place, _ in pieces(batches):
         yield said(place, pickle.dumps(unit_task(fn, units[place], label, stall_s)))
+    settle()
 
 
 def unit_task(fn: UnitFn, pickled: bytes, label: str, stall_s: float) -> Report | StepwellError:
