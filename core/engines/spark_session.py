@@ -32,8 +32,8 @@ except ImportError as e:
         f"spark: cannot be imported here ({e}); install this project with the extra `spark`, or use --engine local"
     ) from e
 
-BATCH_ROWS = 20_000  # rows of one Arrow batch between Spark and Python, where they are short
-BATCH_BYTES = 16 << 20  # and the bytes where they are not: shingle sets, vectors
+BATCH_PIECES = 10_000  # of one Arrow batch between Spark and Python, where they are small
+BATCH_BYTES = 16 << 20  # and the bytes where they are not
 DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
 ATTEMPTS = (
     4  # of a task whose worker died; Spark's own default on clusters, its default of 1 on `local` finds no killer
@@ -112,9 +112,12 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         "spark.sql.inMemoryColumnarStorage.compressed": "false",
         "spark.sql.inMemoryColumnarStorage.enableVectorizedReader": "false",
+        # Pieces of some MB go through these between Java and Python.
+        "spark.python.unix.domain.socket.enabled": "true",
+        "spark.buffer.size": str(1 << 20),
         "spark.driver.defaultJavaOptions": JAVA,
         "spark.executor.defaultJavaOptions": JAVA,
-        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_PIECES),
         "spark.sql.execution.arrow.maxBytesPerBatch": str(BATCH_BYTES),
         "spark.sql.session.timeZone": "UTC",
         # What `core.engines.worker` sets with mallopt for the workers of `local`, by its reasons and figures.
