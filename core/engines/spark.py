@@ -168,7 +168,11 @@ class SparkEngine:
             small, large = (a, b) if a_goes else (b, a)
             held = self._rows(small, label).combine_chunks()
             work = partial(spark_tasks.looked_up, held, tuple(on), how, a_goes, SHARE_BYTES)
-            return self._then(large, self._step(label, schema, work))
+            made = self._then(large, self._step(label, schema, work))
+            made.bytes *= max(
+                1, held.num_rows // max(1, held.group_by(list(on)).aggregate([]).num_rows)
+            )  # as keys repeat
+            return made
         a = self._computed(a) if a.steps else a
         size = max(a.bytes, b.bytes)
         partitions, shares, share_bytes = self._shares(size)
@@ -176,7 +180,7 @@ class SparkEngine:
         step = self._step(label, schema, partial(spark_tasks.joined, a.schema, b.schema, cut, how, share_bytes))
         cuts = [self._cut(f, cut, label, step.number, partitions, side, 2) for side, f in enumerate((b, a))]
         rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {2 * shares})")
-        return SparkFrame(schema, rows, size, (step,), (a, b))
+        return self._computed(SparkFrame(schema, rows, size, (step,), (a, b)))
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
         source = _of(frame)

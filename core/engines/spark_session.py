@@ -105,8 +105,6 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.adaptive.enabled": "false",  # the partition count is ours
-        "spark.sql.autoBroadcastJoinThreshold": "-1",  # so is the choice of what is broadcast
-        "spark.sql.caseSensitive": "true",
         # A frame has some hundred rows in Spark's eyes: to generate and compile code for them, or to compress them, costs more.
         "spark.sql.codegen.wholeStage": "false",
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
@@ -119,7 +117,6 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         "spark.executor.defaultJavaOptions": JAVA,
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_PIECES),
         "spark.sql.execution.arrow.maxBytesPerBatch": str(BATCH_BYTES),
-        "spark.sql.session.timeZone": "UTC",
         # What `core.engines.worker` sets with mallopt for the workers of `local`, by its reasons and figures.
         "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(4 << 20),
         "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(8 << 20),
