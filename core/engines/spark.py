@@ -162,8 +162,7 @@ class SparkEngine:
         schema = joined_schema(a.schema, b.schema, on, label)
         check_keys(a.schema, on)
         a_goes = how == "inner" and not a.steps and a.bytes <= BROADCAST_BYTES
-        if not a_goes and b.steps:
-            b = self._computed(b)
+        b = b if a_goes else self._computed(b)
         if a_goes or b.bytes <= BROADCAST_BYTES:
             small, large = (a, b) if a_goes else (b, a)
             held = self._rows(small, label).combine_chunks()
@@ -173,7 +172,7 @@ class SparkEngine:
                 1, held.num_rows // max(1, held.group_by(list(on)).aggregate([]).num_rows)
             )  # as keys repeat
             return made
-        a = self._computed(a) if a.steps else a
+        a = self._computed(a)
         size = max(a.bytes, b.bytes)
         partitions, shares, share_bytes = self._shares(size)
         cut = Cut(tuple(on), (), partitions * shares, partition_bytes=self.partition_bytes)
