@@ -72,7 +72,8 @@ ChunkFn = Callable[[pa.Table], pa.Table]
 
 @runtime_checkable
 class Frame(Protocol):
-    """A distributed table. Only its schema is public."""
+    """A distributed table, which an engine may compute when it is first read: what goes wrong in it arrives then. Only its schema
+    is public."""
 
     @property
     def schema(self) -> pa.Schema: ...
@@ -198,7 +199,9 @@ class Engine(Protocol):
 
 
 def rows_in(engine: Engine, frame: Frame, label: str) -> int:
-    """Rows of a frame, counted where they are."""
+    """Rows of a frame: as the engine knows them (`row_count`), or counted where they are."""
+    if (known := getattr(frame, "row_count", None)) is not None:
+        return int(known)
     return engine.fold(frame, _rows_of, operator.add, label) or 0
 
 

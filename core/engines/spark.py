@@ -1,26 +1,28 @@
-"""The `spark` engine: units are tasks of one RDD, a frame is a DataFrame, a shuffle is `repartition` + `sortWithinPartitions`.
+"""The `spark` engine: a unit is a task, a frame is a DataFrame of pieces, a shuffle is their repartition and sort.
 
 Needs Java 17 or newer and pyspark. Works with `local[n]`, under spark-submit, and against a master (`address`). All I/O happens
 inside the tasks through the project's own writer, so no Hadoop file system is needed.
 
-Cost: a frame is computed and cached when it is made, but for a join, which Spark runs within the verb that reads it. Spark
-sorts, and spills what it sorts; a Python worker holds a few batches, and of an align one shard. A frame is freed when nothing
-refers to it any more. Functions with more than 1 MB of state are broadcast, by pyspark itself. An exchange whose run is killed
-starts again; what `run_units` and `align` commit stays committed.
+Cost: Spark moves pieces, some MB of Arrow each, and never a row (`core.engines.spark_pieces`). Maps, and joins with a small side,
+run within the verb that reads them; whatever else makes a frame runs when it is called, and its rows are cached. A Python worker
+holds one share of a partition, which Spark has brought together and spilled as it had to. A frame is freed when nothing refers to
+it any more. Functions with more than 1 MB of state are broadcast, by pyspark itself. An exchange whose run is killed starts
+again; what `run_units` and `align` commit stays committed.
 """
 
 import contextlib
+import itertools
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from core.engines import spark_session, spark_tasks, spark_types, spark_units
+from core.engines import spark_pieces, spark_session, spark_tasks, spark_units
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
 from core.engines.contract import (
     BATCH_BYTES,
@@ -35,10 +37,10 @@ from core.engines.contract import (
     merged,
 )
 from core.engines.skew import Skews
+from core.engines.spark_tasks import SHARE_BYTES, Said, Step
 from core.engines.spill import Cut, align_partitions, partitions_for
 from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
-from core.rows import ROW_BITS, SHARD_BITS
 from core.stage import Resources
 
 # pyspark itself is imported above all by spark_session, which says what to do where it is missing
@@ -47,19 +49,22 @@ from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
 
 
-BROADCAST_BYTES = (
-    8 << 20
-)  # a right side of a join up to here is sent to every executor, whole: Spark's own limit is 10 MB
+BROADCAST_BYTES = 8 << 20  # a side of a join up to here goes to every task, whole: Spark's own limit is 10 MB
+READ = -1  # the number of the step that reads pieces, which finds nothing
+SHARES = 4  # of a partition for each SHARE_BYTES of it: small ones are sorted together, those that maps made larger fit
 
 
 @dataclass(eq=False)
 class SparkFrame:
-    """A DataFrame and the Arrow schema its rows have for us. Without `bytes` it is not computed yet."""
+    """Pieces, and the steps that make its rows of them. Without steps they are its rows."""
 
     schema: pa.Schema
-    rows: DataFrame
-    bytes: int | None = None
+    pieces: DataFrame
+    bytes: int  # of its rows; with steps, of the pieces they read
+    steps: tuple[Step, ...] = ()
     sources: tuple["SparkFrame", ...] = ()  # kept cached as long as this one reads them
+    row_count: int | None = None  # once it is computed
+    read_before: bool = False
 
 
 class SparkEngine:
@@ -83,12 +88,14 @@ class SparkEngine:
         self._session = spark_session.start_session(Path(scratch), max(1, workers), memory_gb, address)
         self._watch = spark_units.Watch(self._session.sparkContext)
         self._frees: list[Any] = []
-        self._dropped: dict[str, int] = {}
+        self._numbers = itertools.count()
+        self._labels: dict[int, str] = {}  # of steps
+        self._cut_rows: dict[int, tuple[str, int]] = {}  # by step, as one that runs twice is counted once
         self._skews = Skews()
         self.peak_memory_bytes = 0
 
     def begin(self, scratch: str | Path) -> None:
-        self._dropped, self._skews, self.peak_memory_bytes = {}, Skews(), 0
+        self._cut_rows, self._skews, self.peak_memory_bytes = {}, Skews(), 0
 
     def clear(self) -> None:
         for free in self._frees:
@@ -106,7 +113,7 @@ class SparkEngine:
         if not units:
             return []
         with self.display.task(label, len(units), sum(u.bytes for u in units)) as advance:
-            work = partial(spark_units.run, self._session.sparkContext, fn, units, label, stall_s, resources)
+            work = partial(spark_units.run, self._session, fn, units, label, stall_s, resources)
             reports = [_checked(r) for r in self._driver(work, label, units)]
             advance(sum(r.docs for r in reports), sum(r.bytes for r in reports), len(units))
         self.peak_memory_bytes = max([self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports)])
@@ -115,18 +122,18 @@ class SparkEngine:
     def scan(
         self, fn: Callable[[Unit], Iterable[pa.RecordBatch]], units: Sequence[Unit], schema: pa.Schema, label: str
     ) -> SparkFrame:
-        pickled = [(bytearray(pickle.dumps(u)),) for u in units]
-        tasks = self._session.sparkContext.parallelize(pickled, max(1, len(pickled)))
-        rows = self._session.createDataFrame(tasks, "unit binary")
-        return self._frame(rows, partial(spark_tasks.scan, fn, label), schema, label)
+        pickled = [pickle.dumps(u) for u in units]
+        rows = spark_units.places(self._session, len(pickled))
+        step = self._step(label, schema, partial(spark_tasks.scan, fn, pickled, label))
+        return self._computed(SparkFrame(schema, rows, sum(u.bytes for u in units), (step,)))
 
     def table(self, table: pa.Table) -> SparkFrame:
-        rows = self._session.createDataFrame(spark_types.unknown(table, table.schema))
-        return SparkFrame(table.schema, rows, table.nbytes)
+        batches = list(spark_pieces.packed(table, 0))
+        rows = self._session.createDataFrame(pa.Table.from_batches(batches, spark_pieces.PIECES))
+        return SparkFrame(table.schema, rows, table.nbytes, row_count=table.num_rows)
 
     def map(self, frame: Frame, fn: ChunkFn, schema: pa.Schema, label: str = "map") -> SparkFrame:
-        source = _of(frame)
-        return self._frame(source.rows, partial(spark_tasks.mapped, fn, source.schema), schema, label)
+        return self._then(_of(frame), self._step(label, schema, partial(spark_tasks.mapped, fn)))
 
     def shuffle(
         self,
@@ -142,74 +149,72 @@ class SparkEngine:
         sources = [_of(f) for f in ([frames] if isinstance(frames, SparkFrame) else list(frames))]  # type: ignore[arg-type]
         given = sources[0].schema
         check_keys(given, by)
-        keys = [*by, *order]
-        if (
-            combine is not None
-        ):  # a frame of its own, which is small: its errors are answers, and its size decides below
-            work = partial(spark_tasks.combined, combine, given, keys)
-            sources = [self._frame(f.rows, work, given, label) for f in sources]
-        partitions = partitions_for(sum(self._bytes(f) for f in sources), self.partition_bytes)
-        rows = sources[0].rows
-        for other in sources[1:]:
-            rows = rows.unionByName(other.rows)
-        rows = rows.repartition(partitions, *[_column(given, k) for k in by])
-        rows = rows.sortWithinPartitions(*[_column(given, k).asc_nulls_last() for k in keys])
-        cut = Cut(tuple(by), tuple(order), partitions, None, combine, max_rows_per_key, self.partition_bytes)
-        return self._frame(rows, partial(spark_tasks.reduced, fn, given, cut), schema, label)
+        size = sum(f.bytes for f in sources)
+        partitions, shares, share_bytes = self._shares(size)
+        cut = Cut(tuple(by), tuple(order), partitions * shares, None, combine, max_rows_per_key, self.partition_bytes)
+        step = self._step(label, schema, partial(spark_tasks.reduced, fn, given, cut, share_bytes))
+        cuts = [self._cut(f, cut, label, step.number, partitions) for f in sources]
+        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {shares})")
+        return self._computed(SparkFrame(schema, rows, size, (step,), tuple(sources)))
 
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> SparkFrame:
         a, b = _of(left), _of(right)
         schema = joined_schema(a.schema, b.schema, on, label)
         check_keys(a.schema, on)
-        partitions = partitions_for(max(self._bytes(a), self._bytes(b)), self.partition_bytes)
-        keys = {b.schema.names.index(k): _name(a.schema, k) for k in on}
-        right_rows = b.rows.toDF(*[keys.get(i, f"r{i}") for i in range(len(b.schema))])
-        left_rows = a.rows
-        if self._bytes(b) <= BROADCAST_BYTES:
-            right_rows = F.broadcast(right_rows)
-        else:  # both sides arrive partitioned alike, so that the planner adds no exchange of its own
-            left_rows, right_rows = (rows.repartition(partitions, *keys.values()) for rows in (left_rows, right_rows))
-        rows = left_rows.join(right_rows, list(keys.values()), how.replace(" ", "_"))
-        added = [f"r{i}" for i in range(len(b.schema)) if i not in keys]
-        rows = rows.select(*spark_types.names(a.schema), *added).toDF(*spark_types.names(schema))
-        return SparkFrame(schema, rows, None, (a, b))
+        a_goes = how == "inner" and not a.steps and a.bytes <= BROADCAST_BYTES
+        b = b if a_goes else self._computed(b)
+        if a_goes or b.bytes <= BROADCAST_BYTES:
+            small, large = (a, b) if a_goes else (b, a)
+            held = self._rows(small, label).combine_chunks()
+            work = partial(spark_tasks.looked_up, held, tuple(on), how, a_goes, SHARE_BYTES)
+            made = self._then(large, self._step(label, schema, work))
+            made.bytes *= max(
+                1, held.num_rows // max(1, held.group_by(list(on)).aggregate([]).num_rows)
+            )  # as keys repeat
+            return made
+        a = self._computed(a)
+        size = max(a.bytes, b.bytes)
+        partitions, shares, share_bytes = self._shares(size)
+        cut = Cut(tuple(on), (), partitions * shares, partition_bytes=self.partition_bytes)
+        step = self._step(label, schema, partial(spark_tasks.joined, a.schema, b.schema, cut, how, share_bytes))
+        cuts = [self._cut(f, cut, label, step.number, partitions, side, 2) for side, f in enumerate((b, a))]
+        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {2 * shares})")
+        return self._computed(SparkFrame(schema, rows, size, (step,), (a, b)))
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
         source = _of(frame)
-        partitions = align_partitions(self._bytes(source), self.partition_bytes, target)
-        place = F.shiftright(_column(source.schema, "row"), ROW_BITS)  # dataset and shard
-        self._check_places(source, place, target)
-        rows = source.rows.repartition(partitions, place).sortWithinPartitions(_column(source.schema, "row"))
-        made: dict[int, Report] = dict(
-            self._replies(rows, partial(spark_tasks.aligned, source.schema, target), target.label)
-        )
-        empty = [s for s in range(target.shards) if s not in made]
-        units = [Unit(str(p), empty[p::partitions]) for p in range(min(partitions, len(empty)))]
-        for report in self.run_units(partial(spark_tasks.write_empty, source.schema, target), units, target.label):
-            made |= dict(report.value)
+        partitions, shards = align_partitions(source.bytes, self.partition_bytes, target), max(1, target.shards)
+        cut = Cut((), (), shards, target)
+        cuts = [self._cut(source, cut, target.label, next(self._numbers), partitions)]
+        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} * {partitions} / {shards})")
+        end = partial(spark_tasks.aligned, source.schema, target, partitions, None)
+        made: dict[int, Report] = {}
+        for answer in self._answers(_mapped(rows, (), end, target.label), target.label):
+            made |= answer.value
         return [made[shard] for shard in range(target.shards)]
 
     def fold(
         self, frame: Frame, fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], label: str = "fold"
     ) -> Any:
-        source = _of(frame)
-        values = self._replies(source.rows, partial(spark_tasks.folded, fn, merge, source.schema), label)
-        return merged(values, merge)
+        source = self._read(_of(frame))
+        made = _mapped(source.pieces, _steps(source), partial(spark_tasks.folded, fn, merge), label)
+        answers = self._answers(made, label)
+        return merged([a.value for a in answers if a.value is not None], merge)
 
     def persist(self, frame: Frame) -> Frame:
-        self._bytes(_of(frame))
-        return frame
+        return self._computed(_of(frame))
 
     def release(self, frame: Frame) -> None:
         """Rows go when nothing refers to the frame any more."""
 
     def collect(self, frame: Frame) -> pa.Table:
-        source = _of(frame)
-        table = spark_types.known(self._driver(source.rows.toArrow, "collect"), source.schema)
-        return sorted_table(table, sortable(source.schema))
+        return sorted_table(self._rows(_of(frame), "collect"), sortable(frame.schema))
 
     def dropped_rows(self) -> dict[str, int]:
-        return dict(self._dropped)
+        found: dict[str, int] = {}
+        for label, rows in self._cut_rows.values():
+            found[label] = found.get(label, 0) + rows
+        return {label: rows for label, rows in found.items() if rows}
 
     def skewed(self) -> dict[str, Skew]:
         return self._skews.by_label()
@@ -220,55 +225,81 @@ class SparkEngine:
         if self._ours:
             spark_session.end_session(self._session)
 
-    def _frame(self, rows: DataFrame, work: spark_tasks.Work, schema: pa.Schema, label: str) -> SparkFrame:
-        """A frame that is computed here and now, together with its size and the rows that a cap cut."""
-        whole = spark_tasks.with_facts(schema)
-        made = _mapped(rows, partial(spark_tasks.framed, label, work, schema), whole)
-        facts = _column(whole, spark_tasks.FACTS)
-        frame = self._cached(SparkFrame(schema, made))
-        with self.display.task(label, 1, 0) as advance:
-            replies = self._driver(made.filter(facts.isNotNull()).select(facts).collect, label)
-            told = [_checked(pickle.loads(reply[0])) for reply in replies]
-            advance(0, 0, 1)
-        if lost := sum(fact.lost for fact in told):
-            self._dropped[label] = self._dropped.get(label, 0) + lost
-        self._skews.add(label, (fact.told.skew for fact in told), self.partition_bytes)
-        frame.rows = made.filter(facts.isNull()).drop(_name(whole, spark_tasks.FACTS))
-        frame.bytes = sum(fact.bytes for fact in told)
+    def _step(self, label: str, schema: pa.Schema, work: Any) -> Step:
+        step = Step(next(self._numbers), label, schema, work)
+        self._labels[step.number] = label
+        return step
+
+    def _shares(self, size: int) -> tuple[int, int, int]:
+        """(partitions, shares of each, bytes of what a worker sorts at once) of an exchange of `size` bytes."""
+        partitions = partitions_for(size, self.partition_bytes)
+        share_bytes = max(1, min(SHARE_BYTES, self.partition_bytes // SHARES))
+        return partitions, max(1, SHARES * size // (partitions * share_bytes)), share_bytes
+
+    def _read(self, frame: SparkFrame) -> SparkFrame:
+        """The frame; computed if it was read before, as it seems to be read often."""
+        if frame.steps and frame.read_before:
+            self._computed(frame)
+        frame.read_before = True
         return frame
 
-    def _cached(self, frame: SparkFrame) -> SparkFrame:
-        """The frame, whose rows are kept once they are computed, as long as somebody holds it."""
-        free = weakref.finalize(frame, _free, frame.rows.persist())
+    def _then(self, frame: SparkFrame, step: Step) -> SparkFrame:
+        """A frame that is made of another by a step more, when somebody reads it."""
+        source = self._read(frame)
+        return SparkFrame(step.schema, source.pieces, source.bytes, (*_steps(source), step), (source,))
+
+    def _cut(
+        self, frame: SparkFrame, cut: Cut, label: str, step: int, partitions: int, side: int = 0, sides: int = 1
+    ) -> DataFrame:
+        """The pieces of a frame for an exchange."""
+        source = self._read(frame)
+        end = partial(spark_tasks.cut_up, cut, step, side, sides)
+        return _mapped(source.pieces, _steps(source), end, label, partitions)
+
+    def _computed(self, frame: SparkFrame) -> SparkFrame:
+        """The frame, computed here and now, and cached as long as somebody holds it."""
+        if not frame.steps:
+            return frame
+        label = frame.steps[-1].label
+        made = _mapped(frame.pieces, frame.steps, spark_tasks.kept, label).persist()
+        free = weakref.finalize(frame, _free, made)
         free.atexit = False
         self._frees = [f for f in self._frees if f.alive] + [free]
+        answers = self._answers(made, label)
+        frame.pieces, frame.steps, frame.sources = made.filter(F.col(spark_pieces.PLACE) >= 0), (), ()
+        frame.bytes, frame.row_count = sum(a.bytes for a in answers), sum(a.rows for a in answers)
         return frame
 
-    def _bytes(self, frame: SparkFrame) -> int:
-        """The size of a frame, which is computed if it was not yet."""
-        if frame.bytes is None:
-            self._cached(frame)
-            self._driver(frame.rows.count, "join")
-            plan = frame.rows.select("*")._jdf.queryExecution().optimizedPlan()
-            frame.bytes, frame.sources = int(str(plan.stats().sizeInBytes())), ()
-        return frame.bytes
+    def _rows(self, frame: SparkFrame, label: str) -> pa.Table:
+        """All rows of a frame, in no order."""
+        source = self._read(frame)
+        made = source.pieces
+        if source.steps:
+            label = source.steps[-1].label
+            made = _mapped(made, source.steps, spark_tasks.kept, label)
+        got = list(spark_pieces.pieces(self._driver(made.toArrow, label).to_batches()))
+        self._heard([pickle.loads(content) for place, content in got if place < 0])
+        tables = [spark_pieces.opened(content, source.schema) for place, content in got if place >= 0]
+        return pa.concat_tables([source.schema.empty_table(), *tables])
 
-    def _replies(self, rows: DataFrame, work: Any, label: str) -> list[Any]:
-        """The values that `work` gives for the partitions."""
-        answers = _mapped(rows, partial(spark_tasks.replied, label, work), spark_tasks.REPLY)
-        return [_checked(pickle.loads(answer[0])) for answer in self._driver(answers.collect, label)]
+    def _answers(self, made: DataFrame, label: str) -> list[Said]:
+        """What the tasks that make these pieces have to say."""
+        with self.display.task(label, 1, 0) as advance:
+            replies = self._driver(made.filter(F.col(spark_pieces.PLACE) < 0).select(spark_pieces.ROWS).collect, label)
+            answers = [pickle.loads(reply[0]) for reply in replies]
+            advance(0, 0, 1)
+        return self._heard(answers)
 
-    def _check_places(self, source: SparkFrame, place: Any, target: Align) -> None:
-        """StageError for rows outside the target, before anything is written."""
-        first = target.dataset << SHARD_BITS
-        strange = source.rows.filter(~place.between(first, first + target.shards - 1))
-        row = _column(source.schema, "row")
-        count, example = self._driver(strange.agg(F.count(row), F.min(row)).collect, target.label)[0]
-        if count:
-            raise StageError(
-                f"{target.label}: {count} rows are not of dataset number {target.dataset} with {target.shards} shards, such as "
-                f"row {example}; filter the frame before align"
-            )
+    def _heard(self, answers: Sequence[Any]) -> list[Said]:
+        """The same without errors of ours, which are raised; cut rows and large keys are remembered."""
+        whole = Said()
+        for answer in answers:
+            whole.add(_checked(answer))
+        for number, told in whole.told.items():
+            if (label := self._labels.get(number)) is not None:
+                self._cut_rows[number] = label, told.cut_rows
+                self._skews.add(label, [told.skew], self.partition_bytes)
+        return list(answers)
 
     def _driver(self, call: Callable[[], Any], label: str, units: Sequence[Unit] = ()) -> Any:
         """`call()`, with Spark's exceptions turned into ours."""
@@ -291,18 +322,21 @@ def _free(rows: DataFrame) -> None:
         rows.unpersist()
 
 
-def _mapped(rows: DataFrame, work: Any, schema: pa.Schema) -> DataFrame:
-    """`work` over the batches of each partition, giving rows of `schema`."""
-    return rows.mapInArrow(work, spark_types.spark_struct(schema))
+def _mapped(rows: DataFrame, steps: Sequence[Step], end: spark_tasks.End, label: str, copies: int = 1) -> DataFrame:
+    """The pieces that a chain of steps makes of others."""
+    return rows.mapInArrow(partial(spark_tasks.chain, tuple(steps), end, label, copies), spark_pieces.STRUCT)
 
 
-def _name(schema: pa.Schema, column: str) -> str:
-    """What a column is called within Spark."""
-    return spark_types.names(schema)[schema.names.index(column)]
+def _exchanged(cuts: Sequence[DataFrame], partitions: int, partition: str) -> DataFrame:
+    """Pieces in their partitions, in the order of their places; what tasks have to say comes first."""
+    rows = reduce(DataFrame.union, cuts)
+    where = f"if({spark_pieces.PLACE} < 0, -1 - {spark_pieces.PLACE}, {partition})"
+    return rows.repartitionById(partitions, F.expr(where)).sortWithinPartitions(spark_pieces.PLACE)
 
 
-def _column(schema: pa.Schema, column: str) -> Any:
-    return F.col(_name(schema, column))
+def _steps(frame: SparkFrame) -> tuple[Step, ...]:
+    """The steps of a frame, or the one that reads its pieces."""
+    return frame.steps or (Step(READ, "read", frame.schema, partial(spark_tasks.read, frame.schema)),)
 
 
 def _of(frame: Frame) -> SparkFrame:

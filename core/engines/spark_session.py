@@ -32,14 +32,16 @@ except ImportError as e:
         f"spark: cannot be imported here ({e}); install this project with the extra `spark`, or use --engine local"
     ) from e
 
-BATCH_ROWS = 20_000  # rows of one Arrow batch between Spark and Python, where they are short
-BATCH_BYTES = 16 << 20  # and the bytes where they are not: shingle sets, vectors
+BATCH_PIECES = 10_000  # of one Arrow batch between Spark and Python, where they are small
+BATCH_BYTES = 16 << 20  # and the bytes where they are not
 DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
 ATTEMPTS = (
     4  # of a task whose worker died; Spark's own default on clusters, its default of 1 on `local` finds no killer
 )
 END_S = 20.0  # for Java to end by itself
 KNOCK_S = 5.0  # for a master to take a connection: chosen, untested
+# Java moves pieces here and has no loop of its own that is worth C2: without it, start-up and the first frame take half the CPU.
+JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
 LOCAL = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
@@ -103,11 +105,18 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.adaptive.enabled": "false",  # the partition count is ours
-        "spark.sql.autoBroadcastJoinThreshold": "-1",  # so is the choice of what is broadcast
-        "spark.sql.caseSensitive": "true",
-        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
+        # A frame has some hundred rows in Spark's eyes: to generate and compile code for them, or to compress them, costs more.
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",
+        "spark.sql.inMemoryColumnarStorage.enableVectorizedReader": "false",
+        # Pieces of some MB go through these between Java and Python.
+        "spark.python.unix.domain.socket.enabled": "true",
+        "spark.buffer.size": str(1 << 20),
+        "spark.driver.defaultJavaOptions": JAVA,
+        "spark.executor.defaultJavaOptions": JAVA,
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_PIECES),
         "spark.sql.execution.arrow.maxBytesPerBatch": str(BATCH_BYTES),
-        "spark.sql.session.timeZone": "UTC",
         # What `core.engines.worker` sets with mallopt for the workers of `local`, by its reasons and figures.
         "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(4 << 20),
         "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(8 << 20),
@@ -129,9 +138,11 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
 
 
 def _defaults(given: SparkConf, ours: SparkConf) -> SparkConf:
-    """`ours` over what spark-submit and spark-defaults.conf gave; a local master is told to try tasks again."""
+    """`ours` over what spark-submit and spark-defaults.conf gave, but for Java's options; a local master is told to try tasks
+    again."""
     for key, value in ours.getAll():
-        given.set(key, value)
+        if not (key.endswith("defaultJavaOptions") and given.contains(key)):
+            given.set(key, value)
     if local := LOCAL.fullmatch(given.get("spark.master") or ""):
         given.set("spark.master", f"local[{local[1] or 1},{ATTEMPTS}]")
     return given

@@ -11,13 +11,16 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+
+import pyarrow as pa
 
 from core.engines.contract import Report, Unit, UnitFn
 from core.engines.guard import alone, watched
 from core.engines.pool import attempted
+from core.engines.spark_pieces import PLACE, ROWS, STRUCT, pieces, said, settle
 from core.errors import ConfigError, StageError, StepwellError
 from core.stage import Resources
 
@@ -25,6 +28,8 @@ from core.stage import Resources
 from py4j.protocol import Py4JError  # isort: skip
 from pyspark import SparkContext, TaskContext  # isort: skip
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests  # isort: skip
+from pyspark.sql import DataFrame, SparkSession  # isort: skip
+from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
 
 TASK = re.compile(r"Task (\d+) in stage")  # what Spark calls the task it gave up on: here, the unit's number
 EXECUTORS_S = (
@@ -33,8 +38,16 @@ EXECUTORS_S = (
 POLL_S = 2.0
 
 
-def unit_task(fn: UnitFn, label: str, stall_s: float, pickled: bytes) -> Report | StepwellError:
-    """A unit's report, or why there is none."""
+def unit_tasks(
+    fn: UnitFn, units: Sequence[bytes], label: str, stall_s: float, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Of each unit whose place comes in its report, or why there is none."""
+    for place, _ in pieces(batches):
+        yield said(place, pickle.dumps(unit_task(fn, units[place], label, stall_s)))
+    settle()
+
+
+def unit_task(fn: UnitFn, pickled: bytes, label: str, stall_s: float) -> Report | StepwellError:
     unit: Unit = pickle.loads(pickled)
     context = TaskContext.get()
     again = context is not None and context.attemptNumber() > 0
@@ -46,14 +59,21 @@ def unit_task(fn: UnitFn, label: str, stall_s: float, pickled: bytes) -> Report 
         return e
 
 
+def places(session: SparkSession, count: int) -> DataFrame:
+    """Empty pieces at the places 0 to `count`, one a partition."""
+    rows = session.range(0, count, 1, max(1, count))
+    return rows.select(F.col("id").cast("int").alias(PLACE), F.lit(b"").alias(ROWS))
+
+
 def run(
-    context: SparkContext, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, needs: Resources | None
+    session: SparkSession, fn: UnitFn, units: Sequence[Unit], label: str, stall_s: float, needs: Resources | None
 ) -> list[Any]:
-    """A report or an error of ours for each unit, in order."""
-    tasks = context.parallelize([pickle.dumps(u) for u in units], len(units))
-    if (profile := task_profile(context, needs, label)) is not None:
-        tasks = tasks.withResources(profile)
-    return list(tasks.map(partial(unit_task, fn, label, stall_s)).collect())
+    """A report or an error of ours for each unit, in order. Units are rows of a DataFrame like all else, as Spark keeps workers
+    for RDDs and for DataFrames apart: what one has imported or loaded the other would not have."""
+    work = partial(unit_tasks, fn, [pickle.dumps(u) for u in units], label, stall_s)
+    profile = task_profile(session.sparkContext, needs, label)
+    made = places(session, len(units)).mapInArrow(work, STRUCT, False, profile)
+    return [pickle.loads(content) for _, content in sorted((place, content) for place, content in made.collect())]
 
 
 def task_profile(context: SparkContext, needs: Resources | None, label: str) -> ResourceProfile | None:

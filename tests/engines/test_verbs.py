@@ -244,7 +244,7 @@ def test_what_a_function_raises_arrives_in_one_form(engine, error, tmp_path):
     calls = {
         "run_units": lambda: engine.run_units(fn, [Unit("u7")], "work"),
         "scan": lambda: engine.scan(fn, [Unit("u7")], SCHEMA, "work"),
-        "map": lambda: engine.map(frame, fn, SCHEMA, "work"),
+        "map": lambda: engine.persist(engine.map(frame, fn, SCHEMA, "work")),
     }
     if error == "value":
         placed = bench.frame(table_of([(5, "x")], PLACED), 1)

@@ -1,0 +1,94 @@
+"""Rows as Spark carries them: a *piece* is one Arrow record batch in a binary value, beside the number of its place.
+
+Spark moves, sorts, keeps and spills pieces of some MB without looking into them. Rows of its own it would take apart value by
+value at every step between Java and Python, which cost minhash five times the work itself. So any Arrow type travels as it is.
+
+Below zero a place says what a task has to say: its answer (`Said`, or an error of ours) for partition -1 - place.
+"""
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql.types import BinaryType, IntegerType, StructField, StructType
+
+PLACE, ROWS = "place", "rows"
+PIECES = pa.schema([(PLACE, pa.int32()), (ROWS, pa.binary())])
+STRUCT = StructType(
+    [StructField(PLACE, IntegerType()), StructField(ROWS, BinaryType())]
+)  # the same as Spark's own type
+PIECE_BYTES = (
+    4 << 20
+)  # of rows in a piece: chosen, so that Java's arrays stay small and a piece's own cost does not count
+
+Pieces = Iterator[tuple[int, bytes]]
+_settled = 0  # modules that were imported when this process last settled
+
+
+def pieces(batches: Iterable[pa.RecordBatch]) -> Pieces:
+    """(place, content) of what Spark hands in. Contents are copies: Arrow wants its buffers aligned."""
+    for batch in batches:
+        for place, content in zip(batch.column(0).to_pylist(), batch.column(1), strict=True):
+            yield place, content.as_py()
+
+
+def settle() -> None:
+    """At the end of each task: pyspark collects garbage after it, which walks through all that was ever imported, 60 ms with the
+    libraries of `minhash`. What is there now stays, and is left out of it. Parallelism is the number of workers."""
+    global _settled
+    if _settled != len(sys.modules):
+        gc.collect()
+        gc.freeze()
+        pa.set_cpu_count(1)
+        _settled = len(sys.modules)
+
+
+def said(place: int, content: bytes) -> pa.RecordBatch:
+    """One piece as Spark wants it."""
+    return _batch(place, pa.py_buffer(content))
+
+
+def packed(table: pa.Table, place: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a table in pieces of about PIECE_BYTES."""
+    for part in _slices(table, PIECE_BYTES):
+        for batch in part.combine_chunks().to_batches():
+            yield _batch(place, batch.serialize())
+
+
+def opened(content: bytes, schema: pa.Schema) -> pa.Table:
+    """The rows of a piece."""
+    return pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(content), schema)])
+
+
+def blocks(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in contiguous tables of about `size` bytes; none is empty."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        for part in _slices(table, size):
+            held.append(part)
+            count += part.nbytes
+            if count >= size:
+                yield pa.concat_tables(held).combine_chunks()
+                held, count = [], 0
+        del table
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """Slices of about `size` bytes, by the mean width of the rows; none is empty."""
+    rows = table.num_rows
+    count = max(1, min(rows, table.nbytes // size))
+    for first, end in pairwise(i * rows // count for i in range(count + 1)):
+        if end > first:
+            yield table.slice(first, end - first)
+
+
+def _batch(place: int, content: pa.Buffer) -> pa.RecordBatch:
+    offsets = pa.py_buffer(np.array([0, content.size], dtype=np.int32))
+    value = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, content])
+    return pa.RecordBatch.from_arrays([pa.array([place], pa.int32()), value], schema=PIECES)
