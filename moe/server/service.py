@@ -7,6 +7,7 @@ wait for their score, the answer is `Full` and the client is told to come back.
 """
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from moe.batching import Batcher, Event, Full
+from core.errors import StageError
+from moe.batching import Batcher, Full
+from moe.events import Event, lost
 from moe.sampling import Sampling
 
 IDLE_S = 0.05  # how long the thread waits for a call when no request is running
@@ -218,4 +221,6 @@ class Service:
                 dict(zip(likeliest.indices[t].tolist(), likeliest.values[t].tolist(), strict=True)) if likeliest else {}
                 for t in range(len(p_TV))
             ]
+        if not all(map(math.isfinite, chosen)):
+            raise StageError(lost(len(prompt), 0))
         return Scored(chosen, best)

@@ -10,6 +10,7 @@ import pytest
 
 from moe import harness
 from moe.harness import Harness
+from moe.use import Use
 from tests.moe.texts import tokenizer_of, uniform
 
 TEXTS = ["Question: What is red?\nAnswer: an apple", "Question: What is green?\nAnswer: grass and leaves"]
@@ -18,7 +19,7 @@ TEXTS = ["Question: What is red?\nAnswer: an apple", "Question: What is green?\n
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Harness:
     tokenizer = tokenizer_of(TEXTS)
-    monkeypatch.setattr(harness.moe, "load", lambda folder: uniform(tokenizer, context=32))
+    monkeypatch.setattr(Use, "load", lambda self, folder: uniform(tokenizer, context=32))
     monkeypatch.setattr(harness, "load_tokenizer", lambda folder: tokenizer)
     return Harness("unused")
 
