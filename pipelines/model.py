@@ -252,6 +252,7 @@ def evaluate(job: Job) -> Outcome:
         beside = None if config.against is None else model_folder(job.root, config.against)
         other = None if beside is None else Asked(moe.load(beside), load_tokenizer(beside))
         found |= ask_all(Asked(model, load_tokenizer(folder)), other, config.questions, config.problems)
+        found["against"] = config.against
     name = f"models/{folder.name}/{EVALUATION}"
     job.root.write_json(name, found)
     content = xxhash.xxh3_128_hexdigest(job.root.read_bytes(name))

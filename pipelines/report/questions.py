@@ -17,9 +17,8 @@ def questions(facts: Facts) -> Html:
     for done in runs:
         name = done.manifest.outputs["evaluation"]["file"]
         found: dict[str, Any] = facts.root.read_json(name) if facts.root.exists(name) else {}
-        against = done.config.against
         tables = [
-            _table(head, row, against, found.get(kind, {}))
+            _table(head, row, found["against"], found[kind])
             for kind, head, row in (("questions", ASKED, _asked), ("problems", POSED, _posed))
             if found.get(kind)
         ]
