@@ -125,19 +125,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     if args.include is not None and not args.include.is_dir():
         raise ConfigError(f"--include: no folder, got {args.include}, expected one with YAML files of tasks")
-    tasks, known = args.tasks.split(","), TaskManager(include_path=args.include and str(args.include))
-    if unknown := [task for task in tasks if not known.match_tasks([task])]:
-        raise ConfigError(f"--tasks: unknown, got {', '.join(unknown)}, expected names of the harness or of --include")
-    model = Harness(args.folder, Use.of(args), args.slots)
+    tasks = args.tasks.split(",")
+    known, model = _known(tasks, args.include), Harness(args.folder, Use.of(args), args.slots)
     found = simple_evaluate(model=model, tasks=tasks, limit=args.limit, num_fewshot=args.shots, task_manager=known)
     print(make_table(found))
     if args.output is not None:
         args.output.write_text(json.dumps(found["results"], indent=1, default=str) + "\n")
+
+
+def _known(tasks: Sequence[str], include: Path | None) -> Any:
+    """The tasks' definitions. Where a folder of one's own has all of them, the harness's thousands of files are not read."""
+    from lm_eval.tasks import TaskManager
+
+    unknown: list[str] = []
+    for defaults in (True,) if include is None else (False, True):
+        known = TaskManager(include_path=include, include_defaults=defaults)
+        unknown = [task for task in tasks if not known.match_tasks([task])]
+        if not unknown:
+            return known
+    raise ConfigError(f"--tasks: unknown, got {', '.join(unknown)}, expected names of the harness or of --include")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ def write(path: Path, records: list[Any]) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """Two models to which all tokens are equally likely, but the second has seen apples."""
+    """Two models: to the first all tokens are equally likely, the second prefers or shuns those of an apple."""
     tokenizer = tokenizer_of(["What is red?\nAnswer: an apple", "grass and leaves"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     model = uniform(tokenizer)
     hub.export(model, tmp_path / "root/models/first", tokenizer=tmp_path / "tokenizer.json")
-    with torch.no_grad():  # half the loss of whatever the answer "an apple" begins with
-        model.lm_head.weight[tokenizer.encode(" an apple").ids] += model.model["norm"].weight.new_ones(1)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.encode(" an apple").ids] = 1
     hub.export(model, tmp_path / "root/models/second", tokenizer=tmp_path / "tokenizer.json")
     root = Root(str(tmp_path / "root"))
     for name, folder in (("train", "models/first"), ("train@anneal", "models/second")):
