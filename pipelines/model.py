@@ -9,7 +9,6 @@ A pipeline may train through phases: `train@anneal: {phase: anneal, after: train
 (`model: {context: 1024, rope_theta: 1.0e+6}`) and more MTP heads than the one before (moe/start.py).
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -120,10 +119,10 @@ class EvaluateStageConfig(StageConfig):
     temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of a continuation's choices")
     seed: int = Field(default=0, description="of the continuations")
-    questions: Mapping[str, QuestionSet] = execution(
+    questions: dict[str, QuestionSet] = execution(
         {}, "name -> file of questions with given answers; content and reading enter the identity, paths do not"
     )
-    problems: Mapping[str, ProblemSet] = execution(
+    problems: dict[str, ProblemSet] = execution(
         {}, "name -> file of problems to be solved in writing; content and reading enter the identity, paths do not"
     )
     against: str | None = Field(
