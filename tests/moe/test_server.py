@@ -558,6 +558,8 @@ def test_an_answer_ends_at_the_models_own_tokens_and_a_chat_at_its_templates(mod
         chat = client.chat.completions.create(**asked)
         assert chat.usage is not None
         assert (chat.usage.completion_tokens, chat.choices[0].finish_reason) == (end, "stop")
+        serving.template = ChatTemplate("{{ bos_token }}" + PLAIN, (), (("eos_token", text), ("bos_token", "<eos>")))
+        assert client.chat.completions.create(**asked).usage == chat.usage, "a document begins once"
         plain = client.completions.create(**completions, max_tokens=20)
         assert plain.usage is not None
         assert plain.usage.completion_tokens == 20, "a text that is no chat does not end with a turn"
