@@ -188,7 +188,9 @@ class Serving:
         texts = [self.template(ask.prompt)] if ask.chat else ask.prompt
         prompts = [self._encoded(p) if isinstance(p, str) else list(p) for p in texts]
         start = list(self.service.batcher.start)
-        if ask.chat and start and prompts[0][: len(start)] == start:  # a template may write what every prompt gets anyway
+        if (
+            ask.chat and start and prompts[0][: len(start)] == start
+        ):  # a template may write what every prompt gets anyway
             prompts = [prompts[0][len(start) :]]
         for prompt in prompts:
             self.service.batcher.check(prompt, ask.sampling)

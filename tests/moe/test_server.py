@@ -574,7 +574,13 @@ def test_a_stream_that_nobody_ever_read_is_cancelled(model: Decoder, tokenizer: 
     service = Service(Batcher(model, tokenizer, slots=1))
     serving = Serving(service, tokenizer, ChatTemplate(PLAIN), NAME)
     body = json.dumps({"model": NAME, "prompt": "law", "max_tokens": 500, "stream": True}).encode()
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [],
+        "query_string": b"",
+    }
 
     async def leave() -> None:
         given = [{"type": "http.request", "body": body, "more_body": False}]
