@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core.errors import StageError
 from moe.speculative import Acceptance
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
+
+
+class DivergedError(StageError):
+    """The model's logits are no numbers for this text; other texts may get their answers."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from core.errors import ConfigError, StageError
 from moe.batching import Full
+from moe.events import DivergedError
 from moe.sampling import COLDEST, LEAST_PENALTY, Sampling
 from moe.server.chat import TemplateError
 from moe.server.service import StoppedError
@@ -51,8 +52,10 @@ def refusal(error: Exception) -> RefusedError | None:
         return RefusedError(f"{error}; try again", code="queue_full", status=429)
     if isinstance(error, StoppedError):
         return RefusedError(str(error), code="stopped", status=503)
-    if isinstance(error, StageError):  # the model has no answer; others may get theirs
+    if isinstance(error, DivergedError):  # others may get their answers
         return RefusedError(str(error), code="model_failed", status=500)
+    if isinstance(error, StageError):  # what is wrong with the server, in words for who runs it
+        return RefusedError(str(error), code="out_of_resources", status=503)
     if isinstance(error, TemplateError | ConfigError):
         return RefusedError(str(error))
     return None

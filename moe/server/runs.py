@@ -5,8 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from core.errors import StageError
-from moe.events import Event
+from moe.events import DivergedError, Event
 from moe.server.answers import DONE, Choice, Writer, data
 from moe.server.protocol import Ask, RefusedError, refusal
 from moe.server.service import Scored, Service, Stream
@@ -38,7 +37,7 @@ class Run:
             return
         async for event in self._stream:
             if event.error is not None:
-                raise StageError(event.error)
+                raise DivergedError(event.error)
             self.choice.tokens += event.tokens
             named = event.tokens if event.end is None else (*event.tokens, event.end)
             for token, found in zip(named, event.logprobs or (), strict=event.logprobs is not None):

@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from core.errors import StageError
 from moe.batching import Batcher, Full
-from moe.events import Event, lost
+from moe.events import DivergedError, Event, lost
 from moe.sampling import Sampling
 
 IDLE_S = 0.05  # how long the thread waits for a call when no request is running
@@ -222,5 +221,5 @@ class Service:
                 for t in range(len(p_TV))
             ]
         if not all(map(math.isfinite, chosen)):
-            raise StageError(lost(len(prompt), 0))
+            raise DivergedError(lost(len(prompt), 0))
         return Scored(chosen, best)
