@@ -20,43 +20,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from core.errors import ConfigError, RetryableError
 from moe.decode import Decode, Kind
-from moe.graphs import Readback
+from moe.events import Event, Finish, TokenLogprobs, lost
+from moe.graphs import DIVERGED, Readback
 from moe.model import Decoder
 from moe.sampling import MODES, Mode, Sampling
 from moe.speculative import Acceptance, Pace
 from moe.streaming import TextStream
 
-Finish = Literal["stop", "length", "cancelled"]
 CHUNK = 256  # prompt tokens a step; chosen, untested
 
 
 class Full(RetryableError):  # noqa: N818
     """The queue has no place; the same request may be accepted later."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Of one token: its log probability, and the likeliest tokens with theirs, highest first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step gave a request. A stop token is not among `tokens`; `text` lacks what may yet become a stop string."""
-
-    id: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # where asked for: one a token, and the stop token's
-    finished: Finish | None = None
-    text: str = ""  # empty without a tokenizer
-    acceptance: Acceptance | None = None  # with the last event, of a request that speculated
-    end: int | None = None  # the stop token that ended it
 
 
 @dataclass(eq=False)
@@ -144,7 +123,7 @@ class Batcher:
         sampling = sampling or Sampling()
         limit = self.check(prompt, sampling)
         stream = None if self.tokenizer is None else TextStream(self.tokenizer.decode, sampling.stop)
-        ends = frozenset((self.model.config.eos, *sampling.stop_tokens))
+        ends = frozenset((self.model.config.eos, *self.model.stop_tokens, *sampling.stop_tokens))
         with self._lock:
             if len(self._waiting) >= self.queue:
                 raise Full(f"batcher: the queue is full, got {self.queue} requests waiting; try again later")
@@ -241,7 +220,7 @@ class Batcher:
         ended = [r for r in reading if r.fed == len(r.prompt)]
         rows = self.decode.trunk.rows_B[[r.row for r in reading]]
         readback = Readback.start(
-            self.decode.out_BT[rows, :1], self.decode.kept_B[rows], logits if self._wants_logprobs(ended) else None
+            self.decode.out_BT[rows, :1], self.decode.kept_B[rows], logits, self._wants_logprobs(ended)
         )
         for request in ended:
             request.promised += 1
@@ -261,7 +240,7 @@ class Batcher:
         kind = self._kind(rows, mode)
         logits = self.decode.step(kind, rows, mode)
         out_BT, kept_B = self.decode.out_BT[:rows, : logits.shape[1]], self.decode.kept_B[:rows]
-        readback = Readback.start(out_BT, kept_B, logits if self._wants_logprobs(active) else None)
+        readback = Readback.start(out_BT, kept_B, logits, self._wants_logprobs(active))
         for request in active:
             request.promised += 1
         return Launch(kind, [(r.row, r) for r in active], readback)
@@ -305,6 +284,8 @@ class Batcher:
         text, end = "", None
         finished: Finish | None = None
         for token in tokens:
+            if token == DIVERGED:
+                return self._fail(request, taken, text)
             if token in request.ends:
                 finished, end = "stop", token
                 break
@@ -326,6 +307,20 @@ class Batcher:
             self._finish(request, finished)
         logprobs = self._logprobs(request, readback, index, len(taken) + (end is not None))
         return Event(request.id, tuple(taken), logprobs, finished, text, request.drafted if finished else None, end)
+
+    def _fail(self, request: Request, taken: list[int], text: str) -> Event:
+        """Ends a request whose next token no one can tell: its row's logits are no numbers. Other rows go on."""
+        request.made += len(taken)
+        self._finish(request, "failed")
+        return Event(
+            request.id,
+            tuple(taken),
+            None,
+            "failed",
+            text,
+            request.drafted,
+            error=lost(len(request.prompt), request.made),
+        )
 
     def _logprobs(self, request: Request, read: Readback, index: int, rows: int) -> tuple[TokenLogprobs, ...] | None:
         wanted = request.sampling.logprobs

@@ -90,6 +90,10 @@ class Cache:
         """Takes back the last `count_B` tokens of each of some rows, at most `slack` since the last step."""
         self.lengths_B[rows if isinstance(rows, Tensor) else slice(rows)] -= count_B
 
+    def clear(self, row: int) -> None:
+        """Forgets a row's numbers. A slot that no query sees is still multiplied, by zero: a NaN there would spread."""
+        torch._foreach_zero_([buffer[row] for pair in self.buffers.values() for buffer in pair])
+
     def restart(self, row: Tensor, start: int | Tensor = 0, length: int | Tensor = 0) -> None:
         """Empties rows: the next token has position `length`, and positions below `start` count as never fed."""
         self.lengths_B[row] = length

@@ -82,14 +82,22 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Model B less model A on the same questions. Below zero in bits per byte: B is better."""
+class Paired:
+    """A mean difference over pairs, and its interval at 95%."""
 
-    questions: int
-    gold_bpb: float
+    effect: float
     low: float
     high: float
     least_effect: float  # a true difference of that size would be found four times in five
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model B less model A on the same questions. Below zero in bits per byte: B is better; above zero in accuracy."""
+
+    questions: int
+    gold_bpb: Paired
+    accuracy: Paired | None  # None where a question has one answer only
 
 
 def read_questions(path: Path, layout: Layout | None = None) -> list[Question]:
@@ -149,17 +157,24 @@ def summary(answered: Sequence[Answered]) -> Summary:
 
 def difference(a: Sequence[Answered], b: Sequence[Answered]) -> Difference:
     """B less A, paired by question: a question's own difficulty cancels. Other questions are a `ConfigError`."""
-    from scipy.stats import t
-
     (bits_a, bytes_a), (bits_b, bytes_b) = _gold(a), _gold(b)
     if not np.array_equal(bytes_a, bytes_b) or len(bits_a) < 2:
         raise ConfigError(
             f"evaluate: the models did not answer the same questions, got {len(a)} and {len(b)}, expected two or more in common"
         )
-    delta = bits_b - bits_a
-    error, df = math.sqrt(paired_variance(delta, bytes_a)), len(delta) - 1
-    effect, half = float(delta.sum() / bytes_a.sum()), float(t.ppf(1 - ALPHA / 2, df)) * error
-    return Difference(len(delta), effect, effect - half, effect + half, least_effect(error, df))
+    choosing = [(x, y) for x, y in zip(a, b, strict=True) if len(x.bits) > 1]
+    gained = np.array([float(y.likeliest == y.gold) - float(x.likeliest == x.gold) for x, y in choosing])
+    accuracy = paired(gained, np.ones(len(gained))) if len(gained) > 1 else None
+    return Difference(len(bits_a), paired(bits_b - bits_a, bytes_a), accuracy)
+
+
+def paired(delta: np.ndarray, weight: np.ndarray) -> Paired:
+    """Sum of the differences over sum of the weights (bytes, or ones), for two pairs or more."""
+    from scipy.stats import t
+
+    error, df = math.sqrt(paired_variance(delta, weight)), len(delta) - 1
+    effect, half = float(delta.sum() / weight.sum()), float(t.ppf(1 - ALPHA / 2, df)) * error
+    return Paired(effect, effect - half, effect + half, least_effect(error, df))
 
 
 def border(context: str, text: str) -> tuple[str, str]:

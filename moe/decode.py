@@ -102,8 +102,12 @@ class Decode:
         """Gives a row to a request. `prompt` counts for the repetition penalty; it is not read here."""
         index = torch.tensor([row], device=self.device)
         self.trunk.restart(index)
+        self.trunk.clear(row)
         if self.drafter is not None:
             self.drafter.restart(index)
+            self.drafter.carry_HBD[:, row] = 0
+            for cache in self.drafter.caches:
+                cache.clear(row)
         self.settings.put(row, sampling)
         self.active_B[row] = self.made_B[row] = 0
         self.seen_BV[row] = False

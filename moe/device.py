@@ -18,25 +18,23 @@ from moe.config import TrainConfig
 NOT_REPEATABLE = ("does not have a deterministic implementation", "Deterministic behavior was enabled")  # torch's words
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `train.device` names; one that is not here is a `ConfigError`."""
+def device_of(name: str, knob: str = "train.device") -> torch.device:
+    """The device that a knob names; one that is not here is a `ConfigError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"train.device: unknown, got {name!r}, expected auto, cpu, cuda or cuda:N") from error
+        raise ConfigError(f"{knob}: unknown, got {name!r}, expected auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"train.device: not supported, got {name!r}, expected auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"{knob}: not supported, got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"train.device: no GPU here, got {name!r}, expected a CUDA device that torch {torch.__version__} can use; "
-            "set train.device to auto or cpu, or look at the driver with nvidia-smi"
+            f"{knob}: no GPU here, got {name!r}, expected a CUDA device that torch {torch.__version__} can use; "
+            f"set {knob} to auto or cpu, or look at the driver with nvidia-smi"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device: no such GPU, got {name!r}, expected cuda:0 to cuda:{torch.cuda.device_count() - 1}"
-        )
+        raise ConfigError(f"{knob}: no such GPU, got {name!r}, expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import moe
-from core.errors import ConfigError, StepwellError
+from core.errors import ConfigError, StageError, StepwellError
 from moe import checkpoint
-from moe.batching import Batcher, Event, Finish, TokenLogprobs
+from moe.batching import Batcher
+from moe.events import Event, Finish, TokenLogprobs
 from moe.memory import memory_named
 from moe.model import Decoder
 from moe.sampling import Sampling
 from moe.speculative import Acceptance
+from moe.use import HELP, Use, add_options
 
 SLOTS = 16  # prompts of a batch that are decoded at once
-DTYPES = ("auto", "float32", "bfloat16")
+# Fields of `Sampling` that the command line takes as they are.
+SETTINGS = {
+    "max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float, "seed": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,44 +44,16 @@ class Answer:
     acceptance: Acceptance | None  # None where no draft was made
 
 
-def generate_text(
-    folder: Path,
-    prompt: str,
-    *,
-    max_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    speculate: bool = False,
-) -> str:
-    """The continuation of `prompt`, without it. `max_tokens` None: as far as the model's context reaches."""
-    tokenizer = load_tokenizer(Path(folder))
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=tuple(stop)
-    )
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    return generate_batch(moe.load(folder), [ids], sampling, tokenizer=tokenizer, speculate=speculate)[0].text
+def generate_text(folder: Path, prompt: str, sampling: Sampling | None = None, use: Use | None = None) -> str:
+    """The continuation of `prompt` by the folder's model, without it."""
+    return "".join(event.text for event in _continued(Path(folder), prompt, sampling, use or Use()))
 
 
 def generate(
-    model: Decoder,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    speculate: bool = False,
+    model: Decoder, prompt: Sequence[int], sampling: Sampling | None = None, *, speculate: bool = False
 ) -> Iterator[int]:
-    """Yields new tokens until EOS or `max_tokens`.
-
-    `temperature` 0 takes the likeliest token. EOS, prompt and new tokens must fit the context.
-    """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    events = stream(model, [prompt], sampling, speculate=speculate)
+    """Yields new tokens until one that ends the answer. EOS, prompt and new tokens must fit the context."""
+    events = _whole(stream(model, [prompt], sampling, speculate=speculate))
     return (token for event in events for token in event.tokens)
 
 
@@ -93,9 +67,13 @@ def generate_batch(
     slots: int = SLOTS,
     fused: bool | None = None,
 ) -> list[Answer]:
-    """The prompts' continuations, in their order; `sampling` for all of them, or one each. `fused` is that of `Decode`."""
+    """The prompts' continuations, in their order; `sampling` for all of them, or one each. `fused` is that of `Decode`.
+
+    A prompt whose logits are no numbers is a `StageError`.
+    """
     events: list[list[Event]] = [[] for _ in prompts]
-    for event in stream(model, prompts, sampling, tokenizer=tokenizer, speculate=speculate, slots=slots, fused=fused):
+    answers = stream(model, prompts, sampling, tokenizer=tokenizer, speculate=speculate, slots=slots, fused=fused)
+    for event in _whole(answers):
         events[event.id].append(event)
     return [_answer(part) for part in events]
 
@@ -107,34 +85,24 @@ def stream(
     *,
     tokenizer: Any = None,
     speculate: bool = False,
+    compiled: bool = False,
     slots: int = SLOTS,
     fused: bool | None = None,
 ) -> Iterator[Event]:
-    """Events of all prompts as they come; an event's `id` is the prompt's index. Settings are checked at once."""
+    """Events of all prompts as they come; an event's `id` is the prompt's index. Settings are checked at once.
+
+    A prompt that fails has an event that says so, and the others go on.
+    """
     each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
     slots, context = max(1, min(slots, len(prompts))), _context(model, prompts, each)
     with memory_named(*_memory(slots, context)):
         batcher = Batcher(
-            model, tokenizer, slots=slots, speculate=speculate, queue=max(1, len(prompts)), context=context, fused=fused
-        )
+            model, tokenizer, slots=slots, speculate=speculate, queue=max(1, len(prompts)), context=context,
+            compiled=compiled, fused=fused,
+        )  # fmt: skip
     for prompt, settings in zip(prompts, each, strict=True):
         batcher.submit(prompt, settings)
     return _drain(batcher)
-
-
-def load_for_use(folder: Path, device: str = "auto", dtype: str = "auto") -> Decoder:
-    """The folder's model where and as it shall run; "auto": a GPU if there is one, bfloat16 there and float32 on a CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"no GPU here, got device {device!r}, expected one that torch sees; use --device cpu")
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    with memory_named(
-        f"moe: out of memory while {folder} is loaded in {dtype} on {device}",
-        "use --dtype bfloat16, a device with more memory, or a smaller model",
-    ):
-        return moe.load(folder).to(device, getattr(torch, dtype)).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -169,6 +137,32 @@ def _memory(slots: int, context: int) -> tuple[str, str]:
     )
 
 
+def _whole(events: Iterator[Event]) -> Iterator[Event]:
+    """The events of prompts that are all wanted: a failed one ends them."""
+    for event in events:
+        if event.error is not None:
+            raise StageError(event.error)
+        yield event
+
+
+def _continued(folder: Path, prompt: str, sampling: Sampling | None, use: Use) -> Iterator[Event]:
+    """Events of one text."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    model = use.load(folder)
+    events = stream(
+        model,
+        [ids],
+        sampling,
+        tokenizer=tokenizer,
+        speculate=use.speculate,
+        compiled=use.compiled,
+        slots=1,
+        fused=use.fused,
+    )
+    return _whole(events)
+
+
 def _answer(events: list[Event]) -> Answer:
     logprobs = [lp for e in events for lp in (e.logprobs or ())[: len(e.tokens)]]
     return Answer(
@@ -184,19 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m moe.generate", description="Continues a text.")
     parser.add_argument("folder", type=Path, help="a run, a checkpoint or a hub folder")
     parser.add_argument("--prompt", default="", help="the text to continue; -: standard input")
-    parser.add_argument("--max-tokens", type=int, help="new tokens at most; default: as far as the context reaches")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="no drafts by MTP heads")
-    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, help="steps by fused kernels; default: if they can"
-    )
+    for name, kind in SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Sampling, name), help=HELP[name])
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=HELP["stop"])
+    add_options(parser, ("device", "dtype", "speculate", "compiled", "fused"))
     return parser
 
 
@@ -204,29 +189,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; texts go to standard output as they come, figures to standard error."""
     args = _parser().parse_args(arguments)
     try:
-        return _run(args)
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in SETTINGS})
+        write(args.folder, prompt, sampling, Use.of(args))
     except StepwellError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    return 0
 
 
-def _run(args: argparse.Namespace) -> int:
-    sampling = Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop), max_tokens=args.max_tokens, seed=args.seed,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(args.folder)
-    model = load_for_use(args.folder, args.device, args.dtype)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+def write(folder: Path, prompt: str, sampling: Sampling, use: Use) -> None:
+    """Writes the continuation to standard output as it comes, and how drafts fared to standard error."""
     last = None
-    for last in stream(model, [ids], sampling, tokenizer=tokenizer, speculate=not args.plain, fused=args.fused):
+    for last in _continued(folder, prompt, sampling, use):
         sys.stdout.write(last.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     if last is not None and last.acceptance is not None:
         sys.stderr.write(f"{last.acceptance.length:.2f} tokens a round over {last.acceptance.rounds} rounds\n")
-    return 0
 
 
 if __name__ == "__main__":

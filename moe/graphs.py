@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.sampling import log_probabilities
 
+DIVERGED = -1  # stands in a readback for a token chosen from logits that are not finite
 WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
 
@@ -54,16 +55,18 @@ class Replay:
 class Readback:
     """What one step gave its rows, on its way to the host."""
 
-    packet: Tensor  # [B, T + 1]: tokens, then how many of them count
+    packet: Tensor  # [B, T + 1]: tokens or DIVERGED, then how many of them count
     logprobs: tuple[Tensor, Tensor, Tensor] | None  # of each token [B, T], and of the likeliest [B, T, C] with ids
     ready: torch.cuda.Event | None
 
     @classmethod
-    def start(cls, out_BT: Tensor, kept_B: Tensor, logits_BTV: Tensor | None) -> "Readback":
-        """Starts the copy; logits only where somebody wants log probabilities."""
-        packet = _to_host(torch.cat((out_BT, kept_B.unsqueeze(1)), 1))
+    def start(cls, out_BT: Tensor, kept_B: Tensor, logits_BTV: Tensor, logprobs_wanted: bool) -> "Readback":
+        """Starts the copy. A token whose logits hold a NaN or have no finite maximum is `DIVERGED`."""
+        peak_BT = logits_BTV.amax(-1)
+        finite_BT = peak_BT - peak_BT == 0  # two kernels, where isfinite takes four
+        packet = _to_host(torch.cat((torch.where(finite_BT, out_BT, DIVERGED), kept_B.unsqueeze(1)), 1))
         logprobs = None
-        if logits_BTV is not None:
+        if logprobs_wanted:
             flat = log_probabilities(logits_BTV.flatten(0, 1), out_BT.flatten())
             chosen, top, ids = (_to_host(t.unflatten(0, out_BT.shape)) for t in flat)
             logprobs = chosen, top, ids

@@ -1,9 +1,11 @@
 """A model of ours in lm-evaluation-harness: `python -m moe.harness FOLDER --tasks arc_easy,hellaswag [--limit 100]`.
 
 In: a run folder or a hub folder. Out: the harness's own table, or its results as JSON with `--output`. The harness fetches its
-tasks from the network unless they are in its cache, and says so; nothing of ours does. Other code passes `Harness(folder)` to
-`lm_eval.simple_evaluate(model=...)`. A context or prompt that does not fit loses its beginning, as the harness does with other
-models; a continuation that does not fit is scored whole, in pieces. At most half the context is generated, whatever a task asks.
+tasks from the network unless they are in its cache, and says so; nothing of ours does. `--include` names a folder of tasks whose
+files lie here (`dataset_path: json`, `data_files: ...`): they need no network. Likelihoods come in padded batches of some 8,192
+tokens, answers `--slots` at once. Other code passes `Harness(folder)` to `lm_eval.simple_evaluate(model=...)`. A context or
+prompt that does not fit loses its beginning, as the harness does with other models; a continuation that does not fit is scored
+whole, in pieces. At most half the context is generated, whatever a task asks.
 """
 
 import argparse
@@ -15,22 +17,22 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 
-import moe
 from core.errors import ConfigError, StepwellError
 from moe.evaluate import windows
 from moe.generate import generate_batch, load_tokenizer
 from moe.sampling import Sampling
 from moe.score import score, score_continuations
+from moe.use import Use, add_options
 
 
 class Harness(TemplateLM):
     """What the harness asks of a model: likelihoods of continuations, of whole texts, and generated text."""
 
-    def __init__(self, folder: str | Path, device: str = "cpu", slots: int = 8) -> None:
+    def __init__(self, folder: str | Path, use: Use | None = None, slots: int = 8) -> None:
         super().__init__()
-        self.model = moe.load(folder).to(device)
+        self.use, self.slots = use or Use(), slots
+        self.model = self.use.load(Path(folder))
         self.tokenizer = load_tokenizer(Path(folder))
-        self.slots = slots
 
     @property
     def eot_token_id(self) -> int:
@@ -72,7 +74,9 @@ class Harness(TemplateLM):
         half = max(1, self.model.config.context // 2)
         asked = [_sampling(request.args[1], half) for request in requests]
         prompts = [self._prompt(r.args[0], s) for r, s in zip(requests, asked, strict=True)]
-        written = generate_batch(self.model, prompts, asked, tokenizer=self.tokenizer, slots=self.slots)
+        written = generate_batch(
+            self.model, prompts, asked, tokenizer=self.tokenizer, speculate=self.use.speculate, slots=self.slots
+        )
         return [answer.text for answer in written]
 
     def _prompt(self, text: str, sampling: Sampling) -> list[int]:
@@ -101,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", required=True, help="names of the harness, with commas between")
     parser.add_argument("--limit", type=int, help="questions a task (default: all)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: the task's own)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--include", type=Path, metavar="FOLDER", help="tasks of your own, as YAML files of the harness"
+    )
+    parser.add_argument("--slots", type=int, default=8, help="answers that are written at once (default 8)")
+    add_options(parser, ("device", "dtype", "speculate"))
     parser.add_argument("--output", type=Path, help="write all results here as JSON")
     args = parser.parse_args(argv)
     try:
@@ -119,12 +127,27 @@ def _evaluate(args: argparse.Namespace) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
-    found = simple_evaluate(
-        model=Harness(args.folder, args.device), tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.shots
-    )
+    if args.include is not None and not args.include.is_dir():
+        raise ConfigError(f"--include: no folder, got {args.include}, expected one with YAML files of tasks")
+    tasks = args.tasks.split(",")
+    known, model = _known(tasks, args.include), Harness(args.folder, Use.of(args), args.slots)
+    found = simple_evaluate(model=model, tasks=tasks, limit=args.limit, num_fewshot=args.shots, task_manager=known)
     print(make_table(found))
     if args.output is not None:
         args.output.write_text(json.dumps(found["results"], indent=1, default=str) + "\n")
+
+
+def _known(tasks: Sequence[str], include: Path | None) -> Any:
+    """The tasks' definitions. Where a folder of one's own has all of them, the harness's thousands of files are not read."""
+    from lm_eval.tasks import TaskManager
+
+    unknown: list[str] = []
+    for defaults in (True,) if include is None else (False, True):
+        known = TaskManager(include_path=include, include_defaults=defaults)
+        unknown = [task for task in tasks if not known.match_tasks([task])]
+        if not unknown:
+            return known
+    raise ConfigError(f"--tasks: unknown, got {', '.join(unknown)}, expected names of the harness or of --include")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def export(
     temporary.mkdir(parents=True)
     _write_shards(temporary, named_tensors(model), dtype, max_shard_bytes)
     write_json(temporary / CONFIG, to_hub(model.config) | {"torch_dtype": _dtype_name(model, dtype)})
-    ids = {f"{kind}_token_id": model.config.eos for kind in ("bos", "eos", "pad")}
+    ids: dict[str, Any] = {f"{kind}_token_id": model.config.eos for kind in ("bos", "eos", "pad")}
+    if others := [token for token in model.stop_tokens if token != model.config.eos]:
+        ids["eos_token_id"] = [model.config.eos, *others]
     write_json(temporary / GENERATION, ids)
     if tokenizer is not None and special is not None:
         shutil.copyfile(tokenizer, temporary / TOKENIZER)
@@ -113,6 +115,7 @@ def load(folder: str | Path, *, context: int | None = None, dtype: torch.dtype =
     model = Decoder(config).to(dtype)
     for name, tensor in named_tensors(model).items():
         tensor.copy_(stored.read(name))
+    model.stop_tokens = stop_tokens(folder)
     return model.eval()
 
 

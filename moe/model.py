@@ -47,6 +47,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.stop_tokens: tuple[int, ...] = ()  # what ends an answer beside `config.eos`: a hub folder may name some
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.dim),

@@ -142,7 +142,8 @@ def distribution(logits_BV: Tensor, settings: Settings, seen_BV: Tensor, mode: M
 def choose(p_BV: Tensor, draw_B: Tensor) -> Tensor:
     """The token [B] at which each row's cumulative share first exceeds its draw; never one of probability 0.
 
-    A row that is no distribution (all zero, or not finite, as of a model that has diverged) gives the last token.
+    A row that is no distribution (all zero, or not finite, as of a model that has diverged) gives the last token; who reads
+    it back tells by the logits (`moe.graphs.Readback`).
     """
     cumulative_BV = p_BV.double().cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]

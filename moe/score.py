@@ -6,12 +6,14 @@ into padded batches of about `BATCH_TOKENS`; padding stands behind a span's end,
 `CHUNK` positions at a time. Cost: one forward pass.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from core.errors import StageError
 from moe.model import Decoder
 
 BATCH_TOKENS = 8192  # chosen: 2 cores gain nothing from more
@@ -50,7 +52,7 @@ def score_continuations(model: Decoder, pairs: Sequence[tuple[Sequence[int], Seq
     """Scores of (context, tokens) pairs in the order given; without tokens nothing is lost, and all of them were likeliest.
 
     Tokens that exceed the model's context are read by halves of it, each behind what stands before it, as much as fits:
-    every token is scored once.
+    every token is scored once. A model that gives no numbers is a `StageError`: an answer would be preferred by chance.
     """
     spans, owner = [], []
     for i, (context, tokens) in enumerate(pairs):
@@ -60,6 +62,11 @@ def score_continuations(model: Decoder, pairs: Sequence[tuple[Sequence[int], Seq
     found = [Score(0.0, True)] * len(pairs)
     for i, one in zip(owner, score(model, spans), strict=True):
         found[i] = Score(found[i].nats + one.nats, found[i].greedy and one.greedy)
+    if lost := sum(not math.isfinite(one.nats) for one in found):
+        raise StageError(
+            f"evaluate: the model gives no likelihoods, got logits that are not finite for {lost} of {len(found)} texts, "
+            "expected numbers: it has diverged, or its type overflows; take an earlier checkpoint, or float32"
+        )
     return found
 
 

@@ -12,9 +12,11 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core.errors import ConfigError, InputError
 from core.statistics import wilson
-from moe.choices import CALCULATION, records
+from moe.choices import CALCULATION, Paired, paired, records
 from moe.generate import generate_batch
 from moe.model import Decoder
 from moe.sampling import Sampling
@@ -81,6 +83,16 @@ def share(solved: Sequence[Solved]) -> Share:
     right = sum(s.right for s in solved)
     low, high = wilson(right, len(solved))
     return Share(len(solved), right, low, high, sum(s.number is None for s in solved))
+
+
+def difference(a: Sequence[Solved], b: Sequence[Solved]) -> Paired:
+    """Share that B solves less share that A solves, paired by problem. Fewer than two problems are a `ConfigError`."""
+    if len(a) != len(b) or len(a) < 2:
+        raise ConfigError(
+            f"evaluate: the models did not answer the same problems, got {len(a)} and {len(b)}, expected two or more in common"
+        )
+    gained = np.array([float(y.right) - float(x.right) for x, y in zip(a, b, strict=True)])
+    return paired(gained, np.ones(len(gained)))
 
 
 def number(text: str) -> Decimal | None:

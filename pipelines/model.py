@@ -28,6 +28,7 @@ from moe.alarms import Limits
 from moe.config import TrainConfig, from_json
 from moe.presets import Name, preset
 from moe.typed import build
+from pipelines.questions import ProblemSet, QuestionSet, ask_all, question_artifacts
 
 if TYPE_CHECKING:
     from mixtures.reader import MixtureSource
@@ -118,6 +119,23 @@ class EvaluateStageConfig(StageConfig):
     temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of a continuation's choices")
     seed: int = Field(default=0, description="of the continuations")
+    questions: dict[str, QuestionSet] = execution(
+        {}, "name -> file of questions with given answers; content and reading enter the identity, paths do not"
+    )
+    problems: dict[str, ProblemSet] = execution(
+        {}, "name -> file of problems to be solved in writing; content and reading enter the identity, paths do not"
+    )
+    against: str | None = Field(
+        default=None, description="instance of train to compare with on the same questions and problems; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if self.against is not None and not (self.questions or self.problems):
+            raise ConfigError(
+                f"evaluate: nothing to ask, got against {self.against!r} without questions or problems; name some files"
+            )
+        return self
 
 
 def train(job: Job) -> Outcome:
@@ -208,41 +226,47 @@ def model_folder(root: Root, instance: str) -> Path:
 
 
 def evaluate(job: Job) -> Outcome:
-    """Bits per byte on the held-out documents of each source, and continued prompts."""
+    """Bits per byte on the held-out documents of each source, continued prompts, and answers to the questions named."""
+    import moe
     from mixtures.reader import MixtureSource
     from moe.evaluate import evaluate as evaluate_model
+    from moe.examine import Asked
+    from moe.generate import generate_batch, load_tokenizer
+    from moe.sampling import Sampling
 
     config: EvaluateStageConfig = job.config
     folder = model_folder(job.root, config.model)
-    held_out = evaluate_model(folder, MixtureSource(job.root, "held_out"))
-    samples = [
-        {
-            "prompt": p,
-            "continuation": continue_prompt(
-                folder, p, config.max_tokens, config.temperature, config.top_p, config.seed
-            ),
-        }
-        for p in config.prompts
-    ]
+    model = moe.load(folder)
+    found: dict[str, Any] = {"held_out": evaluate_model(model, MixtureSource(job.root, "held_out")), "samples": []}
+    sampling = Sampling(
+        max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
+    )
+    if config.prompts:
+        tokenizer = load_tokenizer(folder)
+        for prompt in config.prompts:
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+            continuation = generate_batch(model, [ids], sampling, tokenizer=tokenizer)[0].text
+            found["samples"].append({"prompt": prompt, "continuation": continuation})
+    if config.questions or config.problems:
+        beside = None if config.against is None else model_folder(job.root, config.against)
+        other = None if beside is None else Asked(moe.load(beside), load_tokenizer(beside))
+        found |= ask_all(Asked(model, load_tokenizer(folder)), other, config.questions, config.problems)
+        found["against"] = config.against
     name = f"models/{folder.name}/{EVALUATION}"
-    job.root.write_json(name, {"held_out": held_out, "samples": samples})
+    job.root.write_json(name, found)
     content = xxhash.xxh3_128_hexdigest(job.root.read_bytes(name))
     outputs = {"evaluation": {"content": content, "file": name}}
-    accounts = {"held_out_docs": int(sum(d["docs"] for d in held_out.values()))}
-    return Outcome(
-        outputs=outputs, accounts=accounts, observed={"bits_per_byte": {k: d["bpb"] for k, d in held_out.items()}}
-    )
-
-
-def continue_prompt(folder: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
-    """The prompt's continuation by the model in `folder`."""
-    from moe.generate import generate_text
-
-    return generate_text(folder, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    accounts = {"held_out_docs": int(sum(d["docs"] for d in found["held_out"].values()))}
+    bits = {source: d["bpb"] for source, d in found["held_out"].items()}
+    return Outcome(outputs=outputs, accounts=accounts, observed={"bits_per_byte": bits})
 
 
 def _train_reads(config: TrainStageConfig) -> tuple[str, ...]:
     return ("@mix", "@tokenize", "@tokenizer", *([f"@{config.after}"] if config.after else []))
+
+
+def _evaluate_reads(config: EvaluateStageConfig) -> tuple[str, ...]:
+    return (f"@{config.model}", "@mix", "@tokenize", *([f"@{config.against}"] if config.against else []))
 
 
 TRAIN = Stage(
@@ -264,6 +288,7 @@ EVALUATE = Stage(
     config=EvaluateStageConfig,
     fn=evaluate,
     where=False,
-    reads=lambda config: (f"@{config.model}", "@mix", "@tokenize"),
+    reads=_evaluate_reads,
+    artifacts=lambda config: question_artifacts(config.questions, config.problems),
     libraries=("torch",),
 )

@@ -5,19 +5,40 @@ from typing import Annotated
 
 import typer
 
+from moe.use import HELP, Use
+
+Device = Annotated[str, typer.Option(help=HELP["device"])]
+Dtype = Annotated[str, typer.Option(help=HELP["dtype"])]
+Speculate = Annotated[bool, typer.Option("--speculate/--no-speculate", help=HELP["speculate"])]
+Compiled = Annotated[bool, typer.Option("--compiled/--no-compiled", help=HELP["compiled"])]
+Fused = Annotated[bool | None, typer.Option("--fused/--no-fused", help=HELP["fused"])]
+
 
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="a folder written by `train`")],
+    checkpoint: Annotated[Path, typer.Option(help="a folder written by `train`, or a hub folder")],
     prompt: Annotated[str, typer.Option(help="text to continue")],
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option()] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help=HELP["max_tokens"])] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help=HELP["temperature"])] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help=HELP["top_k"])] = None,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help=HELP["top_p"])] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help=HELP["repetition_penalty"])] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help=HELP["stop"])] = None,
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    device: Device = Use.device,
+    dtype: Dtype = Use.dtype,
+    speculate: Speculate = Use.speculate,
+    compiled: Compiled = Use.compiled,
+    fused: Fused = Use.fused,
 ) -> None:
-    """Continue a prompt with a trained model."""
-    from pipelines.model import continue_prompt
+    """Continue a prompt with a trained model; the text appears as it is made."""
+    from moe.generate import write
+    from moe.sampling import Sampling
 
-    typer.echo(continue_prompt(checkpoint, prompt, max_tokens, temperature, top_p, seed))
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()), seed=seed,
+    )  # fmt: skip
+    write(checkpoint, prompt, sampling, Use(device, dtype, speculate, compiled, fused))
 
 
 def serve(
@@ -28,8 +49,11 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="requests that are answered at once")] = 8,
     queue: Annotated[int, typer.Option(min=1, help="requests that may wait; beyond, 429")] = 64,
     context: Annotated[int | None, typer.Option(min=2, help="tokens a request may have; default: the model's")] = None,
-    speculate: Annotated[bool, typer.Option("--speculate", help="draft with the model's MTP heads")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one")] = "auto",
+    device: Device = Use.device,
+    dtype: Dtype = Use.dtype,
+    speculate: Speculate = Use.speculate,
+    compiled: Compiled = Use.compiled,
+    fused: Fused = Use.fused,
 ) -> None:
     """Answer OpenAI's completions and chat completions with a trained model; MOE_API_KEY asks clients for a key.
 
@@ -38,4 +62,6 @@ def serve(
     from moe.server.__main__ import Options
     from moe.server.__main__ import serve as serve_model
 
-    serve_model(Options(folder, host, port, name, slots, queue, context, speculate, device))
+    serve_model(
+        Options(folder, host, port, name, slots, queue, context, Use(device, dtype, speculate, compiled, fused))
+    )

@@ -9,13 +9,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from core.errors import ConfigError, StepwellError
+from moe.use import Use, add_options
 
 KEY = "MOE_API_KEY"  # empty: none
-DTYPES = ("auto", "float32", "bfloat16")  # those of moe.generate, which imports torch
 LEAVE_S = 10  # that open answers get to end after a signal
 CONNECTIONS = 1024  # beyond, 503; chosen, above what slots and queue hold by far
 
@@ -31,10 +31,7 @@ class Options:
     slots: int = 8
     queue: int = 64
     context: int | None = None
-    speculate: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    fused: bool | None = None
+    use: Use = field(default_factory=Use)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,14 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, default=8, help="requests that are answered at once (default 8)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait; beyond, 429 (default 64)")
     parser.add_argument("--context", type=int, help="tokens a request may have (default: the model's context)")
-    parser.add_argument("--speculate", action="store_true", help="draft with the MTP heads")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, help="decode by fused kernels (default: where they can)"
-    )
+    add_options(parser, ("device", "dtype", "speculate", "compiled", "fused"))
+    args = parser.parse_args(argv)
     try:
-        serve(Options(**vars(parser.parse_args(argv))))
+        own = {f.name: getattr(args, f.name) for f in fields(Options) if f.name != "use"}
+        serve(Options(**own, use=Use.of(args)))
     except StepwellError as e:
         print(f"serve: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
@@ -72,20 +66,20 @@ def serve(options: Options) -> None:
     except ModuleNotFoundError as e:
         raise ConfigError(f"{e.name} is not installed; install the extra: pip install 'stepwell[serve]'") from e
     from moe.batching import Batcher
-    from moe.generate import load_for_use, load_tokenizer
+    from moe.generate import load_tokenizer
     from moe.memory import memory_named
     from moe.server.chat import chat_template
     from moe.server.service import Service
 
-    model = load_for_use(options.folder, options.device, options.dtype)
-    tokenizer = load_tokenizer(options.folder)
+    use, tokenizer = options.use, load_tokenizer(options.folder)
+    model = use.load(options.folder)
     context = options.context or model.config.context
     with memory_named(
         f"out of memory with --slots {options.slots} x --context {context} tokens", "lower either, or --dtype bfloat16"
     ):
         batcher = Batcher(
-            model, tokenizer, slots=options.slots, queue=options.queue, context=context, speculate=options.speculate,
-            fused=options.fused,
+            model, tokenizer, slots=options.slots, queue=options.queue, context=context, speculate=use.speculate,
+            compiled=use.compiled, fused=use.fused,
         )  # fmt: skip
     name = options.name or options.folder.resolve().name
     serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY) or None)

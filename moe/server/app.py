@@ -7,7 +7,8 @@
     GET  /metrics                        requests and tokens, in Prometheus' text format
 
 Errors of these routes are OpenAI's error object: a full queue is 429 with Retry-After, a body beyond `max_body_bytes` 413, one
-that takes longer than `body_s` 408, a stopped model 503, a failure of the server 500. What the HTTP layer refuses itself
+that takes longer than `body_s` 408, one that is not JSON by its content type 415, a stopped model 503, a failure of the server or
+logits that are no numbers 500. What the HTTP layer refuses itself
 (malformed requests, too many connections) is plain text. A client that goes away cancels its requests. With `api_key` set, /v1
 wants it as a bearer token.
 """
@@ -19,7 +20,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,16 +29,15 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from core.errors import ConfigError, StageError
-from moe.batching import Full
 from moe.server.answers import Choice, Writer
-from moe.server.chat import ChatTemplate, TemplateError
-from moe.server.protocol import Ask, RefusedError, read
+from moe.server.chat import ChatTemplate
+from moe.server.protocol import Ask, RefusedError, read, refusal
 from moe.server.runs import Run, finished, opened, streamed
-from moe.server.service import Service, StoppedError
+from moe.server.service import Service
 
-RETRY_S = 1  # said with a 429
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status; Retry-After in seconds
 TOKEN_BYTES = 64  # a text with more for each token of the context is not tokenised; chosen: few tokens are longer
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies would hold tokens back
 
@@ -100,22 +100,16 @@ class Serving:
         try:
             self._check_key(request)
             response: Response = await answer(request)
-        except RefusedError as e:
-            response = _refused(e)
-        except (TemplateError, ConfigError) as e:
-            response = _refused(RefusedError(str(e)))
-        except Full as e:
-            response = _refused(RefusedError(f"{e}; try again", code="queue_full", status=429))
-        except StoppedError as e:
-            response = _refused(RefusedError(str(e), code="stopped", status=503))
-        except StageError as e:  # what is wrong with the server, in words for who runs it
-            logging.getLogger(__name__).error("%s", e)
-            response = _refused(RefusedError(str(e), code="out_of_resources", status=503))
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; counted as nginx counts it
-        except Exception:  # whatever it is, clients expect their error object; the log has the rest
-            logging.getLogger(__name__).exception("serve: %s %s failed", request.method, request.url.path)
-            response = _refused(RefusedError("the server failed on this request", code="internal_error", status=500))
+        except Exception as e:  # whatever it is, clients expect their error object; the log has the rest
+            known = refusal(e)
+            if known is None:
+                logging.getLogger(__name__).exception("serve: %s %s failed", request.method, request.url.path)
+                known = RefusedError("the server failed on this request", code="internal_error", status=500)
+            elif known.code == "out_of_resources":
+                logging.getLogger(__name__).error("%s", e)
+            response = _refused(known)
         self.answered[response.status_code] += 1
         return response
 
@@ -142,7 +136,8 @@ class Serving:
         ask = read(await self._json(request), chat)
         self._check_name(ask.model)
         if chat:
-            ask = replace(ask, sampling=replace(ask.sampling, stop=(*ask.sampling.stop, *self.template.stops)))
+            stop, ends = (*ask.sampling.stop, *self.template.stops), self.template.ends(self.tokenizer)
+            ask = replace(ask, sampling=replace(ask.sampling, stop=stop, stop_tokens=ends))
         self._check_room(ask)
         prompts = await asyncio.to_thread(self._token_ids, ask)
         writer = Writer(
@@ -156,7 +151,7 @@ class Serving:
         try:
             await _unless_gone(request, opened(runs))
             if ask.stream:
-                return StreamingResponse(streamed(runs, writer), media_type="text/event-stream", headers=UNBUFFERED)
+                return Streamed(runs, writer)
             await _unless_gone(request, finished(runs))
         except BaseException:
             for run in runs:
@@ -165,6 +160,10 @@ class Serving:
         return JSONResponse(writer.whole([run.choice for run in runs]))
 
     async def _json(self, request: Request) -> Any:
+        """The body; one that says it is something else is refused, as pages of other sites can send no JSON unasked."""
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise RefusedError(f"the body is {kind[:60]!r}, expected application/json", None, "wrong_content_type", 415)
         body = bytearray()
         try:
             async with asyncio.timeout(self.body_s):
@@ -190,6 +189,11 @@ class Serving:
         """The prompts' tokens, checked. Long texts take a while: not on the event loop."""
         texts = [self.template(ask.prompt)] if ask.chat else ask.prompt
         prompts = [self._encoded(p) if isinstance(p, str) else list(p) for p in texts]
+        start = list(self.service.batcher.start)
+        if (
+            ask.chat and start and prompts[0][: len(start)] == start
+        ):  # a template may write what every prompt gets anyway
+            prompts = [prompts[0][len(start) :]]
         for prompt in prompts:
             self.service.batcher.check(prompt, ask.sampling)
         return prompts
@@ -205,6 +209,21 @@ class Serving:
         clean = raw.decode("utf-8")
         ids: list[int] = self.tokenizer.encode(clean, add_special_tokens=False).ids
         return ids
+
+
+class Streamed(StreamingResponse):
+    """Choices as server-sent events. What is left of them is cancelled even where the client went before the first."""
+
+    def __init__(self, runs: Sequence[Run], writer: Writer) -> None:
+        super().__init__(streamed(runs, writer), media_type="text/event-stream", headers=UNBUFFERED)
+        self.runs = runs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for run in self.runs:
+                run.close()
 
 
 async def _unless_gone(request: Request, work: Awaitable[None]) -> None:
@@ -225,11 +244,14 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _refused(refusal: RefusedError) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_S)} if refusal.status == 429 else None
-    return JSONResponse(refusal.body(), refusal.status, headers)
+def _refused(refused: RefusedError) -> JSONResponse:
+    return JSONResponse(refused.body(), refused.status, HEADERS.get(refused.status))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    return _refused(RefusedError(f"no route for {request.method} {request.url.path}", code="not_found", status=status))
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None) or {}
+    response = _refused(
+        RefusedError(f"no route for {request.method} {request.url.path}", code="not_found", status=status)
+    )
+    response.headers.update(headers)  # which methods are allowed
+    return response

@@ -45,6 +45,11 @@ class ChatTemplate:
             raise TemplateError(f"messages: the chat template refuses them: {e}") from e
         return str(rendered)
 
+    def ends(self, tokenizer: Any) -> tuple[int, ...]:
+        """The token that ends a turn where the folder names one; it may be another than the one that ends a document."""
+        found = (tokenizer.token_to_id(text) for name, text in self.special if name == "eos_token")
+        return tuple(token for token in found if token is not None)
+
     def _compiled(self) -> Any:
         from jinja2.exceptions import TemplateError as JinjaError
         from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.errors import ConfigError, StageError
+from moe.batching import Full
+from moe.events import DivergedError
 from moe.sampling import COLDEST, LEAST_PENALTY, Sampling
+from moe.server.chat import TemplateError
+from moe.server.service import StoppedError
 
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = (
@@ -37,6 +42,23 @@ class RefusedError(Exception):
             kind = "rate_limit_error"
         param = None if self.param is None else _clean(self.param)
         return {"error": {"message": _clean(str(self)), "type": kind, "param": param, "code": self.code}}
+
+
+def refusal(error: Exception) -> RefusedError | None:
+    """How a client is told of an error of ours; None for one that nobody foresaw."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, Full):
+        return RefusedError(f"{error}; try again", code="queue_full", status=429)
+    if isinstance(error, StoppedError):
+        return RefusedError(str(error), code="stopped", status=503)
+    if isinstance(error, DivergedError):  # others may get their answers
+        return RefusedError(str(error), code="model_failed", status=500)
+    if isinstance(error, StageError):  # what is wrong with the server, in words for who runs it
+        return RefusedError(str(error), code="out_of_resources", status=503)
+    if isinstance(error, TemplateError | ConfigError):
+        return RefusedError(str(error))
+    return None
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,8 @@ def read(body: Any, chat: bool) -> Ask:
             raise RefusedError(
                 f"n: got {got['n']} choices of {len(prompt)} prompts, expected at most {MAX_CHOICES} in all", "n"
             )
+    if got["stream_options"] and not got["stream"]:
+        raise RefusedError("stream_options: set without stream, expected stream true as well", "stream_options")
     most = got["max_tokens"] if longest is None else longest
     return Ask(
         model=got["model"],

@@ -1,13 +1,14 @@
 """The choices of one request on their way: opened together, gathered into whole answers or written out as they grow."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from moe.batching import Event
+from moe.events import DivergedError, Event
 from moe.server.answers import DONE, Choice, Writer, data
-from moe.server.protocol import Ask, RefusedError
-from moe.server.service import Scored, Service, StoppedError, Stream
+from moe.server.protocol import Ask, RefusedError, refusal
+from moe.server.service import Scored, Service, Stream
 
 
 class Run:
@@ -35,6 +36,8 @@ class Run:
         if self._stream is None:
             return
         async for event in self._stream:
+            if event.error is not None:
+                raise DivergedError(event.error)
             self.choice.tokens += event.tokens
             named = event.tokens if event.end is None else (*event.tokens, event.end)
             for token, found in zip(named, event.logprobs or (), strict=event.logprobs is not None):
@@ -83,7 +86,9 @@ async def streamed(runs: Sequence[Run], writer: Writer) -> AsyncIterator[str]:
             async for part in _parts(run, writer):
                 ready.put_nowait(part)
             ready.put_nowait(None)
-        except Exception as e:  # noqa: BLE001 - told to the client below
+        except Exception as e:  # told to the client below
+            if refusal(e) is None:
+                logging.getLogger(__name__).exception("serve: a stream failed")
             ready.put_nowait(e)
 
     tasks = [asyncio.create_task(pump(run)) for run in runs]
@@ -92,8 +97,8 @@ async def streamed(runs: Sequence[Run], writer: Writer) -> AsyncIterator[str]:
         while open_runs:
             part = await ready.get()
             if isinstance(part, Exception):
-                status = 503 if isinstance(part, StoppedError) else 500
-                yield data(RefusedError(str(part), code="stopped", status=status).body())
+                unforeseen = RefusedError("the server failed on this request", code="internal_error", status=500)
+                yield data((refusal(part) or unforeseen).body())
                 return
             if part is None:
                 open_runs -= 1

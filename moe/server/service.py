@@ -9,6 +9,7 @@ the thread, since the rows' state is no longer known: the log says so, and every
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from typing import Any, TypeVar
 import torch
 
 from core.errors import StepwellError
-from moe.batching import Batcher, Event, Full
+from moe.batching import Batcher, Full
+from moe.events import DivergedError, Event, lost
 from moe.memory import memory_named
 from moe.sampling import Sampling
 
@@ -237,4 +239,6 @@ class Service:
                 dict(zip(likeliest.indices[t].tolist(), likeliest.values[t].tolist(), strict=True)) if likeliest else {}
                 for t in range(len(p_TV))
             ]
+        if not all(map(math.isfinite, chosen)):
+            raise DivergedError(lost(len(prompt), 0))
         return Scored(chosen, best)

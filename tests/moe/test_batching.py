@@ -1,5 +1,6 @@
 """Requests come and go in any order: each gets the answer it would get alone, or an error that says why not."""
 
+import copy
 import dataclasses
 import math
 import threading
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ConfigError
-from moe.batching import Batcher, Event, Full, bucket
+from moe.batching import Batcher, Full, bucket
+from moe.events import Event
 from moe.model import Decoder
 from moe.presets import preset
 from moe.sampling import Sampling
@@ -288,3 +290,60 @@ def test_the_token_that_ends_an_answer_has_its_log_probability() -> None:
 
 def test_buckets() -> None:
     assert [bucket(n, 12) for n in (1, 2, 3, 4, 5, 9, 12)] == [1, 2, 4, 4, 8, 12, 12]
+
+
+BAD = 13  # the token behind which a broken model gives no numbers
+
+
+@pytest.fixture
+def broken(model: Decoder) -> Decoder:
+    """The model with one entry of its embedding lost: whoever reads that token gets NaN, nobody else."""
+    lost = copy.deepcopy(model)
+    with torch.no_grad():
+        lost.model["embed_tokens"].weight[BAD] = math.nan
+    return lost
+
+
+@pytest.mark.parametrize(("speculate", "lag"), [(False, 0), (False, 1), (True, 1)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_their_request_alone(
+    model: Decoder, broken: Decoder, speculate: bool, lag: int, temperature: float
+) -> None:
+    batcher = Batcher(
+        broken, slots=2, speculate=speculate, pace=_pace() if speculate else None, lag=lag, chunk=4
+    )  # fmt: skip
+    settings = Sampling(temperature=temperature, top_k=1, max_tokens=12)  # of one token, so that drafts change nothing
+    good = batcher.submit([1, 2], settings)
+    bad = [batcher.submit(prompt, settings) for prompt in ([BAD], [5] * 9 + [BAD, 7], [BAD])]
+    gone = batcher.submit([BAD] * 30, settings)
+    behind = [batcher.submit([3, 4], settings) for _ in range(2)]
+    found: dict[int, list[Event]] = {}
+    while not batcher.idle:
+        for event in batcher.step():
+            found.setdefault(event.id, []).append(event)
+        if any(r.id == gone and r.fed for r in batcher._running.values()):
+            batcher.cancel(gone)  # before anybody could tell: its row holds what it has read
+    for request in bad:
+        (event,) = found[request]
+        assert (event.tokens, event.finished) == ((), "failed")
+        assert event.error is not None
+        assert "got logits that are not finite behind" in event.error
+    assert found[gone][-1].finished == "cancelled"
+    for request, prompt in ((good, [1, 2]), *((b, [3, 4]) for b in behind)):
+        assert (_tokens(found[request]), found[request][-1].finished) == _alone(model, prompt, settings)
+
+
+def test_what_was_written_before_the_logits_were_lost_stays(model: Decoder, broken: Decoder) -> None:
+    """And an infinite logit is as lost as a NaN."""
+    free, _ = _alone(model, [3, 1], Sampling(temperature=0, max_tokens=20))
+    token = next(t for t in free if t not in (3, 1))
+    with torch.no_grad():
+        broken.model["embed_tokens"].weight.copy_(model.model["embed_tokens"].weight)
+        broken.model["embed_tokens"].weight[token] = math.nan
+    (events,) = _drain_one(Batcher(broken, slots=1), [3, 1], Sampling(temperature=0, max_tokens=20))
+    assert (_tokens(events), events[-1].finished) == (free[: free.index(token) + 1], "failed")
+    with torch.no_grad():
+        broken.model["embed_tokens"].weight.copy_(model.model["embed_tokens"].weight)
+        broken.lm_head.weight[:] = math.inf
+    (events,) = _drain_one(Batcher(broken, slots=1), [3, 1], Sampling(temperature=0, max_tokens=20))
+    assert (_tokens(events), events[-1].finished) == ([], "failed")

@@ -86,14 +86,29 @@ def test_a_difference_is_paired() -> None:
     a = [Answered((b,), (10,), 0, False) for b in own + rng.normal(0, 1, 400)]
     b = [Answered((b,), (10,), 0, False) for b in own - 5 + rng.normal(0, 1, 400)]
     found = difference(a, b)
-    assert found.low < -0.5 < found.high < 0
-    assert found.high - found.low < 0.1 < found.gold_bpb * -1
+    assert found.accuracy is None, "one answer each: there was nothing to choose"
+    bits = found.gold_bpb
+    assert bits.low < -0.5 < bits.high < 0
+    assert bits.high - bits.low < 0.1 < bits.effect * -1
     delta = np.array([y.bits[0] - x.bits[0] for x, y in zip(a, b, strict=True)]) / 10
     expected = stats.ttest_1samp(delta, 0).confidence_interval()
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-6)
-    assert found.least_effect > (found.high - found.low) / 2
+    assert (bits.low, bits.high) == pytest.approx((expected.low, expected.high), rel=1e-6)
+    assert bits.least_effect > (bits.high - bits.low) / 2
     with pytest.raises(ConfigError, match="same questions"):
         difference(a, b[:-1])
+
+
+def test_a_difference_in_accuracy_is_paired_too() -> None:
+    """Questions that neither model or both get right add nothing to the effect."""
+    right, wrong = Answered((1.0, 2.0), (4, 4), 0, False), Answered((2.0, 1.0), (4, 4), 0, False)
+    single = Answered((9.0,), (4,), 0, False)
+    a = [right] * 30 + [wrong] * 70 + [single]
+    b = [right] * 30 + [right] * 10 + [wrong] * 60 + [single]
+    found = difference(a, b).accuracy
+    assert found is not None
+    expected = stats.ttest_1samp([0.0] * 90 + [1.0] * 10, 0).confidence_interval()
+    assert (found.effect, found.low, found.high) == pytest.approx((0.1, expected.low, expected.high), rel=1e-6)
+    assert found.least_effect > found.high - found.effect
 
 
 def test_files_of_each_layout(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def test_a_model_beside_itself_differs_by_nothing(
     assert examine.main([*asked, "--limit", "3"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["arc.jsonl"]
     assert found["questions"] == found["less_than_other"]["questions"] == 3
-    assert found["less_than_other"]["gold_bpb"] == 0
+    assert found["less_than_other"]["gold_bpb"]["effect"] == 0
+    assert found["less_than_other"]["accuracy"]["effect"] == 0
 
 
 @pytest.mark.parametrize("options", [["--limit", "0"], ["--limit", "-1"], ["--against", "b", "--limit", "1"]])

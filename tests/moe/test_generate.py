@@ -19,6 +19,8 @@ from moe.presets import preset
 from moe.sampling import Sampling
 from moe.trainer import read_metrics, train
 
+GREEDY = Sampling(temperature=0)
+
 
 @pytest.fixture
 def folder(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) -> Path:
@@ -29,15 +31,15 @@ def folder(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) 
 def test_generate_stops_at_eos_and_at_its_limits() -> None:
     config = preset("ci", vocab_size=8, eos=3)
     model = Decoder(config).eval()
-    assert len(list(generate(model, [1, 2], max_tokens=5, seed=1))) <= 5
+    assert len(list(generate(model, [1, 2], Sampling(max_tokens=5, seed=1)))) <= 5
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits: greedy takes token 0
-    assert list(generate(model, [1, 2], max_tokens=5, temperature=0)) == [0] * 5
-    assert list(generate(model, [1] * 60, temperature=0)) == [0] * 4, "EOS, 60 and all but the last new token fill 64"
+    assert list(generate(model, [1, 2], Sampling(max_tokens=5, temperature=0))) == [0] * 5
+    assert list(generate(model, [1] * 60, GREEDY)) == [0] * 4, "EOS, 60 and all but the last new token fill 64"
     eos_first = Decoder(dataclasses.replace(config, eos=0)).eval()
     with torch.no_grad():
         eos_first.lm_head.weight.zero_()
-    assert list(generate(eos_first, [1], temperature=0)) == []
+    assert list(generate(eos_first, [1], GREEDY)) == []
 
 
 def test_generate_equals_a_full_forward_for_each_token(folder: Path) -> None:
@@ -48,12 +50,12 @@ def test_generate_equals_a_full_forward_for_each_token(folder: Path) -> None:
     expected = tokens[4:]
     if 0 in expected:
         expected = expected[: expected.index(0)]
-    assert list(generate(model, [5, 6, 7], max_tokens=20, temperature=0)) == expected
+    assert list(generate(model, [5, 6, 7], Sampling(max_tokens=20, temperature=0))) == expected
 
 
 def test_generate_is_seeded(folder: Path) -> None:
     model = checkpoint.load(folder)
-    answers = [tuple(generate(model, [5], max_tokens=30, seed=s)) for s in (1, 1, 2)]
+    answers = [tuple(generate(model, [5], Sampling(max_tokens=30, seed=s))) for s in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 
@@ -64,15 +66,13 @@ def test_many_prompts_are_answered_in_their_order() -> None:
     each = [Sampling(temperature=0.5 * (i % 2), seed=i, max_tokens=6 + i) for i in range(4)]
     answers = generate_batch(model, prompts, each, slots=3)
     for prompt, sampling, answer in zip(prompts, each, answers, strict=True):
-        alone = generate(
-            model, prompt, max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed
-        )
+        alone = generate(model, prompt, sampling)
         assert answer.tokens == tuple(alone)
         assert answer.finished == ("length" if len(answer.tokens) == sampling.max_tokens else "stop")
         assert (answer.text, answer.logprobs) == ("", None)
     events = list(stream(model, prompts, each, slots=3))
     assert [tuple(t for e in events if e.id == i for t in e.tokens) for i in range(4)] == [a.tokens for a in answers]
-    drafted = list(generate(model, [5], max_tokens=6, temperature=0, speculate=True))
+    drafted = list(generate(model, [5], Sampling(max_tokens=6, temperature=0), speculate=True))
     assert drafted == list(answers[0].tokens)
     scored = generate_batch(model, [[5]], Sampling(temperature=0, max_tokens=6, logprobs=1))[0]
     assert scored.logprobs is not None
@@ -95,8 +95,9 @@ def test_many_prompts_are_answered_in_their_order() -> None:
     ],
 )
 def test_generate_refuses(settings: dict, message: str) -> None:
+    given = dict(settings)
     with pytest.raises(ConfigError, match=message):
-        generate(Decoder(preset("ci", vocab_size=64, eos=0)), **settings)
+        generate(Decoder(preset("ci", vocab_size=64, eos=0)), given.pop("prompt"), Sampling(**given))
 
 
 @pytest.fixture
@@ -135,11 +136,13 @@ def text_run(tmp_path: Path) -> tuple[Path, Tokenizer]:
 def test_text_is_continued(text_run: tuple[Path, Tokenizer], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = text_run
     (tokenizer_json := folder.parent / "tokenizer.json").unlink()
-    answer = generate_text(folder, "Unless required by applicable", max_tokens=8, temperature=0)
+    answer = generate_text(folder, "Unless required by applicable", Sampling(max_tokens=8, temperature=0))
     assert answer.startswith(" law or agreed")
     assert read_metrics(folder)[-1]["loss"] < 0.5
-    assert generate_text(folder, "Unless required by", max_tokens=20, temperature=0, stop=["agreed"]).endswith(" or ")
-    assert generate_text(folder, "Licensé 許 \x00", max_tokens=3, temperature=0) is not None
+    assert generate_text(
+        folder, "Unless required by", Sampling(max_tokens=20, temperature=0, stop=("agreed",))
+    ).endswith(" or ")
+    assert generate_text(folder, "Licensé 許 \x00", Sampling(max_tokens=3, temperature=0)) is not None
     arguments = [str(folder), "--prompt", "Unless required by applicable", "--max-tokens", "8", "--temperature", "0"]
     assert main([*arguments, "--device", "cpu"]) == 0
     assert capsys.readouterr().out == answer + "\n"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe import harness
+from moe import harness, hub
 from moe.harness import Harness
+from moe.use import Use
 from tests.moe.texts import tokenizer_of, uniform
 
 TEXTS = ["Question: What is red?\nAnswer: an apple", "Question: What is green?\nAnswer: grass and leaves"]
@@ -18,7 +19,7 @@ TEXTS = ["Question: What is red?\nAnswer: an apple", "Question: What is green?\n
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Harness:
     tokenizer = tokenizer_of(TEXTS)
-    monkeypatch.setattr(harness.moe, "load", lambda folder: uniform(tokenizer, context=32))
+    monkeypatch.setattr(Use, "load", lambda self, folder: uniform(tokenizer, context=32))
     monkeypatch.setattr(harness, "load_tokenizer", lambda folder: tokenizer)
     return Harness("unused")
 
@@ -91,3 +92,26 @@ def test_a_task_of_the_harness_runs(model: Harness, tmp_path: Path) -> None:
     }
     found = simple_evaluate(model=model, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
     assert found["results"]["colours"]["acc,none"] == 0.5, "the shorter answer is likelier, and right every other time"
+
+
+def test_the_command_runs_tasks_of_local_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a network: a task that is a YAML file over a JSONL file, scored and written; and tasks that nobody knows."""
+    tokenizer = tokenizer_of(TEXTS)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    folder = hub.export(uniform(tokenizer), tmp_path / "hub", tokenizer=tmp_path / "tokenizer.json")
+    rows = [{"q": "What is red?", "options": ["an apple", "grass and leaves"], "gold": i % 2} for i in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "tasks").mkdir()
+    files = {"data_files": {"test": str(tmp_path / "test.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "colours", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{options}}"}
+    task |= {"doc_to_target": "gold", "metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "colours.yaml").write_text(json.dumps(task))  # JSON is YAML
+    asked = [str(folder), "--include", str(tmp_path / "tasks"), "--device", "cpu"]
+    assert harness.main([*asked, "--tasks", "colours", "--output", str(tmp_path / "out.json")]) == 0
+    assert "colours" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["colours"]["acc,none"] == 0.5
+    assert harness.main([str(folder), "--include", str(tmp_path / "none"), "--tasks", "colours"]) == 2
+    assert "--include: no folder" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The server through OpenAI's own client, on a real socket: answers, streams, errors, full queues, clients that leave."""
 
 import asyncio
+import copy
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 import torch
 import uvicorn
 from openai import OpenAI
+from starlette.requests import Request
 
 from core.errors import ConfigError
 from moe.batching import Batcher, Full
@@ -85,12 +87,16 @@ def client(address: str) -> OpenAI:
 
 def greedy(model: Decoder, tokenizer: Any, text: str, count: int) -> str:
     """What plain greedy decoding gives, one full forward a token."""
+    return str(tokenizer.decode(greedy_ids(model, tokenizer, text, count)))
+
+
+def greedy_ids(model: Decoder, tokenizer: Any, text: str, count: int) -> list[int]:
     tokens = [0, *tokenizer.encode(text).ids]
     start = len(tokens)
     with torch.inference_mode():
         for _ in range(count):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    return str(tokenizer.decode(tokens[start:]))
+    return tokens[start:]
 
 
 def test_a_completion_is_what_the_model_says(client: OpenAI, model: Decoder, tokenizer: Any) -> None:
@@ -507,3 +513,154 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert told.returncode == 2
     assert told.stderr.startswith("serve: ")
     assert told.stderr.count("\n") == 1
+
+
+def broken(model: Decoder, token: int) -> Decoder:
+    """The model, but whoever reads that token gets NaN."""
+    lost = copy.deepcopy(model)
+    with torch.no_grad():
+        lost.model["embed_tokens"].weight[token] = float("nan")
+    return lost
+
+
+def test_logits_that_are_no_numbers_are_one_clear_error_and_the_server_goes_on(model: Decoder, tokenizer: Any) -> None:
+    (token,) = tokenizer.encode("Z").ids
+    with served(Batcher(broken(model, token), tokenizer, slots=2), tokenizer) as (url, serving):
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+        asked: dict[str, Any] = {"model": NAME, "max_tokens": 6, "temperature": 0}
+        with pytest.raises(openai.InternalServerError, match="got logits that are not finite") as told:
+            client.completions.create(**asked, prompt=["law", "Z"])
+        assert (told.value.code, told.value.type) == ("model_failed", "server_error")
+        with pytest.raises(openai.APIError, match="got logits that are not finite"):
+            list(client.completions.create(**asked, prompt="Z", stream=True))
+        for more in ({"echo": True, "logprobs": 1, "max_tokens": 0}, {"echo": True, "logprobs": 1, "stream": True}):
+            with pytest.raises(openai.InternalServerError, match="got logits that are not finite"):
+                client.completions.create(**{**asked, **more}, prompt="lawZ law")
+        assert client.completions.create(**asked, prompt="law").choices[0].text == greedy(model, tokenizer, "law", 6)
+        assert httpx.get(f"{url}/health").status_code == 200
+        until(lambda: serving.service.running == 0)
+
+
+def test_an_answer_ends_at_the_models_own_tokens_and_a_chat_at_its_templates(model: Decoder, tokenizer: Any) -> None:
+    """A hub folder's generation_config may name several tokens, its tokenizer_config the one that ends a turn."""
+    own = copy.copy(model)
+    batcher = Batcher(own, tokenizer, slots=1)
+    with served(batcher, tokenizer) as (url, serving):
+        client = OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+        said: Any = [{"role": "user", "content": "as is?"}]
+        asked: dict[str, Any] = {"model": NAME, "messages": said, "temperature": 0, "max_tokens": 20}
+
+        whole = greedy_ids(model, tokenizer, "User: as is?\n\nAssistant:", 20)
+        end = next(i for i, token in enumerate(whole) if i > 2 and token not in whole[:i])
+        text = tokenizer.id_to_token(whole[end])
+        completions: dict[str, Any] = {"model": NAME, "prompt": "User: as is?\n\nAssistant:", "temperature": 0}
+        serving.template = ChatTemplate(PLAIN, (), (("eos_token", text), ("bos_token", "<eos>")))
+        chat = client.chat.completions.create(**asked)
+        assert chat.usage is not None
+        assert (chat.usage.completion_tokens, chat.choices[0].finish_reason) == (end, "stop")
+        serving.template = ChatTemplate("{{ bos_token }}" + PLAIN, (), (("eos_token", text), ("bos_token", "<eos>")))
+        assert client.chat.completions.create(**asked).usage == chat.usage, "a document begins once"
+        plain = client.completions.create(**completions, max_tokens=20)
+        assert plain.usage is not None
+        assert plain.usage.completion_tokens == 20, "a text that is no chat does not end with a turn"
+        own.stop_tokens = (whole[end],)
+        plain = client.completions.create(**completions, max_tokens=20)
+        assert plain.usage is not None
+        assert (plain.usage.completion_tokens, plain.choices[0].finish_reason) == (end, "stop")
+
+
+def test_a_stream_that_nobody_ever_read_is_cancelled(model: Decoder, tokenizer: Any) -> None:
+    """The client leaves between the opening of its choices and the first event: the events' own end never runs."""
+    service = Service(Batcher(model, tokenizer, slots=1))
+    serving = Serving(service, tokenizer, ChatTemplate(PLAIN), NAME)
+    body = json.dumps({"model": NAME, "prompt": "law", "max_tokens": 500, "stream": True}).encode()
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [],
+        "query_string": b"",
+    }
+
+    async def leave() -> None:
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def reading() -> Any:
+            if given:
+                return given.pop()
+            return await asyncio.get_running_loop().create_future()
+
+        async def gone() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+
+        response = await serving._answer(Request(scope, reading), chat=False)
+        assert service.running == 1
+        await response(scope, gone, send)
+
+    service.start()
+    try:
+        asyncio.run(leave())
+        until(lambda: service.running == 0 and service.batcher.idle)
+        assert service.tokens_out < 500
+    finally:
+        service.stop()
+
+
+def test_what_the_http_layer_owes(address: str) -> None:
+    """Methods, kinds of bodies, and bodies far beyond the bound."""
+    body = {"model": NAME, "prompt": "x", "max_tokens": 1}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        told = httpx.post(f"{address}/v1/completions", content=json.dumps(body), headers={"content-type": kind})
+        assert (told.status_code, told.json()["error"]["code"]) == (415, "wrong_content_type")
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
+        told = httpx.post(f"{address}/v1/completions", content=json.dumps(body), headers={"content-type": kind})
+        assert told.status_code == 200
+    for method in ("HEAD", "OPTIONS", "PUT"):
+        told = httpx.request(method, f"{address}/v1/completions")
+        assert (told.status_code, told.headers["allow"]) == (405, "POST")
+    assert httpx.head(f"{address}/v1/models").status_code == 200
+    huge = httpx.post(f"{address}/v1/completions", content=b"[" + b" " * 20_000_000, timeout=60)
+    assert (huge.status_code, huge.json()["error"]["code"]) == (413, "too_large")
+    assert httpx.post(f"{address}/v1/completions", content=b"").status_code == 400
+
+
+def test_options_of_a_stream_want_a_stream(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="stream_options: set without stream"):
+        client.post(
+            "/completions",
+            body={"model": NAME, "prompt": "x", "max_tokens": 1, "stream_options": {"include_usage": True}},
+            cast_to=dict,
+        )
+
+
+def test_many_streams_at_once_are_each_their_own_answer(address: str, client: OpenAI) -> None:
+    """More streams than slots, with two choices each: every one equals the whole answer of its seed."""
+
+    async def all_of_them() -> list[list[str]]:
+        web = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=120)
+
+        async def one(seed: int) -> list[str]:
+            texts = ["", ""]
+            usage = None
+            stream = await web.completions.create(
+                model=NAME, prompt="software", max_tokens=8, n=2, seed=seed, stream=True,
+                stream_options={"include_usage": True},
+            )  # fmt: skip
+            async for part in stream:
+                usage = part.usage or usage
+                for choice in part.choices:
+                    texts[choice.index] += choice.text
+            assert usage is not None
+            assert usage.completion_tokens <= 16
+            return texts
+
+        return await asyncio.gather(*(one(seed) for seed in range(7)))
+
+    found = asyncio.run(all_of_them())
+    for seed in (0, 6):
+        whole = client.completions.create(model=NAME, prompt="software", max_tokens=8, n=2, seed=seed)
+        assert [c.text for c in whole.choices] == found[seed]
+    assert found[0][1] == found[1][0], "the second choice has the seed plus one"

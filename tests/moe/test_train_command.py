@@ -29,6 +29,7 @@ from moe.optim import build
 from moe.plan import plan
 from moe.progress import line, live, load_line
 from moe.run_file import read_run
+from moe.sampling import Sampling
 from moe.token_files import open_source
 from moe.train import main
 from moe.trainer import train
@@ -150,7 +151,7 @@ def test_two_ranks_are_killed_and_one_goes_on(file: Path, alone: Path) -> None:
     bpb = [[d["bpb"] for d in evaluate(f, held).values()] for f in (folder, alone)]
     assert bpb[0] == pytest.approx(bpb[1], rel=1e-5)
     models = [checkpoint.load(f) for f in (folder, alone)]
-    texts = [list(generate(model, [5, 6, 7], max_tokens=8, temperature=0)) for model in models]
+    texts = [list(generate(model, [5, 6, 7], Sampling(max_tokens=8, temperature=0))) for model in models]
     assert texts[0] == texts[1]
 
 

@@ -333,6 +333,36 @@ def test_mixtures_and_model(trained: tuple[Pipeline, Root]) -> None:
     assert "290 k parameters" in texts(tree, "//section[@id='model']/p")[0]
 
 
+def test_questions_and_problems(trained: tuple[Pipeline, Root]) -> None:
+    """One table of each kind, with the paired difference where another model was asked too; absent where nothing was."""
+    pipeline, root = trained
+    assert not page(pipeline, root).xpath("//section[@id='questions']")
+    arc = {"questions": 400, "gold_bpb": 1.23456, "gold_bpb_error": 0.0123, "greedy_fraction": 0.01, "chance": 0.25}
+    arc |= {"accuracy": 0.3, "accuracy_low": 0.26, "accuracy_high": 0.35, "accuracy_per_byte": 0.31}
+    single = arc | {"accuracy": None, "accuracy_low": None, "accuracy_high": None, "chance": None}
+    paired = {"effect": -0.0312, "low": -0.05, "high": -0.0124, "least_effect": 0.0275}
+    gsm = {"questions": 50, "right": 5, "low": 0.04, "high": 0.21, "without_number": 7}
+    found = {"held_out": {}, "samples": [], "against": "train@anneal", "problems": {"gsm8k": gsm}}
+    found["questions"] = {"arc <easy>": arc | {"less_than_other": {"gold_bpb": paired, "accuracy": None}}}
+    found["questions"]["lambada"] = single | {"less_than_other": {"gold_bpb": paired, "accuracy": None}}
+    before = root.read_bytes("models/m/evaluation.json")
+    root.write_json("models/m/evaluation.json", found)
+    try:
+        tree = page(pipeline, root)
+    finally:
+        root.write_bytes("models/m/evaluation.json", before)
+    asked, posed = tree.xpath("//section[@id='questions']//table")
+    assert [" ".join(c.itertext()).strip() for c in asked.xpath(".//th")][-2:] == ["less train@anneal", "detectable"]
+    row = [" ".join("".join(c.itertext()).split()) for c in asked.xpath(".//tbody/tr[1]/td")]
+    assert row == [
+        "arc <easy>", "400", "1.2346 ± 0.0123", "30.0 % 26.0 % to 35.0 %", "25.0 %", "1.0 %", "-0.0312 -0.0500 to -0.0124",
+        "0.0275",
+    ]  # fmt: skip
+    assert [" ".join("".join(c.itertext()).split()) for c in posed.xpath(".//tbody/tr[1]/td")] == [
+        "gsm8k", "50", "10.0 % 4.0 % to 21.0 %", "7",
+    ]  # fmt: skip
+
+
 def test_the_course_of_a_run(trained: tuple[Pipeline, Root]) -> None:
     """A curve for each routed layer, the last loads as bars, and each alarm with the updates at which it held."""
     tree = page(*trained)
