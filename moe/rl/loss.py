@@ -31,31 +31,32 @@ CHUNK = 1024  # tokens whose logits exist at once; as moe/score.py
 class Policy:
     """What is known of the sampled tokens before an update, [B, T] each, and the trajectories' advantages [B]."""
 
-    old_BT: Tensor  # log-probabilities by the weights at the generation's start
-    sampler_BT: Tensor  # by the engine that sampled them, with its weights
-    real_BT: Tensor  # bool
-    advantage_B: Tensor
-    weight_BT: Tensor  # of each token in the mean; sums to 1 over the update's real tokens
+    old: Tensor  # log-probabilities by the weights at the generation's start
+    sampler: Tensor  # by the engine that sampled them, with its weights
+    real: Tensor  # bool
+    advantage: Tensor
+    weight: Tensor  # of each token in the mean; sums to 1 over the update's real tokens
 
 
 @dataclass(frozen=True)
 class Masks:
     """Which tokens stay, which trajectories, and the ratios that decided."""
 
-    token_BT: Tensor  # bool, False in padding
-    trajectory_B: Tensor  # bool
-    ratio_BT: Tensor  # 1 in padding
-    ratio_B: Tensor
+    token: Tensor  # [B, T] bool, False in padding
+    trajectory: Tensor  # [B] bool
+    ratio: Tensor  # [B, T], 1 in padding
+    trajectory_ratio: Tensor  # [B]
 
     @property
-    def kept_BT(self) -> Tensor:
-        return self.token_BT & self.trajectory_B[:, None]
+    def kept(self) -> Tensor:
+        """Tokens that pass both masks."""
+        return self.token & self.trajectory[:, None]
 
 
 def masks(numerator_BT: Tensor, policy: Policy, config: RLConfig) -> Masks:
     """The masks of MIS-PO; `numerator_BT` are the log-probabilities that stand over the sampler's."""
-    real_BT = policy.real_BT
-    log_BT = torch.where(real_BT, numerator_BT.detach() - policy.sampler_BT, 0.0)
+    real_BT = policy.real
+    log_BT = torch.where(real_BT, numerator_BT.detach() - policy.sampler, 0.0)
     log_B = log_BT.sum(1) / real_BT.sum(1).clamp(min=1)
     ratio_BT, ratio_B = log_BT.exp(), log_B.exp()
     return Masks(
@@ -65,18 +66,18 @@ def masks(numerator_BT: Tensor, policy: Policy, config: RLConfig) -> Masks:
 
 def policy_loss(logp_BT: Tensor, policy: Policy, config: RLConfig) -> tuple[Tensor, Masks]:
     """The loss that is minimised, 0-d, and the masks; `ppo` and `reinforce` report the masks and do not use them."""
-    found = masks(logp_BT if config.ratio_of == "current" else policy.old_BT, policy, config)
-    advantage_B1 = policy.advantage_B[:, None]
+    found = masks(logp_BT if config.ratio_of == "current" else policy.old, policy, config)
+    advantage_B1 = policy.advantage[:, None]
     if config.loss == "ppo":
-        ratio_BT = torch.where(policy.real_BT, logp_BT - policy.old_BT, 0.0).exp()
+        ratio_BT = torch.where(policy.real, logp_BT - policy.old, 0.0).exp()
         near_BT = ratio_BT.clamp(1 - config.ppo_clip, 1 + config.ppo_clip)
         gain_BT = torch.minimum(ratio_BT * advantage_B1, near_BT * advantage_B1)
-        kept_BT = policy.real_BT
+        kept_BT = policy.real
     else:
         gain_BT = logp_BT * advantage_B1
-        kept_BT = found.kept_BT if config.loss == "mispo" else policy.real_BT
+        kept_BT = found.kept if config.loss == "mispo" else policy.real
     # Not a product with the mask: padding may hold an infinity.
-    return -torch.where(kept_BT, gain_BT * policy.weight_BT, 0.0).sum(), found
+    return -torch.where(kept_BT, gain_BT * policy.weight, 0.0).sum(), found
 
 
 def token_weights(lengths_B: Tensor, real_BT: Tensor, config: RLConfig) -> Tensor:

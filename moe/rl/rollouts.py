@@ -1,14 +1,14 @@
 """A generation of answers: sampled, judged, kept in a file, and turned into advantages.
 
-In: the model, tasks, a reward. Out, in `generations/<number>.jsonl`, written whole or not at all: a first line with the number, the
-hash of the weights that sampled it, and of those that the snapshot is of; then a line an answer, a group's `samples` together:
+In: the model, tasks, a reward. Out, in `generations/<number>.jsonl`, written whole or not at all: a first line with the number,
+the hash of the weights that sampled it, and of those of the snapshot; then a line an answer, a group's `samples` together:
 
     task str, sample int        tokens [int], the one that ended it included         logprobs [float], the sampler's, one a token
     text str, without the end   truncated bool                                       reward float; null: the task cannot be judged
     old_logprobs [float]        by the weights at the generation's start; null before training comes to it
 
-A generation is a function of weights, seed, number and tasks: which draws an answer takes depends on (seed, number, place, sample),
-and near ties on what stands beside it (moe/batching.py). Log-probabilities are of the policy that sampled, its temperature
+A generation is a function of weights, seed, number and tasks: draws depend on (seed, number, place of the task, sample), and
+near ties on what stands beside an answer (moe/batching.py). Log-probabilities are of the policy that sampled, its temperature
 included. The file is read by a resume, so that neither sampling nor a verifier has to repeat itself.
 
 Legend: G groups, N answers of a group.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import xxhash
 
-from core.errors import ConfigError, InputError, StageError
+from core.errors import ConfigError, InputError, StageError, StepwellError
 from core.hashing import seeded
 from moe import checkpoint
 from moe.generate import stream
@@ -125,6 +125,8 @@ def judged(made: Sequence[Trajectory], tasks: Tasks, reward: Reward) -> tuple[Tr
             found = None if one.task in rejected else float(reward(one.task, one.text))
         except InputError as error:
             rejected[one.task], found = str(error), None
+        except StepwellError:
+            raise
         except Exception as error:
             raise StageError(
                 f"rl: the reward of {tasks.names[one.task]} failed, got {type(error).__name__}: {error} for {one.text[:80]!r}, "

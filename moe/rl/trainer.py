@@ -1,8 +1,7 @@
 """Reinforcement learning of a decoder on tasks with a reward: generations of answers, and updates on them.
 
-In: `RLConfig`, `Tasks`, a reward, the folder of a trained model. Out, in the run's folder: checkpoints (moe/checkpoint.py, so that
-all that reads a training run's reads them), the start's tokenizer and chat template, `rl.json` (the settings that a resume must
-share), `generations/` (moe/rl/rollouts.py) and `metrics.jsonl`, one line an update:
+In: `RLConfig`, `Tasks`, a reward, the folder of a trained model. Out: the run's folder (moe/rl/folder.py), whose checkpoints are
+read by all that reads a training run's, and in it `metrics.jsonl`, one line an update:
 
     step int, from 1        generation int, from 0        tokens int, trained on so far      skipped bool, no weight changed
     reward_mean, reward_std, truncated_fraction float, answer_tokens {mean, max}: of the whole generation's answers
@@ -22,7 +21,6 @@ a generation is a function of weights, seed and number, and lies in a file with 
 sampled by the weights from before generation g - n. One rank.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -40,19 +38,18 @@ from moe import checkpoint
 from moe.alarms import Alarm, Alarms, Limits
 from moe.device import device_of, memory_bytes, memory_named, repeatable
 from moe.generate import load_tokenizer
-from moe.metrics import METRICS, TIME_FIELDS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
+from moe.metrics import TIME_FIELDS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
 from moe.model import Decoder
 from moe.optim import build
 from moe.parallel import World
 from moe.rl import rollouts
-from moe.rl.config import RLConfig, identity_digest, rl_differences
+from moe.rl.config import RLConfig, identity_digest
+from moe.rl.folder import begin, newest, oldest_step, tokenizer_file
 from moe.rl.rollouts import Generation
 from moe.rl.tasks import WATCHED, Reward, Tasks
 from moe.rl.update import PolicyUpdater
-from moe.server import chat
 from moe.update import placed
 
-RECORD, FORMAT = "rl.json", 1
 TIMES = (*TIME_FIELDS, "sample_s")
 
 
@@ -82,26 +79,24 @@ def reinforce(
 ) -> RLSummary:
     """Trains to `config.steps`, from the folder's checkpoint if it has one, else from the weights of `start`.
 
-    `on_step` gets each metrics row after it is written. A config or tasks that differ from the folder's are refused, and all checks
-    come before the first byte; a run that stops overwrites nothing.
+    `on_step` gets each metrics row after it is written. A config or tasks that differ from the folder's are refused, and all
+    checks come before the first byte; a run that stops overwrites nothing.
     """
     device = device_of(config.device)
     if config.tensorboard:
         check_tensorboard()
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"rl: the run's folder is a file, got {folder}, expected a folder or nothing there")
-    found = _found(config, tasks, folder)
-    if found is None and not Path(start).is_dir():
+    folder, start = Path(folder), Path(start)
+    found = newest(config, tasks, folder)
+    if found is None and not start.is_dir():
         raise ConfigError(f"rl: nothing to start from, got {start}, expected the folder of a trained model")
-    model = _stored(found) if found is not None else moe.load(start)
+    model = checkpoint.load(found[0]) if found is not None else moe.load(start)
     rollouts.check_tasks(tasks, config, model.config.context, model.config.vocab_size)
-    tokenizer = load_tokenizer(folder if found is not None else Path(start))
+    tokenizer = load_tokenizer(folder if found is not None else start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     fd = checkpoint.lock(folder)
     try:
-        run = _Run(config, tasks, reward, folder, Path(start), model, tokenizer, found, device, limits)
+        run = _Run(config, tasks, reward, folder, start, model, tokenizer, found, device, limits)
         with repeatable(config.deterministic, device), memory_named(run.train_config, folder, 1):
             began = time.perf_counter()
             run.to_end(on_step)
@@ -142,6 +137,7 @@ class _Run:
         self.updater = PolicyUpdater(config, self.model, self.optimizer, tasks.prompts)
         worst = model.config.experts / model.config.top_k - 1
         self.alarms, self.raised = Alarms(limits or Limits(stop=WATCHED), worst), set[str]()
+        self.holding: list[Alarm] = []  # of the last update
         self.tokens, self.sample_s = 0, 0.0
         self.generation: Generation | None = None
         self._open(found, start)
@@ -152,7 +148,7 @@ class _Run:
             while self.step < self.config.steps:
                 row = self.update()
                 metrics.write(row)
-                self._stop_if_doomed(row)
+                self._stop_if_doomed()
                 if self.step % self.config.checkpoint_steps == 0 or self.step == self.config.steps:
                     metrics.sync()
                     self.save()
@@ -175,9 +171,10 @@ class _Run:
         count = sum(len(t.tokens) for t in trained)
         self.tokens += count
         row = {"step": self.step, "generation": number, "tokens": self.tokens} | _rewards(generation, found) | values
-        if holding := self.alarms.see(_watched(row)):
-            row["alarms"] = [{"name": a.name, "found": a.found, "expected": a.expected} for a in holding]
-            self.raised |= {alarm.name for alarm in holding}
+        self.holding = self.alarms.see(_watched(row))
+        if self.holding:
+            row["alarms"] = [{"name": a.name, "found": a.found, "expected": a.expected} for a in self.holding]
+            self.raised |= {alarm.name for alarm in self.holding}
         seconds = time.perf_counter() - began
         row |= {"sample_s": self.sample_s} if part == 0 else {}
         self.sample_s = 0.0
@@ -205,9 +202,7 @@ class _Run:
             mixture=identity_digest(self.config, self.tasks.fingerprint),
             tokenizer=self.own_tokenizer,
         )
-        kept = [p.name for p in (self.folder / checkpoint.CHECKPOINTS).iterdir() if checkpoint.OURS.fullmatch(p.name)]
-        oldest = min(int(name.removeprefix("step-").removesuffix(checkpoint.TEMPORARY)) for name in kept)
-        rollouts.remove_before(self.folder, oldest // self.config.updates)
+        rollouts.remove_before(self.folder, oldest_step(self.folder) // self.config.updates)
 
     def summary(self, train_s: float) -> RLSummary:
         rows = read_metrics(self.folder)
@@ -270,68 +265,16 @@ class _Run:
             cut_metrics(self.folder, self.step)
             checkpoint.remove_old(self.folder, found[0].name, self.config.keep)
             return
-        checkpoint.copy_file(tokenizer_file(start), self.folder / checkpoint.TOKENIZER)
-        for name in (chat.FILE, chat.CONFIG):
-            if (start / name).is_file():
-                checkpoint.copy_file(start / name, self.folder / name)
-        record = {"format": FORMAT, "tasks": self.tasks.fingerprint, "config": self.config.identity}
-        checkpoint.replace_text(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
-        checkpoint.replace_text(self.folder / METRICS, "")
+        begin(self.config, self.tasks, self.folder, start)
         self.save()
 
-    def _stop_if_doomed(self, row: dict[str, Any]) -> None:
-        names = {a["name"]: a for a in row.get("alarms", [])}
-        stopping = next(
-            (Alarm(n, a["found"], a["expected"], "") for n, a in names.items() if n in self.alarms.limits.stop), None
-        )
-        if stopping is not None:
+    def _stop_if_doomed(self) -> None:
+        alarm = self.alarms.stops(self.holding)
+        if alarm is not None:
             raise StageError(
-                f"rl: update {self.step}: alarm {stopping.name}, got {stopping.found}, expected {stopping.expected}; "
-                f"{checkpoint.find(self.folder).name} stands: lower optim.lr, in a new folder, or go on here with "
-                f"{stopping.name} left out of alarms.stop"
+                f"rl: update {self.step}: {alarm} in a new folder; {checkpoint.find(self.folder).name} stands, or go on here "
+                f"with {alarm.name} left out of alarms.stop"
             )
-
-
-def tokenizer_file(start: Path) -> Path:
-    """The tokenizer.json that belongs to a run, a checkpoint or a hub folder."""
-    start = Path(start)
-    if (start / checkpoint.TOKENIZER).is_file():
-        return start / checkpoint.TOKENIZER
-    return checkpoint.find(start).parent.parent / checkpoint.TOKENIZER
-
-
-def _found(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoint.State] | None:
-    """The folder's newest checkpoint, if it is one of this run."""
-    if not (folder / checkpoint.LATEST).is_file():
-        checkpoint.check_empty(folder)
-        if (folder / METRICS).is_file() and (folder / METRICS).stat().st_size:
-            raise StageError(
-                f"rl: {folder / METRICS} belongs to a run without checkpoints, got {(folder / METRICS).stat().st_size} bytes, "
-                f"expected none; put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
-            )
-        return None
-    path = checkpoint.find(folder)
-    _, state = checkpoint.read(path)
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        stored, known = dict(record["config"]), record["tasks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"rl: {folder} is no run of reinforcement learning, got {type(error).__name__} of {RECORD}, expected the file that "
-            "one writes; use a new folder, with this one as its start"
-        ) from error
-    problems = rl_differences(stored, config)
-    if known != tasks.fingerprint:
-        problems.append("tasks: the prompts, their order, their answers or the stops are not those of the run")
-    if not problems and state.mixture != identity_digest(config, tasks.fingerprint):
-        problems.append(f"checkpoint: {path.name} was written by another run than {RECORD} tells of")
-    if problems:
-        raise ConfigError(f"rl: {folder} holds another run, expected equal settings; use a new folder", *problems)
-    return path, state
-
-
-def _stored(found: tuple[Path, checkpoint.State]) -> Decoder:
-    return checkpoint.load(found[0])
 
 
 def _rewards(generation: Generation, found: rollouts.Advantages) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One update of the policy: forward and backward over trajectories, the optimiser's step, and what was measured.
 
 In: trajectories with their snapshot's log-probabilities and advantages, and the step. Out: parameters changed in place, and the
-fields of a metrics row. A row of the batch is EOS, prompt and answer, padded behind; the loss (moe/rl/loss.py) counts the answer's
-tokens, the one that ended it too. `micro_rows` changes nothing beyond rounding. An update in which no token with an advantage
-stays changes no weight: momentum alone would go on moving them.
+fields of a metrics row. A row of the batch is EOS, prompt and answer, padded behind; the loss (moe/rl/loss.py) counts the
+answer's tokens, the one that ended it too. `micro_rows` changes nothing beyond rounding. An update in which no token with an
+advantage stays changes no weight: momentum alone would go on moving them.
 
 Legend: B trajectories, T positions of the longest row, A tokens of the longest answer, S real tokens of answers, D model width.
 """
@@ -34,11 +34,11 @@ QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 class Rows:
     """Trajectories on the device."""
 
-    inputs_BT: Tensor
-    filled_BT: Tensor  # bool
-    place_BA: Tensor  # position whose state predicts a token of the answer
-    tokens_BA: Tensor
-    real_BA: Tensor  # bool
+    inputs: Tensor  # [B, T]
+    filled: Tensor  # [B, T] bool
+    place: Tensor  # [B, A] position whose state predicts a token of the answer
+    tokens: Tensor  # [B, A]
+    real: Tensor  # [B, A] bool
 
     @classmethod
     def of(
@@ -71,14 +71,14 @@ class Seen:
     filled: list[int] = field(default_factory=list)
 
     def add(self, loss: Tensor, logp_BA: Tensor, entropy_S: Tensor, policy: Policy, found: Masks) -> None:
-        real_BA = policy.real_BT
+        real_BA = policy.real
         self.loss += loss.item()
-        self.signal += int((found.kept_BT & (policy.advantage_B != 0)[:, None]).sum())
+        self.signal += int((found.kept & (policy.advantage != 0)[:, None]).sum())
         for into, values in (
-            (self.logp, logp_BA.detach()[real_BA]), (self.old, policy.old_BT[real_BA]), (self.entropy, entropy_S),
-            (self.sampler, policy.sampler_BT[real_BA]), (self.ratio, found.ratio_BT[real_BA]),
-            (self.inside, found.token_BT[real_BA]), (self.kept, found.kept_BT[real_BA]),
-            (self.trajectory_ratio, found.ratio_B), (self.trajectory_inside, found.trajectory_B),
+            (self.logp, logp_BA.detach()[real_BA]), (self.old, policy.old[real_BA]), (self.entropy, entropy_S),
+            (self.sampler, policy.sampler[real_BA]), (self.ratio, found.ratio[real_BA]),
+            (self.inside, found.token[real_BA]), (self.kept, found.kept[real_BA]),
+            (self.trajectory_ratio, found.trajectory_ratio), (self.trajectory_inside, found.trajectory),
         ):  # fmt: skip
             into.append(values.double().cpu().numpy())
 
@@ -126,7 +126,7 @@ class PolicyUpdater:
         for part in self._parts(trajectories):
             rows = self._rows(part)
             logp_BA, _ = self._forward(rows)
-            out += [logp_A[real_A].tolist() for logp_A, real_A in zip(logp_BA, rows.real_BA, strict=True)]
+            out += [logp_A[real_A].tolist() for logp_A, real_A in zip(logp_BA, rows.real, strict=True)]
         self.model.train()
         return out
 
@@ -138,20 +138,7 @@ class PolicyUpdater:
         lr = learning_rate(step, self.config.steps, self.config.optim)
         if not trajectories:
             return {"loss": 0.0, "lr": lr, "grad_norm": 0.0, "skipped": True}
-        seen, lengths = Seen(), torch.tensor([len(t.tokens) for t in trajectories])
-        self.optimizer.zero_grad()
-        start = 0
-        for part in self._parts(trajectories):
-            policy = self._policy(part, advantages[start : start + len(part)], lengths)
-            start += len(part)
-            rows = self._rows(part)
-            for layer in self.model.routed:
-                layer.counted = rows.filled_BT.flatten()
-            logp_BA, entropy_S = self._forward(rows)
-            loss, found = policy_loss(logp_BA, policy, self.config)
-            loss.backward()
-            seen.add(loss, logp_BA, entropy_S, policy, found)
-            self._route(seen, int(rows.filled_BT.sum()))
+        seen = self.backward(trajectories, advantages)
         norm = self.optimizer.reduce()
         row = seen.row() | {"lr": lr, "grad_norm": norm.item(), "skipped": self._skipped(seen, norm)}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -163,6 +150,24 @@ class PolicyUpdater:
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         return finite(row | self._watched())
+
+    def backward(self, trajectories: Sequence[Trajectory], advantages: np.ndarray) -> Seen:
+        """Leaves the loss's gradients in the parameters."""
+        seen, lengths = Seen(), torch.tensor([len(t.tokens) for t in trajectories])
+        self.optimizer.zero_grad()
+        start = 0
+        for part in self._parts(trajectories):
+            policy = self._policy(part, advantages[start : start + len(part)], lengths)
+            start += len(part)
+            rows = self._rows(part)
+            for layer in self.model.routed:
+                layer.counted = rows.filled.flatten()
+            logp_BA, entropy_S = self._forward(rows)
+            loss, found = policy_loss(logp_BA, policy, self.config)
+            loss.backward()
+            seen.add(loss, logp_BA, entropy_S, policy, found)
+            self._route(seen, int(rows.filled.sum()))
+        return seen
 
     def _skipped(self, seen: Seen, norm: Tensor) -> bool:
         return not norm.item() if self.config.loss != "mispo" else not seen.signal
@@ -178,15 +183,15 @@ class PolicyUpdater:
 
     def _forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answers' tokens [B, A], 0 in padding, and entropies [S]."""
-        x_BTD = self.model.states(rows.inputs_BT)
+        x_BTD = self.model.states(rows.inputs)
         for layer in self.model.routed:
             layer.counted = None
-        index_S, at_S = rows.real_BA.nonzero(as_tuple=True)
-        x_SD = self.model.norm(x_BTD[index_S, rows.place_BA[rows.real_BA]])
+        index_S, at_S = rows.real.nonzero(as_tuple=True)
+        x_SD = self.model.norm(x_BTD[index_S, rows.place[rows.real]])
         logp_S, entropy_S = token_logprobs(
-            x_SD, self.model.lm_head.weight, rows.tokens_BA[rows.real_BA], self.config.temperature
+            x_SD, self.model.lm_head.weight, rows.tokens[rows.real], self.config.temperature
         )
-        return logp_S.new_zeros(rows.real_BA.shape).index_put((index_S, at_S), logp_S), entropy_S
+        return logp_S.new_zeros(rows.real.shape).index_put((index_S, at_S), logp_S), entropy_S
 
     def _policy(self, part: Sequence[Trajectory], advantages: np.ndarray, lengths: Tensor) -> Policy:
         old_BA, real_BA = padded([t.old_logprobs or () for t in part], torch.float64)
