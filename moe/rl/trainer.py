@@ -16,9 +16,9 @@ read by all that reads a training run's, and in it `metrics.jsonl`, one line an 
 Fields from `loss` to `routing_confidence` but lr and grad_norm are absent where every group was dropped. `answer_nll` is what the
 alarm `loss_spike` watches: a policy to which its own answers become unlikely.
 
-A checkpoint follows each update, and the same call goes on from the newest: on one CPU with the bits of an undisturbed run, as
-a generation is a function of weights, seed and number, and lies in a file with its rewards. With `staleness` n generation g is
-sampled by the weights from before generation g - n. One rank.
+A checkpoint follows each update (or each `checkpoint_steps`-th), and the same call goes on from the newest: on one CPU with the
+bits of an undisturbed run, as a generation is a function of weights, seed and number, and lies in a file with its rewards. With
+`staleness` n generation g is sampled by the weights from before generation g - n. One rank.
 """
 
 import os
@@ -94,10 +94,19 @@ def reinforce(
     tokenizer = load_tokenizer(folder if found is not None else start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     fd = checkpoint.lock(folder)
     try:
-        run = _Run(config, tasks, reward, folder, start, model, tokenizer, found, device, limits)
-        with repeatable(config.deterministic, device), memory_named(run.train_config, folder, 1):
+        latest = checkpoint.find(folder) if (folder / checkpoint.LATEST).is_file() else None
+        if latest != (None if found is None else found[0]):
+            raise StageError(
+                f"rl: another process trained in {folder} meanwhile, got {latest}, expected what was there before; run the "
+                "same command again"
+            )
+        sizes = config.train_config(model.config, None, None)
+        with repeatable(config.deterministic, device), memory_named(sizes, folder, 1):
+            run = _Run(config, tasks, reward, folder, start, model, tokenizer, found, device, limits)
             began = time.perf_counter()
             run.to_end(on_step)
         return run.summary(time.perf_counter() - began)
@@ -149,7 +158,8 @@ class _Run:
                 row = self.update()
                 metrics.write(row)
                 self._stop_if_doomed()
-                if self.step % self.config.checkpoint_steps == 0 or self.step == self.config.steps:
+                due = self.step % self.config.checkpoint_steps == 0 and self.alarms.calm
+                if due or self.step == self.config.steps:
                     metrics.sync()
                     self.save()
                 if on_step is not None:
