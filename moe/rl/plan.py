@@ -5,7 +5,6 @@ In: the run file and its tasks. Out: lines of text. Everything that would stop t
 
 from pathlib import Path
 
-from core.errors import ConfigError
 from moe import checkpoint, flops, hub
 from moe.config import ModelConfig
 from moe.rl.rollouts import check_tasks
@@ -41,10 +40,7 @@ def model_config(folder: Path) -> ModelConfig:
     """Of a run, a checkpoint or a hub folder, without its weights."""
     if hub.is_hub_folder(folder):
         return hub.read_config(folder)
-    try:
-        return checkpoint.read(checkpoint.find(folder))[0].model
-    except ConfigError as error:
-        raise ConfigError(f"rl: nothing to start from, got {folder}, expected the folder of a trained model") from error
+    return checkpoint.read(checkpoint.find(folder))[0].model
 
 
 def _bounds(pair: tuple[float, float]) -> str:

@@ -134,6 +134,8 @@ class _Run:
         self.config, self.tasks, self.reward, self.folder, self.tokenizer = config, tasks, reward, folder, tokenizer
         self.resumed_step = None if found is None else found[1].step
         self.step = self.resumed_step or 0
+        init: str | None = None
+        own: str | None = None
         if found is None:
             init, own = rollouts.weights_hash(model), file_digest(tokenizer_file(start))
         else:
