@@ -16,7 +16,7 @@ from tests.moe.texts import tokenizer_of
 RIGHT = 0.3  # of the documents that the start is trained on; the other answers are any digit
 RECORDS = [{"prompt": f"{d}>", "answer": str(d)} for d in range(10)]
 OPTIM = OptimConfig(lr=2e-3, warmup_steps=2, schedule="constant", bias_rate=0.0, mtp_loss=0.0, freeze_router=True)
-CONFIG = RLConfig(steps=6, prompts=4, samples=4, max_tokens=3, optim=OPTIM, threads=1)
+CONFIG = RLConfig(steps=6, prompts=4, samples=4, max_tokens=3, optim=OPTIM, threads=1, device="cpu")
 
 
 def start_run(folder: Path, seed: int = 0, steps: int = 40) -> Path:
@@ -35,7 +35,7 @@ def start_run(folder: Path, seed: int = 0, steps: int = 40) -> Path:
     source = ArrayTokenSource(documents, vocab_size=vocab, eos=0, text_bytes=[3] * len(documents))
     config = TrainConfig(
         model=preset("ci", vocab_size=vocab, eos=0), optim=OptimConfig(lr=1e-2, warmup_steps=5), steps=steps, rows=4,
-        seed=seed, repeat=True, tokenizer=str(path), threads=1, checkpoint_steps=steps,
+        seed=seed, repeat=True, tokenizer=str(path), threads=1, checkpoint_steps=steps, device="cpu",
     )  # fmt: skip
     train(config, source, folder / "start")
     return folder / "start"

@@ -369,7 +369,7 @@ def test_the_command_plans_runs_and_goes_on(start: Path, tmp_path: Path, capsys:
     lines(tasks, [{"prompt": r["prompt"], "answer": int(r["answer"])} for r in RECORDS])
     optim = {k: getattr(OPTIM, k) for k in ("lr", "warmup_steps")}
     values = {"folder": "run", "start": str(start), "tasks": "tasks.jsonl", "match": "number", "optim": optim}
-    file.write_text(json.dumps(values | {"steps": 2, "prompts": 4, "samples": 4, "max_tokens": 3, "threads": 1}))
+    file.write_text(json.dumps(values | {"steps": 2, "prompts": 4, "samples": 4, "max_tokens": 3, "device": "cpu"}))
     code, out, err = command(capsys, "-c", file, "--plan")
     assert (code, err) == (0, "")
     assert "tasks           10, prompts of 2.0 tokens, at most 2\n" in out
