@@ -65,7 +65,7 @@ def config(start: Path, tmp_path: Path) -> Path:
         "prompts": 4,
         "samples": 2,
         "max_tokens": 4,
-        "threads": 1,
+        "device": "cpu",
     }
     path.write_text(json.dumps(values))
     return path
