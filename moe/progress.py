@@ -57,6 +57,8 @@ def live(steps: int, stream: TextIO | None = None, label: str = "") -> Iterator[
 def line(row: Mapping[str, Any]) -> str:
     """What one row says in a few words."""
     parts = [f"loss {row['loss']:.3f}", f"{row['tokens_per_s']:,.0f} tokens/s"]
+    if "reward_mean" in row:  # of reinforcement learning
+        parts[0] = f"reward {row['reward_mean']:.3f}"
     if row.get("mfu") is not None:
         parts.append(f"MFU {100 * row['mfu']:.1f} %")
     parts.append(f"|g| {row['grad_norm']:.2g}")

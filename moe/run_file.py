@@ -46,16 +46,14 @@ class RunFile:
 
 def read_run(path: Path, changes: Iterable[str] = ()) -> RunFile:
     """The run that a file describes, after `changes` of the form `optim.lr=0.001`."""
-    values = _read(path)
-    for change in changes:
-        _lay_over(values, change)
+    values = read_values(path, changes)
     if missing := [key for key in ("folder", "source") if not values.get(key)]:
         raise ConfigError(*(f"{path}: {key}: missing" for key in missing))
     if wrong := [key for key in TEXTS if not isinstance(values.get(key, ""), str | None)]:
         raise ConfigError(*(f"{path}: {key}: must be a text, got {values[key]!r}" for key in wrong))
     here = path.resolve().parent
-    shape = _mapping(values, "model")
-    source = open_source(_mapping(values, "source"), here, shape.get("vocab_size"), shape.get("eos"))
+    shape = mapping(values, "model")
+    source = open_source(mapping(values, "source"), here, shape.get("vocab_size"), shape.get("eos"))
     named = {"vocab_size": source.vocab_size, "eos": source.eos}
     if (name := values.get("preset")) is not None:
         shape = asdict(preset(name, **named)) | shape
@@ -68,38 +66,51 @@ def read_run(path: Path, changes: Iterable[str] = ()) -> RunFile:
 
         train["init"] = begun_from(here / values["folder"], start)
     config = build(TrainConfig, train, "train")
-    limits = build(Limits, _mapping(values, "alarms"), "alarms")
+    limits = build(Limits, mapping(values, "alarms"), "alarms")
     return RunFile(config, source, here / values["folder"], start, limits)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_values(path: Path, changes: Iterable[str] = (), stage: str = "train") -> dict[str, Any]:
+    """Keys and values of a file with `changes` laid over them; messages begin with `stage`."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else _yaml(path, text)
+        values = json.loads(text) if path.suffix == ".json" else _yaml(path, text, stage)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"train: no run file, got {error}, expected YAML or JSON in {path}") from error
+        raise ConfigError(f"{stage}: no run file, got {error}, expected YAML or JSON in {path}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"train: {path} must hold keys and values, got {type(values).__name__}")
+        raise ConfigError(f"{stage}: {path} must hold keys and values, got {type(values).__name__}")
+    for change in changes:
+        _lay_over(values, change, stage)
     return values
 
 
-def _yaml(path: Path, text: str) -> Any:
+def mapping(values: Mapping[str, Any], key: str, stage: str = "train") -> dict[str, Any]:
+    """The keys and values below a key; none where it is absent."""
+    found = values.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{stage}: {key}: must hold keys and values, got {found!r}")
+    return dict(found)
+
+
+def _yaml(path: Path, text: str, stage: str) -> Any:
     """The machines that train may have no PyYAML: those take JSON."""
     try:
         import yaml
     except ImportError as error:
-        raise ConfigError(f"train: {path} needs PyYAML, got {error}; install it, or write the file as .json") from error
+        raise ConfigError(
+            f"{stage}: {path} needs PyYAML, got {error}; install it, or write the file as .json"
+        ) from error
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"train: {path} is not YAML, got {error}") from error
+        raise ConfigError(f"{stage}: {path} is not YAML, got {error}") from error
 
 
-def _lay_over(values: dict[str, Any], change: str) -> None:
+def _lay_over(values: dict[str, Any], change: str, stage: str) -> None:
     """Puts `a.b=VALUE` into nested mappings; VALUE is JSON, or else a text."""
     name, found, text = change.partition("=")
     if not found or not name:
-        raise ConfigError(f"train: --set takes key=value, got {change!r}, such as --set optim.lr=0.001")
+        raise ConfigError(f"{stage}: --set takes key=value, got {change!r}, such as --set optim.lr=0.001")
     try:
         value = json.loads(text)
     except ValueError:
@@ -108,12 +119,5 @@ def _lay_over(values: dict[str, Any], change: str) -> None:
     for key in above:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"train: --set {name}: {key} holds a value, not keys")
+            raise ConfigError(f"{stage}: --set {name}: {key} holds a value, not keys")
     values[last] = value
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = values.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"train: {key}: must hold keys and values, got {found!r}")
-    return dict(found)

@@ -240,6 +240,7 @@ def extract(paths: Annotated[list[Path], typer.Argument(help="HTML, PDF, ePub, t
 
 app.command()(model_commands.generate)
 app.command()(model_commands.serve)
+app.command()(model_commands.rlvr)
 
 
 @app.command()

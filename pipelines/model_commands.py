@@ -1,4 +1,7 @@
-"""The commands of `pipelines` that use a trained model: `generate` and `serve`. What they import is imported when they run."""
+"""The commands of `pipelines` that use a trained model: `generate`, `serve` and `rlvr`.
+
+What they import is imported when they run.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -65,3 +68,30 @@ def serve(
     serve_model(
         Options(folder, host, port, name, slots, queue, context, Use(device, dtype, speculate, compiled, fused))
     )
+
+
+def rlvr(
+    config: Annotated[Path, typer.Option("--config", "-c", help="the run file, YAML or JSON", show_default=False)],
+    root: Annotated[
+        str | None, typer.Option(help="root with the records; default: the file that `tasks` names")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="instance of the stage `rl` that wrote them")] = "rl",
+    dataset: Annotated[list[str] | None, typer.Option(help="only this dataset's; may be repeated")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value over the file's; may be repeated")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what the run would be, and train nothing")] = False,
+) -> None:
+    """Train a model on the records of the stage `rl`: reinforcement learning with verifiable rewards, by MIS-PO.
+
+    Example: `pipelines rlvr -c rl.yaml --root demo/root --dry-run`
+
+    Example: `pipelines rlvr -c rl.yaml --root demo/root --set steps=50 --set "trajectory_ratio=[0.9, 1.1]"`
+    """
+    from mixtures.posttrain.verify import walls
+    from pipelines.rlvr import rlvr as run
+
+    for warning in walls():
+        typer.echo(f"warning: {warning}", err=True)
+    for line in run(config, root, stage, dataset or (), change or (), dry_run):
+        typer.echo(line)

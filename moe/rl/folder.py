@@ -1,0 +1,78 @@
+"""The folder of a run of reinforcement learning: what lies in it beside checkpoints, and whether it is the run that is meant.
+
+    rl.json                                   the settings and tasks that a resume must share
+    tokenizer.json, chat_template.jinja, tokenizer_config.json     copies of the start's, the last two where it has them
+    generations/<number>.jsonl                moe/rl/rollouts.py
+    metrics.jsonl, latest, checkpoints/       as every run's (moe/checkpoint.py)
+
+In: config, tasks, folder. Out: the newest checkpoint if it is this run's, or a `ConfigError` that names every difference.
+"""
+
+import json
+from pathlib import Path
+
+from core.errors import ConfigError, StageError
+from moe import checkpoint
+from moe.metrics import METRICS
+from moe.rl.config import RLConfig, identity_digest, rl_differences
+from moe.rl.tasks import Tasks
+from moe.server import chat
+
+RECORD, FORMAT = "rl.json", 1
+
+
+def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoint.State] | None:
+    """The folder's newest checkpoint and its state; None where a run would begin."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"rl: the run's folder is a file, got {folder}, expected a folder or nothing there")
+    if not (folder / checkpoint.LATEST).is_file():
+        checkpoint.check_empty(folder)
+        metrics = folder / METRICS
+        if metrics.is_file() and metrics.stat().st_size:
+            raise StageError(
+                f"rl: {metrics} belongs to a run without checkpoints, got {metrics.stat().st_size} bytes, expected none; "
+                f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
+            )
+        return None
+    path = checkpoint.find(folder)
+    _, state = checkpoint.read(path)
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        stored, known = dict(record["config"]), record["tasks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"rl: {folder} is no run of reinforcement learning, got {type(error).__name__} of {RECORD}, expected the file that "
+            "one writes; use a new folder, with this one as its start"
+        ) from error
+    problems = rl_differences(stored, config)
+    if known != tasks.fingerprint:
+        problems.append("tasks: the prompts, their order, their answers or the stops are not those of the run")
+    if not problems and state.mixture != identity_digest(config, tasks.fingerprint):
+        problems.append(f"checkpoint: {path.name} was written by another run than {RECORD} tells of")
+    if problems:
+        raise ConfigError(f"rl: {folder} holds another run, expected equal settings; use a new folder", *problems)
+    return path, state
+
+
+def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path) -> None:
+    """Makes the folder a run's, but for its first checkpoint."""
+    checkpoint.copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
+    for name in (chat.FILE, chat.CONFIG):
+        if (start / name).is_file():
+            checkpoint.copy_file(start / name, folder / name)
+    record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
+    checkpoint.replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    checkpoint.replace_text(folder / METRICS, "")
+
+
+def tokenizer_file(start: Path) -> Path:
+    """The tokenizer.json that belongs to a run, a checkpoint or a hub folder."""
+    if (start / checkpoint.TOKENIZER).is_file():
+        return start / checkpoint.TOKENIZER
+    return checkpoint.find(start).parent.parent / checkpoint.TOKENIZER
+
+
+def oldest_step(folder: Path) -> int:
+    """Of the checkpoints that are there."""
+    names = (p.name for p in (folder / checkpoint.CHECKPOINTS).iterdir() if checkpoint.OURS.fullmatch(p.name))
+    return min(int(name.removeprefix("step-").removesuffix(checkpoint.TEMPORARY)) for name in names)
