@@ -77,7 +77,7 @@ bench: $(READY)
 
 # The marked tests again with a hundred times the kill and fuzz rounds that `test` runs.
 soak: $(READY)
-	STEPWELL_SOAK=100 $(BIN)/python -m pytest -m soak --timeout 0
+	STEPWELL_SOAK=100 $(PYTEST) -m soak --timeout 0
 
 clean:
 	rm -rf $(VENV) $(AIRFLOW) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -30,10 +30,11 @@ from torch import Tensor
 from core.errors import ConfigError, StageError
 from core.hashing import file_digest
 from moe.config import TrainConfig, from_json, to_json
+from moe.files import TEMPORARY, replace_text, sync, sync_folder, write_json
 from moe.model import Decoder
 
 WEIGHTS, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
-TOKENIZER, LATEST, CHECKPOINTS, TEMPORARY = "tokenizer.json", "latest", "checkpoints", ".writing"
+TOKENIZER, LATEST, CHECKPOINTS = "tokenizer.json", "latest", "checkpoints"
 GIB = 2**30
 OURS = re.compile(r"step-\d{8}(\.writing)?")
 
@@ -89,11 +90,10 @@ def _write(
     temporary.mkdir(parents=True)
     for name, content in tensors.items():
         save_file(_plain(content), temporary / name)
-    _write_json(temporary / CONFIG, config)
+    write_json(temporary / CONFIG, config)
     files = {n: file_digest(temporary / n) for n in (*tensors, CONFIG)}
-    _write_json(temporary / STATE, vars(replace(state, files=files)))
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+    write_json(temporary / STATE, vars(replace(state, files=files)))
+    sync_folder(temporary)
 
 
 def _commit(folder: Path, temporary: Path, name: str) -> Path:
@@ -102,7 +102,7 @@ def _commit(folder: Path, temporary: Path, name: str) -> Path:
     # Present only after a kill between this rename and the pointer, or when a step is written again after a fall-back.
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _sync(folder / CHECKPOINTS)
+    sync(folder / CHECKPOINTS)
     replace_text(folder / LATEST, name + "\n")
     return final
 
@@ -259,26 +259,6 @@ def load_tokenizer(folder: Path) -> Any:
     return Tokenizer.from_file(str(run / TOKENIZER))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    temporary.write_text(text)
-    _into_place(temporary, path)
-
-
-def copy_file(source: Path, path: Path) -> None:
-    """Copies a small file whole or not at all."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    shutil.copyfile(source, temporary)
-    _into_place(temporary, path)
-
-
-def _into_place(temporary: Path, path: Path) -> None:
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
 def remove_old(folder: Path, newest: str, keep: int) -> None:
     """Keeps `newest` and the `keep - 1` before it. Later ones are leftovers of a run that fell back, and go too.
 
@@ -298,18 +278,6 @@ def _name(step: int) -> str:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _fall_back(path: Path) -> str:

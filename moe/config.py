@@ -87,7 +87,8 @@ class ModelConfig:
     mtp_heads: int = 0  # head h predicts the token h + 1 places ahead
     norm_eps: float = 1e-5  # released config.json
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    # auto: the fastest that the device has (moe/attention.py, moe/experts.py); the others name one.
+    # auto: the fastest that the device has (moe/attention.py, moe/experts.py); the others name one. Experts of auto on a
+    # GPU: grouped products with the fused pieces of moe/kernels.py around them, where they fit.
     attention_backend: Literal["auto", "math", "sdpa", "flex", "varlen"] = field(default="auto", metadata=EXECUTION)
     experts_backend: Literal["auto", "grouped", "loop", "triton"] = field(default="auto", metadata=EXECUTION)
 

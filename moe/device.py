@@ -1,4 +1,4 @@
-"""The device of a run: whether it is there, what it repeats, what it runs out of, what it could do at most.
+"""The device of a run: whether it is there, what it repeats, what it could do at most.
 
 In: `TrainConfig.device` and a few more settings. Out: a `torch.device`, and errors in words that name the settings to change.
 """
@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from core.errors import ConfigError, StageError
 from moe import flops
 from moe.config import TrainConfig
 
-CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # words of torch's plain RuntimeError
+NOT_REPEATABLE = ("does not have a deterministic implementation", "Deterministic behavior was enabled")  # torch's words
 
 
 def device_of(name: str) -> torch.device:
@@ -43,7 +42,11 @@ def device_of(name: str) -> torch.device:
 
 @contextmanager
 def repeatable(wanted: bool, device: torch.device) -> Iterator[None]:
-    """The same bits from run to run within: a CPU gives them anyway, with the same number of threads."""
+    """The same bits from run to run within: a CPU gives them anyway, with the same number of threads.
+
+    An operation that has no such kernel on the GPU is a `StageError`. Only warned of, it would be used all the same, and
+    attention's backward pass would keep its atomic additions without a word.
+    """
     if not wanted or device.type != "cuda":
         yield
         return
@@ -52,33 +55,22 @@ def repeatable(wanted: bool, device: torch.device) -> Iterator[None]:
     )  # cuBLAS repeats itself only with a workspace of its own
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    # Warn only: the running sums behind the experts' statistics have no such kernel, and are in no weight.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-
-
-@contextmanager
-def memory_named(config: TrainConfig, folder: Path, ranks: int) -> Iterator[None]:
-    """Running out of memory within is a `StageError` that names what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         words = str(error).strip().partition("\n")[0]
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in words for w in CPU_OUT_OF_MEMORY)
-        if not known:
+        if not any(said in words for said in NOT_REPEATABLE):
             raise
-        most = max([config.rows, *(rows for _, rows in config.row_growth)]) // ranks
-        rows = min(config.micro_rows or most, most)
         raise StageError(
-            f"train: out of memory with train.micro_rows {rows} x model.context {config.model.context} tokens at once, "
-            f"got {words or type(error).__name__}; lower train.micro_rows, which changes no result beyond rounding, or "
-            f"model.context; what {folder} holds stands, and the run goes on from there"
+            f"train: an operation does not repeat itself on this GPU, got {words}, expected equal bits as "
+            "train.deterministic asks; set it to false, or choose other backends"
         ) from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def utilisation(config: TrainConfig, tokens_per_s: float, device: torch.device, ranks: int) -> float | None:

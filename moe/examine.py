@@ -21,6 +21,13 @@ from core.errors import ConfigError, StepwellError
 
 def examine(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Figures by file: its name, or its path where another has that name too."""
+    from moe.memory import memory_named
+
+    with memory_named("examine: out of memory", "choose --device with more of it, or a smaller model"):
+        return _examined(folder, args)
+
+
+def _examined(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     import moe
     from moe.choices import answer, difference, read_questions, summary
     from moe.generate import load_tokenizer

@@ -16,8 +16,8 @@ Legend: B rows, T positions, S = B * T tokens, D model width, F expert width, E 
 routed copies of tokens.
 """
 
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moe import kernels
 from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss, routing_stats, squares_and_rows
 from moe.config import ModelConfig
 
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
+TRITON = find_spec("triton") is not None  # a constant, so that compiled code does not ask
 MANY_ROWS, ALIGNED = 512, 64  # from so many rows on weights are copied side by side (chosen), in multiples of 64
 
 
@@ -85,11 +87,27 @@ class SwiGLU(nn.Module):
 
 def side_by_side(x: Tensor, *maps: nn.Linear) -> list[Tensor]:
     """Each map of x; of many rows on a GPU by one product, which reads x once and has one gradient of x to add."""
-    if not x.is_cuda or x.shape[:-1].numel() < MANY_ROWS:
+    if not many(x):
         return [m(x) for m in maps]
-    weight, widths = torch.cat([m.weight for m in maps]), [m.out_features for m in maps]
-    widths.append(-len(weight) % ALIGNED)
-    return list(functional.linear(x, functional.pad(weight, (0, 0, 0, widths[-1]))).split(widths, -1)[:-1])
+    widths = [m.out_features for m in maps]
+    y = product(x, maps)
+    return list(y.split([*widths, y.shape[-1] - sum(widths)], -1)[:-1])
+
+
+def many(x: Tensor) -> bool:
+    """Whether there is enough on a GPU to pay for weights copied side by side."""
+    return x.is_cuda and x.shape[:-1].numel() >= MANY_ROWS
+
+
+def fused(x: Tensor) -> bool:
+    """Whether kernels in half precision serve, and pay, for what stands between products."""
+    return many(x) and x.dtype in (torch.bfloat16, torch.float16) and TRITON
+
+
+def product(x: Tensor, maps: Sequence[nn.Linear]) -> Tensor:
+    """All maps of x side by side, behind them columns of zeros up to a multiple of `ALIGNED`."""
+    weight = torch.cat([m.weight for m in maps])
+    return functional.linear(x, functional.pad(weight, (0, 0, 0, -len(weight) % ALIGNED)))
 
 
 def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -141,10 +159,7 @@ class MoE(ExactBuffers):
         self.down_proj = ExpertLinear(c.experts, c.dim, c.expert_dim)
         self.register_buffer("router_bias", torch.zeros(c.experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.experts, dtype=torch.int64), persistent=False)
-        self.pieces = PLAIN
-        if c.experts_backend == "triton":
-            kernels = import_module("moe.kernels")  # on use: a GPU runs them by Triton
-            self.pieces = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+        self.pieces = self._pieces()
         self.exchange: Exchange | None = None
         self.expert_groups, self.watch = 1, True
         self.counted: Tensor | None = None  # [S] bool: the tokens of the next forward that steer the router; None: all
@@ -152,6 +167,16 @@ class MoE(ExactBuffers):
         # Written whole and never read in a forward: a compiled one would be compiled again for what it finds here.
         self.routing: dict[str, Tensor] | None = None
         self.activity: Tensor | None = None  # [this rank's experts, 2]: sums of squares, rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Moves or casts the module, and chooses anew what fits where it is then; a forward has nothing to ask."""
+        super()._apply(fn, recurse)
+        self.pieces = self._pieces()
+        return self
+
+    def _pieces(self) -> "Pieces":
+        weight = self.gate.weight
+        return pieces(self.backend, weight.device, weight.dtype, len(weight), kernels.at_home(weight.device))
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Router logits [S, E], in fp32 at least."""
@@ -267,6 +292,29 @@ class Pieces(NamedTuple):
 
 
 PLAIN = Pieces(router_logits, top_experts, sort_by_expert, swiglu)
+FUSED_PIECES = Pieces(kernels.router_logits, kernels.top_experts, kernels.expert_order, kernels.swiglu)
+FUSED_EXPERTS = 64  # auto's most: as many were measured (docs/benchmarks.md), and the sort's tables grow with them
+
+
+def pieces(backend: str, device: torch.device, dtype: torch.dtype, experts: int, triton: bool) -> Pieces:
+    """The pieces of a backend. `auto` takes the fused ones on a GPU with Triton, in bfloat16 and for few experts.
+
+    They are as repeatable as the plain ones (no atomic additions), so a deterministic run takes them too.
+    """
+    fits = triton and device.type == "cuda" and dtype == torch.bfloat16 and experts <= FUSED_EXPERTS
+    return FUSED_PIECES if backend == "triton" or (backend == "auto" and fits) else PLAIN
+
+
+def summed(y_RD: Tensor, inverse_R: Tensor, k: int) -> Tensor:
+    """Sum of each token's k copies, in fp32 at least."""
+    if not torch.compiler.is_compiling():
+        return y_RD[inverse_R].unflatten(0, (-1, k)).sum(1)
+    # Term by term: of 8 and more the compiler makes a reduction that took three times as long (E64 k8 on an H100).
+    place_SK = inverse_R.unflatten(0, (-1, k))
+    total = wide(y_RD[place_SK[:, 0]])
+    for j in range(1, k):
+        total = total + y_RD[place_SK[:, j]]
+    return total.to(y_RD.dtype)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -282,7 +330,7 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return grad[inverse_R].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return summed(grad, inverse_R, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -292,7 +340,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order_R)
         ctx.k = k
-        return y_RD[inverse_R].unflatten(0, (-1, k)).sum(1)
+        return summed(y_RD, inverse_R, k)
 
     @staticmethod
     @once_differentiable

@@ -22,6 +22,7 @@ import moe
 from core.errors import ConfigError, StepwellError
 from moe import checkpoint
 from moe.batching import Batcher, Event, Finish, TokenLogprobs
+from moe.memory import memory_named
 from moe.model import Decoder
 from moe.sampling import Sampling
 from moe.speculative import Acceptance
@@ -111,10 +112,11 @@ def stream(
 ) -> Iterator[Event]:
     """Events of all prompts as they come; an event's `id` is the prompt's index. Settings are checked at once."""
     each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
-    batcher = Batcher(
-        model, tokenizer, slots=max(1, min(slots, len(prompts))), speculate=speculate, queue=max(1, len(prompts)),
-        context=_context(model, prompts, each), fused=fused,
-    )  # fmt: skip
+    slots, context = max(1, min(slots, len(prompts))), _context(model, prompts, each)
+    with memory_named(*_memory(slots, context)):
+        batcher = Batcher(
+            model, tokenizer, slots=slots, speculate=speculate, queue=max(1, len(prompts)), context=context, fused=fused
+        )
     for prompt, settings in zip(prompts, each, strict=True):
         batcher.submit(prompt, settings)
     return _drain(batcher)
@@ -128,7 +130,11 @@ def load_for_use(folder: Path, device: str = "auto", dtype: str = "auto") -> Dec
         raise ConfigError(f"no GPU here, got device {device!r}, expected one that torch sees; use --device cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    return moe.load(folder).to(device, getattr(torch, dtype)).eval()
+    with memory_named(
+        f"moe: out of memory while {folder} is loaded in {dtype} on {device}",
+        "use --dtype bfloat16, a device with more memory, or a smaller model",
+    ):
+        return moe.load(folder).to(device, getattr(torch, dtype)).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -150,7 +156,17 @@ def _context(model: Decoder, prompts: Sequence[Sequence[int]], each: Sequence[Sa
 
 def _drain(batcher: Batcher) -> Iterator[Event]:
     while not batcher.idle:
-        yield from batcher.step()
+        with memory_named(*_memory(batcher.slots, batcher.limit)):
+            events = batcher.step()
+        yield from events
+
+
+def _memory(slots: int, context: int) -> tuple[str, str]:
+    """What is said where a batch does not fit."""
+    return (
+        f"generate: out of memory with {slots} prompts at once of up to {context} tokens each",
+        "lower max_tokens or slots, decode without drafts, or in bfloat16",
+    )
 
 
 def _answer(events: list[Event]) -> Answer:
@@ -191,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(args)
     except StepwellError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, StageError
 from moe.config import ModelConfig
+from moe.files import TEMPORARY, sync, sync_folder, write_json
 from moe.hub_config import ROUTER_BIAS, from_hub, shapes, to_hub
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers wrote shards of this size for years; hubs take files of up to 50 GB
-TEMPORARY, REPLACED = ".writing", ".replaced"
+REPLACED = ".replaced"
 # Of Step 3.7, whose text trunk is this decoder; by the hub's names and by transformers' own.
 OTHER_TOWERS = ("vision_model.", "vit_large_projector.", "model.vision_model.", "model.multi_modal_projector.")
 MTP_NAMES = {"shared_head_norm.": "transformer.shared_head.norm.", "output.": "transformer.shared_head.output."}
@@ -87,12 +88,12 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write_shards(temporary, named_tensors(model), dtype, max_shard_bytes)
-    _write_json(temporary / CONFIG, to_hub(model.config) | {"torch_dtype": _dtype_name(model, dtype)})
+    write_json(temporary / CONFIG, to_hub(model.config) | {"torch_dtype": _dtype_name(model, dtype)})
     ids = {f"{kind}_token_id": model.config.eos for kind in ("bos", "eos", "pad")}
-    _write_json(temporary / GENERATION, ids)
+    write_json(temporary / GENERATION, ids)
     if tokenizer is not None and special is not None:
         shutil.copyfile(tokenizer, temporary / TOKENIZER)
-        _write_json(temporary / TOKENIZER_CONFIG, special)
+        write_json(temporary / TOKENIZER_CONFIG, special)
     _commit(temporary, folder)
     return folder
 
@@ -235,7 +236,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtyp
         save_file({name: t.contiguous() for name, t in part.items()}, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     total = sum(_bytes(name, tensor, dtype) for name, tensor in tensors.items())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _plan(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int) -> Iterator[list[str]]:
@@ -277,14 +278,13 @@ def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _commit(temporary: Path, folder: Path) -> None:
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+    sync_folder(temporary)
     replaced = folder.with_name(folder.name + REPLACED)
     if folder.is_dir() and any(folder.iterdir()):
         shutil.rmtree(replaced, ignore_errors=True)  # of a killed overwrite; a folder in its place is whole
         os.replace(folder, replaced)
     os.replace(temporary, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -296,15 +296,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"hub: {path} is no object, got {type(values).__name__}; fetch it again")
     return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,12 +12,21 @@ Legend: S tokens, D model width, E experts, K chosen of them, R = S * K routed c
 rows, then up rows).
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 # An fp32 mantissa is three of bf16, so three bf16 pieces hold an fp32 weight exactly; two hold a gradient to 2^-17.
 WEIGHT_PIECES = 3
 GRADIENT_PIECES = 2
+
+
+def at_home(device: torch.device) -> bool:
+    """Whether the Triton bodies run on a device: a GPU of capability 8.0 or more, which Triton wants, and the package."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def swiglu(h_RH: Tensor, weight_R: Tensor | None, limit: float | None = None) -> Tensor:
@@ -106,7 +115,7 @@ def _on_tensor_cores(x: Tensor) -> bool:
 
 @torch.library.custom_op("stepwell::swiglu", mutates_args=())
 def _swiglu(h: Tensor, weight: Tensor, limit: float) -> Tensor:
-    if h.is_cuda:
+    if h.is_cuda and h.dtype != torch.float64:  # the kernels work in fp32
         from moe import kernels_triton
 
         return kernels_triton.swiglu(h, weight, limit)
@@ -115,7 +124,7 @@ def _swiglu(h: Tensor, weight: Tensor, limit: float) -> Tensor:
 
 @torch.library.custom_op("stepwell::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, h: Tensor, weight: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    if h.is_cuda:
+    if h.is_cuda and h.dtype != torch.float64:
         from moe import kernels_triton
 
         return kernels_triton.swiglu_backward(dy, h, weight, limit)

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from moe import kernels_heads
 from moe.attention import Layout
 from moe.config import ModelConfig, RopeScaling
-from moe.experts import ExactBuffers, MoE, SwiGLU, side_by_side, wide
+from moe.experts import ExactBuffers, MoE, SwiGLU, fused, product, side_by_side, wide
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 
@@ -110,16 +111,27 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x_BTD: Tensor, tables: Mapping[bool, Tables], layout: Layout) -> Tensor:
-        maps = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
-        q_BTX, k_BTX, v_BTX, *gate = side_by_side(x_BTD, *maps)
-        q_BTHC, k_BTGC, v_BTGC = (h.unflatten(-1, (-1, self.head_dim)) for h in (q_BTX, k_BTX, v_BTX))
-        turn = tables[self.full]
-        q_BTHC, k_BTGC = rotate(self.q_norm(q_BTHC), turn), rotate(self.k_norm(k_BTGC), turn)
+        q_BTHC, k_BTGC, v_BTGC, gate_BTH = self.heads(x_BTD, tables[self.full])
         q_BHTC, k_BGTC, v_BGTC = (h.transpose(1, 2) for h in (q_BTHC, k_BTGC, v_BTGC))
         y_BTHC = layout.attend(self.layer, self.full, q_BHTC, k_BGTC, v_BGTC).transpose(1, 2)
-        if gate:
-            y_BTHC = y_BTHC * gate[0].sigmoid().unsqueeze(-1)
+        if gate_BTH is not None:
+            y_BTHC = y_BTHC * gate_BTH.sigmoid().unsqueeze(-1)
         return self.o_proj(y_BTHC.flatten(2))
+
+    def heads(self, x_BTD: Tensor, turn: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Normed and rotated queries and keys, values [B, T, H or G, C], and the gates' logits [B, T, H]."""
+        maps = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
+        if fused(x_BTD):
+            heads, groups = (m.out_features // self.head_dim for m in maps[:2])
+            gates = 0 if self.g_proj is None else self.g_proj.out_features
+            q, k, v, gate_BTH = kernels_heads.heads(
+                product(x_BTD, maps), self.q_norm.weight, self.k_norm.weight, *turn, (heads, groups, self.head_dim), gates,
+                self.q_norm.eps,
+            )  # fmt: skip
+            return q, k, v, gate_BTH if gates else None
+        q_BTX, k_BTX, v_BTX, *gate = side_by_side(x_BTD, *maps)
+        q, k, v = (h.unflatten(-1, (-1, self.head_dim)) for h in (q_BTX, k_BTX, v_BTX))
+        return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v, gate[0] if gate else None
 
 
 class Layer(nn.Module):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, StageError
-from moe import checkpoint
+from moe.files import replace_text
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 TIME_FIELDS = ("step_s", "tokens_per_s", "mfu", "memory_bytes")  # alone differ between equal runs
@@ -107,7 +107,7 @@ def cut_metrics(folder: Path, step: int) -> None:
             f"train: {path} lost rows, got {len(lines)}, expected {step} as the checkpoint says; "
             "restore it or train into a new folder"
         )
-    checkpoint.replace_text(path, "".join(line.decode() + "\n" for line in lines))
+    replace_text(path, "".join(line.decode() + "\n" for line in lines))
 
 
 def _lines(folder: Path) -> list[bytes]:

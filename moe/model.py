@@ -75,10 +75,15 @@ class Decoder(nn.Module):
             raise ValueError("moe: a cache holds one document per row, got segments; pass one of them")
         x_BTD = self.model["embed_tokens"](tokens_BT)
         layout = cache.step(tokens_BT.shape[1]) if cache is not None else self._layout(x_BTD, segments_BT)
+        return self._trunk(x_BTD, self.tables(layout.position_BT), layout)
+
+    def all_states(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """`states`, and `mtp_states` of it: trunk and heads share one layout, so masks and tables are made once."""
+        x_BTD = self.model["embed_tokens"](tokens_BT)
+        layout = self._layout(x_BTD, segments_BT)
         tables = self.tables(layout.position_BT)
-        for layer in self.model["layers"].children():
-            x_BTD = layer(x_BTD, tables, layout)
-        return x_BTD
+        x_BTD = self._trunk(x_BTD, tables, layout)
+        return x_BTD, self._ahead(x_BTD, tokens_BT, segments_BT, tables, layout)
 
     def norm(self, x_BTD: Tensor) -> Tensor:
         """The final norm: `lm_head(norm(states(tokens)))` are the logits."""
@@ -93,7 +98,22 @@ class Decoder(nn.Module):
         if not self.mtp:
             return []
         layout = self._layout(x_BTD, segments_BT)
-        tables = self.tables(layout.position_BT)
+        return self._ahead(x_BTD, tokens_BT, segments_BT, self.tables(layout.position_BT), layout)
+
+    def _trunk(self, x_BTD: Tensor, tables: dict[bool, Tables], layout: Layout) -> Tensor:
+        for layer in self.model["layers"].children():
+            x_BTD = layer(x_BTD, tables, layout)
+        return x_BTD
+
+    def _ahead(
+        self,
+        x_BTD: Tensor,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None,
+        tables: dict[bool, Tables],
+        layout: Layout,
+    ) -> list[Tensor]:
+        """`mtp_states` over a layout that is there."""
         states = []
         for h, head in enumerate(self.mtp):
             ahead_BTD = self.model["embed_tokens"](shifted(tokens_BT, segments_BT, 1 + h, self.config.eos))

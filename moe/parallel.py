@@ -193,6 +193,8 @@ def _answered() -> Iterator[None]:
     """A collective call that the others do not answer is a `StageError`."""
     try:
         yield
+    except torch.OutOfMemoryError:  # this rank's own; the others will miss it
+        raise
     except RuntimeError as error:
         raise StageError(
             f"train: the ranks lost each other, got {str(error).splitlines()[0]}, expected an answer from all; look for "

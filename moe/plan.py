@@ -12,12 +12,12 @@ from core.errors import ConfigError
 from moe import flops
 from moe.config import TrainConfig
 from moe.data import TokenSource, training_rows
+from moe.memory import GIB, WIDTHS, held, rows_at_once
 
 # 24 GiB at 32k tokens, 16 layers of width 1024 in bfloat16 (a prototype on an H100, nothing recomputed): 24 numbers each.
 ACTIVATION_WIDTHS = 24
 MFU_FLOOR = 0.3  # what the preset 1b is held to on one H100
 H100 = "NVIDIA H100 80GB HBM3"
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,9 @@ def plan(config: TrainConfig, source: TokenSource, ranks: int = 1) -> Plan:
         raise ConfigError(*problems)
     c, rows = config.model, training_rows(config, source)
     total, active = flops.parameters(c)
-    routed = (c.layers - c.dense_layers) * c.experts * 3 * c.dim * c.expert_dim
-    held = total - routed + routed // config.expert_ranks
-    width = 2 if config.precision == "bfloat16" else 4
+    need, at_once = held(config, ranks), rows_at_once(config, ranks)[0] * c.context
     tokens = rows.first_row(config.steps) * c.context
     per_token = flops.training_flops(c, c.context)
-    most = max([config.rows, *(count for _, count in config.row_growth)]) // ranks
-    at_once = min(config.micro_rows or most, most) * c.context
-    plain = 2 * c.vocab_size * c.dim * (1 + c.mtp_heads / 2)  # embedding and output heads, which AdamW updates
-    muon = 0 if config.optim.optimizer == "adamw" else max(0, total - plain)
-    state = 4 * muon + 8 * (total - muon) + (4 * total if width == 2 else 0)
     peak = flops.peak_flops(H100)
     assert peak is not None
     return Plan(
@@ -66,10 +59,10 @@ def plan(config: TrainConfig, source: TokenSource, ranks: int = 1) -> Plan:
         tokens=tokens,
         passes=rows.first_row(config.steps) / rows.rows_per_pass,
         padding_fraction=1 - rows.packing.fill_fraction,
-        weight_bytes=width * held,
-        gradient_bytes=width * held,
-        optimizer_bytes=int(state / ranks),
-        activation_bytes=at_once * (c.layers + c.mtp_heads) * ACTIVATION_WIDTHS * c.dim * width,
+        weight_bytes=need.weights,
+        gradient_bytes=need.gradients,
+        optimizer_bytes=need.optimizer,
+        activation_bytes=at_once * (c.layers + c.mtp_heads) * ACTIVATION_WIDTHS * c.dim * WIDTHS[config.precision],
         h100_hours=tokens * per_token / (peak * MFU_FLOOR) / 3600,
     )
 

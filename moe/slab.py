@@ -79,9 +79,9 @@ class Slab:
         """Parameters that have a piece here."""
         return list(dict.fromkeys(p.name for p in self.pieces))
 
-    def reduced(self, grads: Mapping[str, Tensor | None]) -> Tensor:
-        """The owner's gradients [units, *shape], summed over the team; a parameter without one counts as zero."""
-        team, dtype = self.kind.team, self.kind.dtype
+    def reduced(self, grads: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """The owner's gradients [units, *shape], summed over the team in `dtype`; a parameter without one counts as zero."""
+        team = self.kind.team
         whole = _packed(self.pieces, grads, self._share * team.size, dtype, self.kind.device)
         return team.sum_parts(whole).view(-1, *self.shape)[: self.units]
 

@@ -37,8 +37,10 @@ from moe import checkpoint
 from moe.alarms import Alarm, Alarms, Limits
 from moe.config import TrainConfig, differences
 from moe.data import PackedRows, ReadAhead, TokenSource, training_rows
-from moe.device import device_of, memory_bytes, memory_named, repeatable, utilisation
+from moe.device import device_of, memory_bytes, repeatable, utilisation
 from moe.exchange import whole_weights
+from moe.files import copy_file, replace_text
+from moe.memory import memory_problems, training_memory
 from moe.metrics import METRICS, MetricsFile, check_tensorboard, cut_metrics, finite, read_metrics
 from moe.model import Decoder
 from moe.optim import build
@@ -96,7 +98,7 @@ def train(
     with (
         _locked(folder, world),
         repeatable(config.deterministic, world.device),
-        memory_named(config, folder, world.size),
+        training_memory(config, folder, world.size),
     ):
         run = _Run(config, rows, folder, world, limits or Limits(), start)
         began = time.perf_counter()
@@ -117,6 +119,8 @@ def _locked(folder: Path, world: World) -> Iterator[None]:
                 lock = checkpoint.lock(folder)
             except StageError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = _no_folder(folder, error)
         if problem := world.gather(problem)[0]:
             raise StageError(problem)
         yield
@@ -272,10 +276,12 @@ class _Run:
                 checkpoint.remove_old(self.folder, name, self.config.keep)
             return
         if self.world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.tokenizer:
-                checkpoint.copy_file(Path(self.config.tokenizer), self.folder / checkpoint.TOKENIZER)
-            checkpoint.replace_text(self.folder / METRICS, "")
+            try:
+                if self.config.tokenizer:
+                    copy_file(Path(self.config.tokenizer), self.folder / checkpoint.TOKENIZER)
+                replace_text(self.folder / METRICS, "")
+            except OSError as error:
+                raise StageError(_no_folder(self.folder, error)) from error
         self.save()
 
     def _stands(self) -> str:
@@ -297,6 +303,10 @@ class _Run:
             )
 
 
+def _no_folder(folder: Path, error: OSError) -> str:
+    return f"train: the run's folder takes no file, got {error}, expected to write into {folder}; make room or choose another"
+
+
 def _preflight(config: TrainConfig, source: TokenSource, folder: Path, start: Path | None, world: World) -> PackedRows:
     """All that can be wrong before any work, shown together."""
     problems = []
@@ -304,7 +314,7 @@ def _preflight(config: TrainConfig, source: TokenSource, folder: Path, start: Pa
         problems.append(
             f"optim.expert_groups: must divide the experts, got {config.optim.expert_groups} for {config.model.experts}"
         )
-    problems += config.rank_problems(world.size)
+    problems += config.rank_problems(world.size) or memory_problems(config, world.device, world.size)
     if config.tokenizer and not Path(config.tokenizer).is_file():
         problems.append(f"train: no tokenizer file, got {config.tokenizer}, expected a tokenizer.json")
     if folder.exists() and not folder.is_dir():

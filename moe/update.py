@@ -150,6 +150,8 @@ class Updater:
             share = len(part) / (len(rows) * self.world.size)
             loss, sums = self._losses(part, counted, share)
             loss.backward()
+            if micro < len(rows):
+                self.optimizer.add_up()
             local += sums
         norm = self.optimizer.reduce()
         lr = learning_rate(step, self.config.steps, optim)
@@ -182,7 +184,10 @@ class Updater:
         filled_S, routed = rows.filled(model.config.eos).flatten(), model.routed
         for layer in routed:
             layer.counted = filled_S
-        stream_BTD = model.states(rows.inputs, rows.segments)
+        if self.head_weights:
+            stream_BTD, states = model.all_states(rows.inputs, rows.segments)
+        else:
+            stream_BTD, states = model.states(rows.inputs, rows.segments), []
         for layer in routed:
             layer.counted = None
         loss, nll_S = next_token_loss(
@@ -195,7 +200,6 @@ class Updater:
             compiled=fused,
         )
         sums = [nll_S.sum(dtype=torch.float64)]
-        states = model.mtp_states(stream_BTD, rows.inputs, rows.segments) if self.head_weights else []
         for h, state_BTD in enumerate(states):
             head, (targets_BT, counts_BT) = cast(MTPHead, model.mtp[h]), rows.ahead(h)
             x_SD = head.shared_head_norm(state_BTD).flatten(0, 1)

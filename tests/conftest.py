@@ -43,6 +43,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFileAndSpark(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test whose rounds `soak` scales is one that `make soak` runs."""
+    for item in items:
+        if "soak" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.soak)
+
+
 class SharedSpark:
     """The Spark of all tests of this process that work in one: it takes 15 s to start. An engine that finds a
     session works in it and leaves it running."""

@@ -4,11 +4,13 @@
     python -m benchmarks.gpu.study ROOT --part run  [--steps 800]
 
 ROOT is a pipeline's root (its mixtures `pretrain` and `held_out`, their token shards and tokenizer). Every arm sees the same
-rows in the same order from the same seeds, at equal tokens. Learning rates of the base and of AdamW are chosen on one half of the
-held-out documents, on a seed of their own; every figure that is reported is of the other half. The other arms use the base's rate
-untuned, which favours the base. Held-out bits per byte are compared by `mixtures.compare`: paired by document, runs as the second
-source of noise; with the baseline trained again on another order as the A/A arm, which gives the least effect that this study
-could have found. Lines are written as runs finish and the comparison after every seed, so a call that is cut off keeps them.
+rows in the same order from the same seeds, at equal tokens. `dense` has the base's operations a token (all five layers 672
+wide: 0.1% fewer) and no experts. Learning rates of the base, of AdamW and of `dense` are chosen on one half of the held-out
+documents, on a seed of their own; every figure that is reported is of the other half. The other arms use the base's rate
+untuned, which favours the base. Held-out bits per byte are compared by `mixtures.compare`: paired by document, runs as the
+second source of noise; with the baseline trained again on another order as the A/A arm, which gives the least effect that this
+study could have found. Lines are written as runs finish and the comparison after every seed, so a call that is cut off keeps
+them.
 The longer run trains one MTP head, then three, and drafts with them; not compiled, as compiling took 80 s of each of its runs.
 """
 
@@ -35,15 +37,17 @@ from moe.presets import preset
 
 BASE = "muon_s3f1_heads_gate"
 CONTEXT, ROWS = 1024, 32
-# What each arm changes. The rates of the base and of AdamW are looked for first.
+# What each arm changes. The rates of `TUNED` are looked for first.
 ARMS: Mapping[str, dict[str, Any]] = {
     BASE: {},
     "aa": {"train": {"order_seed": 1000}},
     "adamw": {"optim": {"optimizer": "adamw"}},
+    "dense": {"model": {"dense_layers": 5, "dense_dim": 672}},
     "full_attention": {"model": {"full_every": 1}},
     "no_gate": {"model": {"gate": False}},
     "s3f1_equal_heads": {"model": {"swa_heads": 4}},
 }
+TUNED = (BASE, "adamw", "dense")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of (3e-4, 1e-3, 3e-3) the best lay at the upper edge
 RATES_SEED = 90
 Run = dict[str, Any]
@@ -89,9 +93,9 @@ def trial(work: tuple[str, str, int, float, int, str]) -> Run:
 
 
 def arms(args: argparse.Namespace, results: Results) -> None:
-    """The best rate of each optimiser on one seed, then all arms over the seeds."""
+    """The best rate of each of `TUNED` on one seed, then all arms over the seeds."""
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        tuned = [(args.root, arm, RATES_SEED, lr, args.steps, args.folder) for arm in (BASE, "adamw") for lr in RATES]
+        tuned = [(args.root, arm, RATES_SEED, lr, args.steps, args.folder) for arm in TUNED for lr in RATES]
         best = _chosen(list(pool.imap_unordered(trial, tuned)), results)
         work = [
             (args.root, arm, seed, best.get(arm, best[BASE]), args.steps, args.folder)
@@ -110,9 +114,9 @@ def arms(args: argparse.Namespace, results: Results) -> None:
 
 
 def _chosen(tried: Sequence[Run], results: Results) -> dict[str, float]:
-    """The best rate of each optimiser by the tuning half. With no run left of one there is nothing to compare."""
+    """The best rate of each of `TUNED` by the tuning half. With no run left of one there is nothing to compare."""
     best: dict[str, float] = {}
-    for arm in (BASE, "adamw"):
+    for arm in TUNED:
         mine = sorted((r for r in tried if r["arm"] == arm), key=lambda r: r["lr"])
         bpb = {r["lr"]: _bpb(r, tuning=True) for r in mine if "error" not in r}
         if not bpb:

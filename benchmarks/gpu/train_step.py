@@ -13,6 +13,7 @@ The median of the steps after the warm-up counts; compile time and peak memory s
 import dataclasses
 import time
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -128,8 +129,6 @@ def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
         max_position_embeddings=CONTEXT, moe_router_scaling_factor=c.routed_scale,
         rope_parameters={"full_attention": {**rope, "partial_rotary_factor": 0.5}, "sliding_attention": rope},
     )  # fmt: skip
-    if patched:
-        _patch_experts(hf.Step3p7Experts)
     with torch.device("cuda"):
         model = hf.Step3p7TextModel._from_config(
             text, attn_implementation="flex_attention" if patched else "sdpa", dtype=torch.bfloat16
@@ -137,6 +136,7 @@ def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
         head = nn.Linear(c.dim, c.vocab_size, bias=False, dtype=torch.bfloat16)
     model.train()
     if patched:
+        _patch_experts(model, hf.Step3p7Experts)
         for layer in model.layers:
             layer.compile()
     update, target_S = _adamw(nn.ModuleList([model, head])), tokens_BT.roll(-1, 1).flatten()
@@ -154,12 +154,13 @@ def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
     return step
 
 
-def _patch_experts(experts: type[nn.Module]) -> None:
+def _patch_experts(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Of this model alone: the class stays as it was shipped."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    experts.forward = grouped_mm_experts_forward  # type: ignore[method-assign]
-    for name, value in {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}.items():
-        setattr(experts, name, value)
+    for experts in (module for module in model.modules() if isinstance(module, kind)):
+        experts.forward = MethodType(grouped_mm_experts_forward, experts)
+        experts.has_gate, experts.has_bias, experts.is_transposed, experts.is_concatenated = True, False, False, True
 
 
 def _adamw(model: nn.Module) -> Callable[[], None]:

@@ -73,15 +73,20 @@ def serve(options: Options) -> None:
         raise ConfigError(f"{e.name} is not installed; install the extra: pip install 'stepwell[serve]'") from e
     from moe.batching import Batcher
     from moe.generate import load_for_use, load_tokenizer
+    from moe.memory import memory_named
     from moe.server.chat import chat_template
     from moe.server.service import Service
 
     model = load_for_use(options.folder, options.device, options.dtype)
     tokenizer = load_tokenizer(options.folder)
-    batcher = Batcher(
-        model, tokenizer, slots=options.slots, queue=options.queue, context=options.context, speculate=options.speculate,
-        fused=options.fused,
-    )  # fmt: skip
+    context = options.context or model.config.context
+    with memory_named(
+        f"out of memory with --slots {options.slots} x --context {context} tokens", "lower either, or --dtype bfloat16"
+    ):
+        batcher = Batcher(
+            model, tokenizer, slots=options.slots, queue=options.queue, context=context, speculate=options.speculate,
+            fused=options.fused,
+        )  # fmt: skip
     name = options.name or options.folder.resolve().name
     serving = Serving(Service(batcher), tokenizer, chat_template(options.folder), name, os.environ.get(KEY) or None)
     config = uvicorn.Config(

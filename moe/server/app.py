@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from core.errors import ConfigError
+from core.errors import ConfigError, StageError
 from moe.batching import Full
 from moe.server.answers import Choice, Writer
 from moe.server.chat import ChatTemplate, TemplateError
@@ -108,6 +108,9 @@ class Serving:
             response = _refused(RefusedError(f"{e}; try again", code="queue_full", status=429))
         except StoppedError as e:
             response = _refused(RefusedError(str(e), code="stopped", status=503))
+        except StageError as e:  # what is wrong with the server, in words for who runs it
+            logging.getLogger(__name__).error("%s", e)
+            response = _refused(RefusedError(str(e), code="out_of_resources", status=503))
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; counted as nginx counts it
         except Exception:  # whatever it is, clients expect their error object; the log has the rest

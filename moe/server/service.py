@@ -3,10 +3,12 @@
 In: prompts as token ids with their sampling. Out: an asynchronous stream of `Event`s for each. The thread alone touches the
 `Batcher` and the model, so nothing in them needs a lock; what it is asked to do goes through a queue of calls, what comes of it
 goes back to the event loop. A client that leaves cancels its requests. When the batcher's own queue is full, or as many prompts
-wait for their score, the answer is `Full` and the client is told to come back.
+wait for their score, the answer is `Full` and the client is told to come back. A step that fails, as by too little memory, ends
+the thread, since the rows' state is no longer known: the log says so, and every client hears it.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from core.errors import StepwellError
 from moe.batching import Batcher, Event, Full
+from moe.memory import memory_named
 from moe.sampling import Sampling
 
 IDLE_S = 0.05  # how long the thread waits for a call when no request is running
@@ -141,10 +145,14 @@ class Service:
             while not self._ending.is_set():
                 self._answer_calls()
                 if not self.batcher.idle:
-                    for event in self.batcher.step():
+                    with memory_named(*self._memory("a step")):
+                        events = self.batcher.step()
+                    for event in events:
                         self._deliver(event)
-        except BaseException as e:  # noqa: BLE001 - whatever it is, every waiting client must hear of it
+        except BaseException as e:
             self.failure = e
+            known = isinstance(e, StepwellError)
+            logging.getLogger(__name__).error("%s", self._stopped(), exc_info=None if known else e)
         finally:
             self._abandon()
 
@@ -195,14 +203,25 @@ class Service:
                 future.set_exception(self._stopped())
 
     def _stopped(self) -> StoppedError:
-        return StoppedError(
-            f"the model stopped: {self.failure!r}" if self.failure is not None else "the server is going down"
+        if self.failure is None:
+            return StoppedError("the server is going down")
+        told = self.failure if isinstance(self.failure, StepwellError) else repr(self.failure)
+        return StoppedError(f"the model stopped: {told}")
+
+    def _memory(self, what: str) -> tuple[str, str]:
+        slots, context = self.batcher.slots, self.batcher.limit
+        return (
+            f"serve: out of memory in {what} with --slots {slots} x --context {context} tokens",
+            "start again with less of either, or with --dtype bfloat16",
         )
 
-    @torch.inference_mode()
     def _score(self, prompt: list[int], top: int) -> Scored:
         if not prompt:
             return Scored([], [])
+        with memory_named(*self._memory(f"the score of {len(prompt)} tokens")), torch.inference_mode():
+            return self._scored(prompt, top)
+
+    def _scored(self, prompt: list[int], top: int) -> Scored:
         model = self.batcher.model
         device = model.lm_head.weight.device
         tokens_T = torch.tensor([model.config.eos, *prompt], device=device)

@@ -236,7 +236,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, soak):
     driver.write_text(DRIVER)
     root = Root(str(tmp_path / "root"))
     how = Counter()
-    for generation in range(max(2, int(2 * soak))):
+    for generation in range(max(2, int(soak / 5))):
         undisturbed = Root(str(tmp_path / f"fresh-{generation}"))
         command = [sys.executable, str(driver), str(REPO)]
         begin = time.monotonic()

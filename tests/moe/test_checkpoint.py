@@ -18,6 +18,7 @@ from core.hashing import file_digest
 from moe import checkpoint
 from moe.config import OptimConfig, RopeScaling, TrainConfig
 from moe.data import ArrayTokenSource
+from moe.files import TEMPORARY
 from moe.metrics import METRICS, TIME_FIELDS, read_metrics
 from moe.model import Decoder
 from moe.trainer import train
@@ -56,7 +57,7 @@ def test_a_kill_while_a_file_of_a_save_is_written(
     caught = 0
     for step in (1, 2, 3):
         folder = tmp_path / f"killed-{step}"
-        temporary = folder / checkpoint.CHECKPOINTS / (f"step-{step:08d}" + checkpoint.TEMPORARY)
+        temporary = folder / checkpoint.CHECKPOINTS / (f"step-{step:08d}" + TEMPORARY)
         _killed_when(temporary / name, config, source, folder)
         caught += temporary.is_dir()
         assert checkpoint.find(folder).is_dir()
@@ -320,6 +321,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert train(train_config, source, tmp_path).resumed_step == 5
     train(train_config, source, tmp_path.parent / "undisturbed")
     assert _bytes(tmp_path) == _bytes(tmp_path.parent / "undisturbed")
+
+
+def test_a_folder_that_takes_no_file_is_named(
+    train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path
+) -> None:
+    """One that cannot be made, as a file is in its way; and a disk that is full at the first file."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StageError, match=r"the run's folder takes no file, got .*Not a directory.* make room or choose"
+    ):
+        train(train_config, source, tmp_path / "file" / "run")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(" " * 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(StageError, match=r"takes no file, got .*File too large.* expected to write into"):
+            train(dataclasses.replace(train_config, tokenizer=str(tokenizer)), source, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["step-00000099", "", "..", "step-00000005/config.json", "\udcff"])

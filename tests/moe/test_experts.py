@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from moe import kernels
 from moe.balance import activity_stats, group_loss
 from moe.config import ModelConfig
-from moe.experts import MoE, SwiGLU, _Combine, _Dispatch, halves, sort_by_expert
+from moe.experts import PLAIN, MoE, SwiGLU, _Combine, _Dispatch, halves, pieces, sort_by_expert
 
 
 @pytest.fixture
@@ -124,6 +125,39 @@ def test_fused_operators_give_the_same_numbers(config: ModelConfig, routing: str
     fused, plain = (_results(config, backend, ROUTINGS[routing], x) for backend in ("triton", "grouped"))
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "count", "triton", "fused"),
+    [
+        ("auto", "cuda", torch.bfloat16, 32, True, True),
+        ("auto", "cuda", torch.bfloat16, 64, True, True),
+        ("auto", "cuda", torch.bfloat16, 65, True, False),
+        ("auto", "cuda", torch.bfloat16, 32, False, False),
+        ("auto", "cuda", torch.float64, 32, True, False),
+        ("auto", "cuda", torch.float32, 32, True, False),
+        ("auto", "cpu", torch.bfloat16, 32, True, False),
+        ("grouped", "cuda", torch.bfloat16, 32, True, False),
+        ("loop", "cuda", torch.bfloat16, 32, True, False),
+        ("triton", "cpu", torch.float32, 288, False, True),
+    ],
+)
+def test_auto_takes_the_fused_pieces_where_they_fit(
+    backend: str, device: str, dtype: torch.dtype, count: int, triton: bool, fused: bool
+) -> None:
+    found = pieces(backend, torch.device(device), dtype, count, triton)
+    assert (found != PLAIN) == fused
+    assert found.top.__module__ == ("moe.kernels" if fused else "moe.experts")
+
+
+def test_pieces_are_chosen_anew_with_every_move(config: ModelConfig) -> None:
+    """As `placed` moves a model that was made on the CPU. No GPU here has to be, so a stand-in is taken away."""
+    moe = _moe(config)
+    assert moe.pieces == PLAIN
+    for move in (lambda m: m.to(torch.bfloat16), lambda m: m.cpu(), lambda m: m.double()):
+        moe.pieces = PLAIN._replace(top=lambda score, k: score.argsort(-1)[:, :k])
+        assert move(moe).pieces == PLAIN
+    assert not kernels.at_home(torch.device("cpu"))
 
 
 def test_float64_stays_float64(config: ModelConfig) -> None:

@@ -17,6 +17,7 @@ from core.errors import ConfigError, StageError
 from moe import hub, hub_config
 from moe.config import ModelConfig, RopeScaling, TrainConfig
 from moe.data import TokenSource
+from moe.files import TEMPORARY
 from moe.flops import STEP_35_FLASH
 from moe.hub_config import from_hub, to_hub
 from moe.model import Decoder
@@ -373,7 +374,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_export_are_replaced(tmp_path: Path) -> None:
-    half = tmp_path / ("hub" + hub.TEMPORARY)
+    half = tmp_path / ("hub" + TEMPORARY)
     half.mkdir()
     (half / "model-00001-of-00009.safetensors").write_bytes(b"half")
     folder = hub.export(perturbed(SMALL), tmp_path / "hub")

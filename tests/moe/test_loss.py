@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross entropy: values, gradients, masks, totals, z-loss, precision."""
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional
@@ -103,3 +105,29 @@ def test_compiled_rows_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None
         results.append((loss, nll, *torch.autograd.grad(loss, (x, head))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("z", [0.0, 0.01])
+@pytest.mark.parametrize(("vocab", "dtype"), [(7, torch.float32), (1000, torch.float32), (20_000, torch.bfloat16)])
+def test_the_triton_body_works_on_rows_as_the_definition_does(vocab, dtype, z):
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
+    from moe import kernels_loss
+    from moe.loss import _rows
+
+    g = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(5, vocab, generator=g) * 4).to(device, dtype)
+    logits[2] = float("nan")  # does not count, so nothing of it may be seen
+    target = torch.randint(0, vocab, (5,), generator=g).to(device)
+    mask = torch.tensor([True, True, False, True, True], device=device)
+    kept = mask.nonzero()[:, 0]
+    nll, penalty, grad = kernels_loss.rows(logits.clone(), target, mask, z)
+    want = _rows(logits[kept].clone(), target[kept], mask[kept], z)
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-5}
+    torch.testing.assert_close(nll[kept], want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(penalty, want[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad[kept], want[2], **near)
+    assert float(nll[2]) == 0
+    assert not grad[2].any()

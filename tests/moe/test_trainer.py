@@ -21,6 +21,7 @@ from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.config import OptimConfig, TrainConfig
 from moe.data import ArrayTokenSource
+from moe.files import TEMPORARY, replace_text
 from moe.metrics import METRICS, TIME_FIELDS, MetricsFile, finite, read_metrics
 from moe.parallel import World
 from moe.trainer import train
@@ -177,9 +178,9 @@ def test_leftovers_of_a_kill_are_swept(
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     newer, older = folder / "checkpoints" / "step-00000012", folder / "checkpoints" / "step-00000010"
-    checkpoint.replace_text(folder / checkpoint.LATEST, older.name + "\n")
+    replace_text(folder / checkpoint.LATEST, older.name + "\n")
     (newer / checkpoint.WEIGHTS).write_bytes(b"half")
-    (folder / "checkpoints" / ("step-00000012" + checkpoint.TEMPORARY)).mkdir()
+    (folder / "checkpoints" / ("step-00000012" + TEMPORARY)).mkdir()
     with open(folder / METRICS, "a") as f:
         f.write('{"step": 13, "lo')
     train(train_config, source, folder)
@@ -265,7 +266,7 @@ def test_a_truncated_checkpoint_is_named(
         with pytest.raises(StageError, match=rf"step-00000012/{name}.* write step-00000010 into"):
             use()
     assert _tree(undisturbed) == before
-    checkpoint.replace_text(undisturbed / checkpoint.LATEST, "step-00000010\n")
+    replace_text(undisturbed / checkpoint.LATEST, "step-00000010\n")
     assert train(train_config, source, undisturbed).resumed_step == 10
 
 

@@ -1,6 +1,7 @@
 """One update against sums worked out token by token: masks, MTP heads, micro-batches, side losses, precision."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe import attention
 from moe.config import ModelConfig, OptimConfig, TrainConfig
 from moe.data import Batch
 from moe.model import Decoder
@@ -186,6 +188,71 @@ def test_readings_of_the_experts(config: TrainConfig) -> None:
     assert [sum(shares) for shares in row["experts"]["load"]] == pytest.approx([1.0] * layers, abs=1e-4)
     worst = [max(shares) * len(shares) - 1 for shares in row["experts"]["load"]]
     assert row["load_violation"] == pytest.approx(worst, abs=1e-3)
+
+
+def test_trunk_and_heads_share_one_layout(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where layouts and rotary tables are made: once a micro-batch, two heads or not. The bits stay."""
+    batch = _batch()
+    made: list[str] = []
+    model = Decoder(config.model, config.seed).train()
+    tokens, segments = torch.from_numpy(batch.inputs), torch.from_numpy(batch.segments)
+    stream = model.states(tokens, segments)
+    apart = [stream, *model.mtp_states(stream, tokens, segments)]
+    plain = attention.layout
+    monkeypatch.setattr(attention, "layout", lambda *arguments: made.append("layout") or plain(*arguments))
+    for name in ("full_rope", "window_rope"):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: made.append(name))
+    stream, states = model.all_states(tokens, segments)
+    assert all(torch.equal(a, b) for a, b in zip(apart, (stream, *states), strict=True))
+    assert len(states) == 2
+    assert sorted(made) == ["full_rope", "layout", "window_rope"]
+    made.clear()
+    config = dataclasses.replace(config, micro_rows=2)
+    Updater(config, model, build(model, config.optim), World.alone(), DOMAINS).run(batch, 0, watch=False)
+    assert sorted(made) == ["full_rope"] * 2 + ["layout"] * 2 + ["window_rope"] * 2
+
+
+def test_micro_batches_of_bfloat16_add_up_in_float32(config: TrainConfig) -> None:
+    """Sixteen of them, read back from AdamW's first moment, beside the sum in fp64 of each one's own gradients."""
+    optim = OptimConfig(optimizer="adamw", grad_clip=1e9, warmup_steps=0, beta1=0.5)
+    config = dataclasses.replace(config, optim=optim, rows=16, precision="bfloat16", micro_rows=1)
+    batch = _batch(rows=16)
+    model, alone = (Decoder(config.model, config.seed).to(torch.bfloat16).train() for _ in range(2))
+    optimizer = build(model, optim)
+    Updater(config, model, optimizer, World.alone(), DOMAINS).run(batch, 0, watch=False)
+    moments = optimizer.state_tensors()
+    one = Updater(config, alone, build(alone, optim), World.alone(), DOMAINS)
+    rows = Rows.of(batch, torch.device("cpu"))
+    counted, parts = one._counted(rows), []
+    for low in range(16):
+        alone.zero_grad()
+        one._losses(rows.part(low, 1), counted, 1 / 16)[0].backward()
+        parts.append({name: p.grad.clone() for name, p in alone.named_parameters() if p.grad is not None})
+    errors: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for name in parts[0]:
+        exact = torch.stack([part[name].double() for part in parts]).sum(0)
+        rounded = functools.reduce(torch.add, [part[name] for part in parts])
+        for kind, got in (("float32", 2 * moments[f"{name}.exp_avg"]), ("bfloat16", rounded)):
+            errors[kind].append(float((got.double() - exact).norm() / exact.norm()))
+    assert max(errors["float32"]) < 3e-6
+    assert min(errors["bfloat16"]) > 1e-4, "what adding in the gradients' own type costs"
+
+
+def test_a_single_micro_batch_keeps_no_second_gradient(config: TrainConfig) -> None:
+    """Its gradients stay where they are, in the weights' type; several leave sums instead, and float32 never does."""
+    held = {}
+    for precision, micro_rows in (("bfloat16", None), ("bfloat16", 2), ("float32", 2)):
+        here = dataclasses.replace(config, precision=precision, micro_rows=micro_rows)
+        model = placed(Decoder(here.model), here, World.alone())
+        optimizer = build(model, here.optim)
+        Updater(here, model, optimizer, World.alone(), DOMAINS).run(_batch(), 0, watch=False)
+        grads = {p.grad.dtype for p in model.parameters() if p.grad is not None}
+        held[precision, micro_rows] = grads, {g.dtype for g in (optimizer._sums or {}).values()}
+    assert held == {
+        ("bfloat16", None): ({torch.bfloat16}, set()),
+        ("bfloat16", 2): (set(), {torch.float32}),
+        ("float32", 2): ({torch.float32}, set()),
+    }
 
 
 def test_no_attention_logit_exceeds_its_bound(model_config: ModelConfig) -> None:
