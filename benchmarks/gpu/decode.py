@@ -165,7 +165,7 @@ def batched(config: ModelConfig, *, fused: bool | None = None, compiled: bool = 
 def _new_tokens(run: Callable[[int], int]) -> dict[str, Any]:
     """Milliseconds of each token behind the first: medians of seven calls for `NEW` and for one, in turn, after two each.
 
-    In turn, since a call's prefill is the host's work and has taken 50 to 80 ms within a minute.
+    In turn, since a call for one is the host's work and drifts: 57 and 82 ms were measured a few seconds apart.
     """
     times: dict[int, list[float]] = {1: [], NEW: []}
     for new in (1, NEW) * 9:
