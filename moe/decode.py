@@ -9,23 +9,22 @@ Two kinds: `plain` reads each row's pending token and chooses the next; `round` 
 what `verify` lets stand, and drafts anew. Either can follow the other.
 
 Prompts are read by the model's own layers. Steps are too, or by fused kernels (moe/fused_steps.py): on a GPU, where the
-kernels serve the model (`unserved`) and a step has few enough tokens for them. Which of the two depends on a step's kind
+kernels serve the model (moe/backends.py) and a step has few enough tokens for them. Which of the two depends on a step's kind
 and number of rows alone. Both give the same logits but for rounding; by kernels alone, rounds and plain steps give the
 same bits, so that greedy answers with drafts are those without.
 
 Legend: B rows of a step, N rows in all, K drafts, T = tokens that a step reads (1 or K + 1), V vocabulary, W draws.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
 from core.errors import ConfigError
+from moe.backends import capturable, unserved
 from moe.cache import Cache, Feed, LayerStep, Step
 from moe.graphs import Replay
 from moe.layers import Layer, Tables
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 Kind = Literal["plain", "round"]
 Start = tuple[Tensor, Step, dict[bool, Tables]]
 MOST_VARIANTS = 64  # of a compiled layer: four kinds by the batch sizes and by one or K + 1 + h tokens
-# What one program of the kernels can hold: a router's weights, at 512 numbers a thread, and a head (chosen).
-MOST_ROUTER, HEAD_DIMS = 2**17, range(16, 257)
-SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Decode:
@@ -189,7 +185,7 @@ class Decode:
             steps: Decode | FusedSteps = self if self.fused is None or not self.fused.takes(kind, rows) else self.fused
             body = steps.plain if kind == "plain" else steps.round
             replay = Replay(lambda: body(rows, mode), self.pool)
-            if self.capture:
+            if self.capture and (steps is not self or capturable(self.model)):
                 active_B = self.active_B.clone()
                 self.active_B.zero_()  # the runs before a capture change nothing then
                 replay.prepare()
@@ -304,28 +300,6 @@ class Decode:
 
     def _tensor(self, values: Sequence) -> Tensor:
         return torch.tensor(values, device=self.device)
-
-
-def unserved(model: Decoder) -> str | None:
-    """Why fused kernels cannot run this model where it is; None where they can."""
-    config, weight = model.config, model.lm_head.weight
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    router = (1 << (config.experts - 1).bit_length()) * (1 << (config.dim - 1).bit_length())
-    if weight.device.type != "cuda" and not (weight.device.type == "cpu" and interpreted):
-        return f"they need a GPU, got {weight.device.type}"
-    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return f"they need compute capability 8, got {torch.cuda.get_device_name(weight.device)}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if {(p.dtype, p.is_contiguous()) for p in model.parameters()} != {
-        (weight.dtype, True)
-    } or weight.dtype not in SERVED:
-        return f"its weights must be contiguous and of one dtype of 32 or 16 bits, got {weight.dtype}"
-    if config.head_dim not in HEAD_DIMS or router > MOST_ROUTER:
-        return f"a head of {config.head_dim} or a router of {config.experts} x {config.dim} is beyond them"
-    if config.router_dtype != "float32" or any(m.exchange is not None for m in model.routed):
-        return "the router must be in float32 and all experts here"
-    return None
 
 
 def _run_layer(layer: Layer, x_BTD: Tensor, tables: dict[bool, Tables], layout: LayerStep) -> Tensor:

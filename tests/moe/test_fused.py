@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
+from moe.backends import capturable, unserved
 from moe.batching import Batcher
 from moe.config import ModelConfig
-from moe.decode import Decode, unserved
+from moe.decode import Decode
 from moe.model import Decoder
 from moe.sampling import Sampling
 from moe.speculative import Pace
@@ -219,3 +220,10 @@ def test_models_that_the_kernels_do_not_serve_are_named_and_decoded_by_layers() 
     assert Decode(model, rows=1, context=20).fused is None
     with pytest.raises(ConfigError, match=r"fused kernels cannot serve this model, .*set fused to None or False"):
         Decode(model, rows=1, context=20, fused=True)
+
+
+def test_layers_that_read_back_are_not_captured() -> None:
+    """Which products can be, torch decides: on a GPU the pairs above decode in fp32 by layers, outside graphs."""
+    assert capturable(_model(0, torch.bfloat16))
+    assert not capturable(_model(0))
+    assert not capturable(_model(0, torch.float64))
