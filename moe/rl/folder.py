@@ -13,6 +13,7 @@ from pathlib import Path
 
 from core.errors import ConfigError, StageError
 from moe import checkpoint
+from moe.files import copy_file
 from moe.metrics import METRICS
 from moe.rl.config import RLConfig, identity_digest, rl_differences
 from moe.rl.tasks import Tasks
@@ -56,10 +57,10 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
 
 def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path) -> None:
     """Makes the folder a run's, but for its first checkpoint."""
-    checkpoint.copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
+    copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
     for name in (chat.FILE, chat.CONFIG):
         if (start / name).is_file():
-            checkpoint.copy_file(start / name, folder / name)
+            copy_file(start / name, folder / name)
     record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
     checkpoint.replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     checkpoint.replace_text(folder / METRICS, "")

@@ -36,8 +36,9 @@ from core.errors import ConfigError, StageError
 from core.hashing import file_digest
 from moe import checkpoint
 from moe.alarms import Alarm, Alarms, Limits
-from moe.device import device_of, memory_bytes, memory_named, repeatable
+from moe.device import device_of, memory_bytes, repeatable
 from moe.generate import load_tokenizer
+from moe.memory import training_memory
 from moe.metrics import TIME_FIELDS, MetricsFile, check_tensorboard, cut_metrics, read_metrics
 from moe.model import Decoder
 from moe.optim import build
@@ -105,7 +106,7 @@ def reinforce(
                 "same command again"
             )
         sizes = config.train_config(model.config, None, None)
-        with repeatable(config.deterministic, device), memory_named(sizes, folder, 1):
+        with repeatable(config.deterministic, device), training_memory(sizes, folder, 1):
             run = _Run(config, tasks, reward, folder, start, model, tokenizer, found, device, limits)
             began = time.perf_counter()
             run.to_end(on_step)
