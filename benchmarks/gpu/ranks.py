@@ -85,6 +85,18 @@ def rank(part: str, out: Path, expert_ranks: int) -> None:
         world.close()
 
 
+def _started(out: Path, part: str, ranks: int, experts: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    command += ["benchmarks.gpu.ranks", "--out", str(out), "--part", part, "--experts", str(experts)]
+    return subprocess.Popen(command, env=os.environ)
+
+
+def _finished(runs: list[subprocess.Popen[bytes]]) -> None:
+    for run in runs:
+        if run.wait(timeout=240):
+            raise subprocess.CalledProcessError(run.returncode, run.args)
+
+
 def main() -> None:
     """Starts the ranks, then compares."""
     args = timing.arguments(part={"default": ""}, experts={"type": int, "default": 1})
@@ -92,16 +104,14 @@ def main() -> None:
         rank(args.part, args.out, args.experts)
         return
     (args.out / "ranks.jsonl").unlink(missing_ok=True)  # lines of an earlier call are no part of this comparison
-    for part, ranks, experts in (
-        ("throughput", 1, 1), ("throughput", 2, 1), ("losses", 1, 1), ("losses", 2, 1), ("losses", 2, 2),
-    ):  # fmt: skip
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command += ["benchmarks.gpu.ranks", "--out", str(args.out), "--part", part, "--experts", str(experts)]
-        subprocess.run(command, check=True, env=os.environ, timeout=240)
+    for ranks in (1, 2):  # one after the other, since they are timed
+        _finished([_started(args.out, "throughput", ranks, 1)])
+    _finished([_started(args.out, "losses", ranks, experts) for ranks, experts in ((1, 1), (2, 1), (2, 2))])
     lines = [json.loads(line) for line in (args.out / "ranks.jsonl").read_text("utf-8").splitlines()]
     rates = {x["ranks"]: x["tokens_per_s"] for x in lines if x["what"] == "throughput"}
-    values = [x["losses"] for x in lines if x["what"] == "losses"]
-    spread = max(abs(a - b) / abs(a) for other in values[1:] for a, b in zip(values[0], other, strict=True))
+    values = {(x["ranks"], x["expert_ranks"]): x["losses"] for x in lines if x["what"] == "losses"}
+    alone = values.pop((1, 1))
+    spread = max(abs(a - b) / abs(a) for other in values.values() for a, b in zip(alone, other, strict=True))
     timing.Results("ranks", args.out).add("compared", speed_up=rates[2] / rates[1], losses_apart=spread)
 
 

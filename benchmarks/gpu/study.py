@@ -198,24 +198,44 @@ def _drafts(args: argparse.Namespace, model: Any, held_out: MixtureSource, resul
     """Greedy continuations of held-out documents by domain, drafted and plain; and samples of a few prompts."""
     from tokenizers import Tokenizer
 
+    from moe.batching import Batcher
     from moe.generate import generate_batch
     from moe.sampling import Sampling
 
     greedy = Sampling(temperature=0.0, max_tokens=128)
+    plain, drafted = (Batcher(model, slots=1, speculate=s) for s in (False, True))
     for d, domain in enumerate(held_out.domains):
         docs = [i for i in range(len(held_out)) if held_out.domain(i) == d and held_out.length(i) > 200][:8]
         prompts = [held_out.tokens(i)[:128].tolist() for i in docs]
-        if prompts:
-            answers = generate_batch(model, prompts, greedy, speculate=True, slots=1)
-            made = [a.acceptance for a in answers if a.acceptance is not None]
-            lengths = [a.length for a in made]
+        # In turn; the first prompt's, which capture graphs and measure what a round costs, do not count.
+        both = [[_answered(batcher, p, greedy) for batcher in (plain, drafted)] for p in [*prompts[:1], *prompts]][1:]
+        rates = [sum(a[i][0] for a in both) / sum(a[i][1] for a in both) for i in (0, 1)] if both else []
+        made = [a[1][2] for a in both if a[1][2] is not None]
+        if rates and made:
             results.add(
-                f"drafts_{domain}", prompts=len(prompts), tokens_a_round=float(np.mean(lengths)) if lengths else None
-            )
+                f"drafts_{domain}", prompts=len(prompts), plain_tokens_per_s=rates[0], drafted_tokens_per_s=rates[1],
+                speed_up=rates[1] / rates[0], tokens_a_round=float(np.mean([m.length for m in made])),
+                accepted=np.mean([m.fractions for m in made], axis=0).round(4).tolist(),
+                rounds=sum(m.rounds for m in made),
+            )  # fmt: skip
     tokenizer = Tokenizer.from_file(str(Path(args.root, "models/tokenizer/tokenizer.json")))
     ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in PROMPTS]
     sampled = generate_batch(model, ids, Sampling(temperature=0.8, top_p=0.95, max_tokens=48), tokenizer=tokenizer)
     results.add("samples", texts={p: a.text for p, a in zip(PROMPTS, sampled, strict=True)})
+
+
+def _answered(batcher: Any, prompt: Sequence[int], sampling: Any) -> tuple[int, float, Any]:
+    """Tokens behind the first ones, the seconds that they took, and how drafts fared, of one request alone."""
+    batcher.submit(prompt, sampling)
+    made, began, acceptance = 0, 0.0, None
+    while not batcher.idle:
+        for event in batcher.step():
+            if began == 0.0 and event.tokens:
+                began = time.perf_counter()
+            else:
+                made += len(event.tokens)
+            acceptance = event.acceptance or acceptance
+    return made, time.perf_counter() - began, acceptance
 
 
 def main() -> None:

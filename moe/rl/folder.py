@@ -13,7 +13,7 @@ from pathlib import Path
 
 from core.errors import ConfigError, StageError
 from moe import checkpoint
-from moe.files import copy_file
+from moe.files import copy_file, replace_text
 from moe.metrics import METRICS
 from moe.rl.config import RLConfig, identity_digest, rl_differences
 from moe.rl.tasks import Tasks
@@ -62,8 +62,8 @@ def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path) -> None:
         if (start / name).is_file():
             copy_file(start / name, folder / name)
     record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
-    checkpoint.replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-    checkpoint.replace_text(folder / METRICS, "")
+    replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    replace_text(folder / METRICS, "")
 
 
 def tokenizer_file(start: Path) -> Path:

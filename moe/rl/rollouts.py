@@ -28,7 +28,7 @@ import xxhash
 
 from core.errors import ConfigError, InputError, StageError, StepwellError
 from core.hashing import seeded
-from moe import checkpoint
+from moe.files import replace_text
 from moe.generate import stream
 from moe.model import Decoder
 from moe.rl.config import RLConfig
@@ -205,7 +205,7 @@ def write(folder: Path, generation: Generation, names: Sequence[str]) -> None:
     path = path_of(folder, generation.number)
     try:
         path.parent.mkdir(exist_ok=True)
-        checkpoint.replace_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        replace_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     except OSError as error:
         raise StageError(
             f"rl: {path} cannot be written, got {error}; the newest checkpoint stands: make room and run the same command"

@@ -27,6 +27,7 @@ from moe.rl.rollouts import Generation, sample, tempered, weights_hash
 from moe.rl.tasks import Tasks, answer_reward, tasks_of
 from moe.rl.trainer import TIMES, RLSummary, reinforce
 from moe.rl.update import PolicyUpdater
+from moe.sampling import Sampling
 from tests.moe.copying import CONFIG, OPTIM, RECORDS, copying_tasks, start_run
 
 # Two updates a generation, sampled one generation ahead, in two micro-batches.
@@ -277,7 +278,7 @@ def test_numbers_that_are_not_finite_stop_and_overwrite_nothing(start: Path, tmp
 
 
 def test_a_run_is_a_model_like_any_other(start: Path, undisturbed: Path) -> None:
-    assert len(generate_text(undisturbed, "4>", max_tokens=3, temperature=0)) <= 3
+    assert len(generate_text(undisturbed, "4>", Sampling(max_tokens=3, temperature=0))) <= 3
     stored, state = checkpoint.read(checkpoint.find(undisturbed))
     assert stored.init == weights_hash(moe.load(start))
     assert state.step == 6
