@@ -271,7 +271,7 @@ def _evaluate_reads(config: EvaluateStageConfig) -> tuple[str, ...]:
 
 TRAIN = Stage(
     name="train",
-    version=3,  # 2: may begin from another stage's model; 3: windowed layers, Muon, masks, MTP
+    version=4,  # 2: may begin from another stage's model; 3: windowed layers, Muon, masks, MTP; 4: bf16 sums in fp32
     kind=Kind.EXPORT,
     config=TrainStageConfig,
     fn=train,

@@ -44,10 +44,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test whose rounds `soak` scales is one that `make soak` runs."""
+    """A test whose rounds `soak` scales is one that `make soak` runs, and with more rounds its limit of time is none."""
     for item in items:
         if "soak" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.soak)
+            if SOAK > 1:
+                item.add_marker(pytest.mark.timeout(0), append=False)
 
 
 class SharedSpark:

@@ -54,6 +54,43 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
         ),
     ),
     (
+        "Drafts by MTP heads (`decode`): a plain step, a step that verifies K drafts and makes K anew, and their ratio by "
+        "tokens a round",
+        r"^rounds_",
+        (
+            ("heads", "what", str),
+            ("plain ms", "plain_ms", lambda v: f"{v:.3f}"),
+            ("round ms", "round_ms", lambda v: f"{v:.3f}"),
+            ("ratio at 2 tokens a round", "speedup_at_2", lambda v: f"{v:.2f}"),
+            ("at 3", "speedup_at_3", lambda v: f"{v:.2f}"),
+            ("at 4", "speedup_at_4", lambda v: f"{v:.2f}"),
+        ),
+    ),
+    (
+        "Two ranks beside one (`ranks`): preset `1b`, 8 rows a rank, Muon and all",
+        r"^throughput",
+        (
+            ("ranks", "ranks", str),
+            ("ms an update", "ms", lambda v: f"{v:.1f}"),
+            ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
+        ),
+    ),
+    (
+        "Arms of `study`, three seeds: held-out bits per byte of the half that chose nothing; effects below zero are "
+        "better",
+        r"^compare_.*_all$",
+        (
+            ("arm", "arm", str),
+            ("base", "baseline_bpb", lambda v: f"{v:.4f}"),
+            ("arm's", "arm_bpb", lambda v: f"{v:.4f}"),
+            ("effect", "effect", lambda v: f"{v:+.4f}"),
+            ("from", "low", lambda v: f"{v:+.4f}"),
+            ("to", "high", lambda v: f"{v:+.4f}"),
+            ("least effect to be found", "least_effect", lambda v: f"{v:.4f}"),
+            ("verdict", "verdict", str),
+        ),
+    ),
+    (
         "Learning rates on one seed (`study`), bits per byte of the held-out half on which they are chosen",
         r"^rates_",
         (
@@ -73,8 +110,9 @@ def lines(folders: Iterable[Path]) -> tuple[dict[str, Line], dict[str, Line]]:
         for text in path.read_text().splitlines():
             line = json.loads(text)
             kept = failed if "error" in line else found
-            if "what" in line and line["date"] >= kept.get(line["what"], line)["date"]:
-                kept[line["what"]] = line
+            name = f"{line.get('what')}_{line['ranks']}" if "ranks" in line else line.get("what")
+            if name is not None and line["date"] >= kept.get(name, line)["date"]:
+                kept[name] = line
     return found, {n: line for n, line in failed.items() if n not in found or line["date"] > found[n]["date"]}
 
 
