@@ -22,7 +22,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from core.engines import spark_pieces, spark_session, spark_tasks, spark_units
+from core.engines import spark_session  # before the others: it says what to do where pyspark is missing
+
+# isort: split
+from core.engines import spark_pieces, spark_tasks, spark_units
 from core.engines.columns import check_keys, joined_schema, sortable, sorted_table
 from core.engines.contract import (
     BATCH_BYTES,
@@ -43,7 +46,6 @@ from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
 from core.stage import Resources
 
-# pyspark itself is imported above all by spark_session, which says what to do where it is missing
 from py4j.protocol import Py4JError  # isort: skip
 from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip

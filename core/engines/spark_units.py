@@ -24,7 +24,7 @@ from core.engines.spark_pieces import PLACE, ROWS, STRUCT, pieces, said, settle
 from core.errors import ConfigError, StageError, StepwellError
 from core.stage import Resources
 
-# pyspark itself is imported above all by spark_session, which says what to do where it is missing
+# Behind spark_session, which says what to do where pyspark is missing.
 from py4j.protocol import Py4JError  # isort: skip
 from pyspark import SparkContext, TaskContext  # isort: skip
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests  # isort: skip

@@ -235,9 +235,11 @@ def test_a_stream_that_is_tried_again_goes_on_where_it_was():
 
 
 SLEEPS = """
-import os, sys, time
+import os, signal, sys, time
 from core.engines.contract import Report, Unit
 from core.engines.ray import RayEngine
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in a shell's background is deaf to it, and children too
 
 def sleeps(unit, note):
     open(unit.payload, "w").close()
