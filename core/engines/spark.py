@@ -47,9 +47,9 @@ from core.progress import Display, quiet
 from core.stage import Resources
 
 from py4j.protocol import Py4JError  # isort: skip
+from pyspark.errors import PySparkException  # isort: skip
 from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
-
 
 BROADCAST_BYTES = 8 << 20  # a side of a join up to here goes to every task, whole: Spark's own limit is 10 MB
 READ = -1  # the number of the step that reads pieces, which finds nothing
@@ -305,8 +305,6 @@ class SparkEngine:
 
     def _driver(self, call: Callable[[], Any], label: str, units: Sequence[Unit] = ()) -> Any:
         """`call()`, with Spark's exceptions turned into ours."""
-        from pyspark.errors import PySparkException
-
         try:
             return self._watch.call(call)
         except (Py4JError, PySparkException) as e:
