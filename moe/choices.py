@@ -14,8 +14,6 @@ that end a context belong to the answer, its bits and its bytes. An answer longe
 pieces (`moe.score.score_continuations`).
 """
 
-import gzip
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ import numpy as np
 
 from core.errors import ConfigError, InputError
 from core.statistics import ALPHA, least_effect, paired_variance, wilson
+from moe.files import read_json_lines
 from moe.model import Decoder
 from moe.score import score_continuations
 
@@ -109,10 +108,8 @@ def read_questions(path: Path, layout: Layout | None = None) -> list[Question]:
 
 def records(path: Path) -> list[Any]:
     """The records of a JSONL file, gzipped or not. One that cannot be read or has none is a `ConfigError`."""
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            found = [json.loads(line) for line in lines if line.strip()]
+        found = read_json_lines(path)
     except (OSError, ValueError, EOFError) as e:
         raise ConfigError(f"evaluate: {path} cannot be read: {e}; expected JSONL, gzipped or not") from e
     if not found:

@@ -4,6 +4,7 @@ In: a path and its content. Out: the file, on the disk when the call returns whe
 place, synced and renamed; a folder of many is written under `TEMPORARY` by its owner, who syncs and renames it.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -39,6 +40,13 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_text(text)
     _into_place(temporary, path)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a JSONL file, gzipped or not. What cannot be read is an `OSError`, a `ValueError` or an `EOFError`."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def copy_file(source: Path, path: Path) -> None:

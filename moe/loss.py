@@ -13,12 +13,13 @@ cross_entropy, which spends its time on fresh pages. On one H100, V = 32,768, D 
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moe.kernels import at_home
 
 CHUNK = 512  # measured on 2 cores, V = 8192: 256 and 512 equal, 1024 15% slower, 4096 60% slower
 GPU_CHUNK = 4096  # measured on one H100, V = 32,768: 2048 7% slower, 8192 2% faster in twice the memory
@@ -125,7 +126,7 @@ def _rows(logits: Tensor, target: Tensor, mask: Tensor, z: float) -> tuple[Tenso
 
 def _work_on_rows(x_SD: Tensor, compiled: bool) -> Any:
     """`_rows`, or what computes the same in fewer passes over the logits."""
-    if x_SD.is_cuda and x_SD.dtype != torch.float64 and find_spec("triton"):
+    if x_SD.dtype != torch.float64 and at_home(x_SD.device):
         return import_module("moe.kernels_loss").rows
     return _compiled_rows() if compiled else _rows
 

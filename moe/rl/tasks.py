@@ -15,8 +15,6 @@ folder's chat template (moe/server/chat.py), whose stops end an answer too.
 """
 
 import dataclasses
-import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +25,7 @@ from core.errors import ConfigError
 from core.hashing import digest, seeded
 from moe import checkpoint
 from moe.alarms import Limits
+from moe.files import read_json_lines
 from moe.generate import load_tokenizer
 from moe.rl.config import OPTIM, RLConfig
 from moe.run_file import mapping, read_values
@@ -108,10 +107,8 @@ def tokenizer_folder(file: RLFile) -> Path:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, gzipped or not; one that cannot be read, or has none, is a `ConfigError`."""
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            found = [json.loads(line) for line in lines if line.strip()]
+        found = read_json_lines(path)
     except (OSError, ValueError, EOFError) as e:
         raise ConfigError(f"rl: tasks cannot be read, got {e} in {path}, expected JSONL, gzipped or not") from e
     if not found:
