@@ -1,6 +1,7 @@
 """Column kernels that the engines share: sorting, key borders, caps per key, and the hash that sends a key to its partition."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -176,3 +177,28 @@ def _masked(words: np.ndarray, begin: np.ndarray, left: np.ndarray) -> np.ndarra
     value = np.ascontiguousarray(words[begin]).view(np.uint64).ravel()
     spare = np.clip(8 - left, 0, 7).astype(np.uint64) * np.uint64(8)
     return (value << spare) >> spare
+
+
+def blocks(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in contiguous tables of about `size` bytes; none is empty."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        for part in sliced(table, size):
+            held.append(part)
+            count += part.nbytes
+            if count >= size:
+                yield pa.concat_tables(held).combine_chunks()
+                held, count = [], 0
+        del table
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def sliced(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """Slices of about `size` bytes, by the mean width of the rows; none is empty."""
+    rows = table.num_rows
+    count = max(1, min(rows, table.nbytes // size))
+    for first, end in pairwise(i * rows // count for i in range(count + 1)):
+        if end > first:
+            yield table.slice(first, end - first)

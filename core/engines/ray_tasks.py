@@ -11,13 +11,13 @@ import faulthandler
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from core.engines.columns import join_tables, partition_hash
+from core.engines.columns import blocks, join_tables, partition_hash
 from core.engines.contract import Align, ChunkFn, Report, Unit, UnitFn, write_shards
 from core.engines.guard import alone, watched
 from core.engines.measure import peak_memory, reset_peak_memory
@@ -94,33 +94,19 @@ class _Stream:
         return item
 
 
-def blocks(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+def _cast(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
     """The same rows cast to `schema`, in tables of about `size` bytes; none is empty."""
-    held: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        table = table.select(schema.names).cast(schema)
-        pieces = max(1, min(table.num_rows, table.nbytes // size))
-        borders = [i * table.num_rows // pieces for i in range(pieces + 1)]
-        for first, last in pairwise(borders):
-            held.append(table.slice(first, last - first))
-            count += held[-1].nbytes
-            if count >= size and held[-1].num_rows:
-                yield pa.concat_tables(held).combine_chunks()
-                held, count = [], 0
-        del table
-    if any(table.num_rows for table in held):
-        yield pa.concat_tables(held).combine_chunks()
+    return blocks((table.select(schema.names).cast(schema) for table in tables), size)
 
 
 def scanned(
     fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, size: int, fact: Fact, unit: Unit
 ) -> Iterator[pa.Table]:
-    yield from blocks((pa.Table.from_batches([batch]) for batch in fn(unit)), schema, size)
+    yield from _cast((pa.Table.from_batches([batch]) for batch in fn(unit)), schema, size)
 
 
 def mapped(fn: ChunkFn, schema: pa.Schema, size: int, fact: Fact, *tables: pa.Table) -> Iterator[pa.Table]:
-    yield from blocks((fn(table) for table in tables), schema, size)
+    yield from _cast((fn(table) for table in tables), schema, size)
 
 
 def cut_up(cut: Cut, schema: pa.Schema, fact: Fact, *tables: pa.Table) -> Iterator[pa.Table]:
@@ -152,7 +138,7 @@ def reduced(
                 del piece
             del table  # before the next share is read
 
-    yield from blocks(results(), schema, size)
+    yield from _cast(results(), schema, size)
 
 
 def joined(
@@ -179,7 +165,7 @@ def joined(
             if a.num_rows:
                 yield join_tables(a.combine_chunks(), b.combine_chunks(), cut.by, how)
 
-    yield from blocks(results(), schema, size)
+    yield from _cast(results(), schema, size)
 
 
 def aligned(schema: pa.Schema, cut: Cut, target: Align, fact: Fact, p: int, *slices: Any) -> Iterator[pa.Table]:

@@ -9,11 +9,12 @@ Below zero a place says what a task has to say: its answer (`Said`, or an error 
 import gc
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 from pyspark.sql.types import BinaryType, IntegerType, StructField, StructType
+
+from core.engines.columns import sliced
 
 PLACE, ROWS = "place", "rows"
 PIECES = pa.schema([(PLACE, pa.int32()), (ROWS, pa.binary())])
@@ -53,7 +54,7 @@ def said(place: int, content: bytes) -> pa.RecordBatch:
 
 def packed(table: pa.Table, place: int) -> Iterator[pa.RecordBatch]:
     """The rows of a table in pieces of about PIECE_BYTES."""
-    for part in _slices(table, PIECE_BYTES):
+    for part in sliced(table, PIECE_BYTES):
         for batch in part.combine_chunks().to_batches():
             yield _batch(place, batch.serialize())
 
@@ -61,31 +62,6 @@ def packed(table: pa.Table, place: int) -> Iterator[pa.RecordBatch]:
 def opened(content: bytes, schema: pa.Schema) -> pa.Table:
     """The rows of a piece."""
     return pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(content), schema)])
-
-
-def blocks(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in contiguous tables of about `size` bytes; none is empty."""
-    held: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        for part in _slices(table, size):
-            held.append(part)
-            count += part.nbytes
-            if count >= size:
-                yield pa.concat_tables(held).combine_chunks()
-                held, count = [], 0
-        del table
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
-
-
-def _slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
-    """Slices of about `size` bytes, by the mean width of the rows; none is empty."""
-    rows = table.num_rows
-    count = max(1, min(rows, table.nbytes // size))
-    for first, end in pairwise(i * rows // count for i in range(count + 1)):
-        if end > first:
-            yield table.slice(first, end - first)
 
 
 def _batch(place: int, content: pa.Buffer) -> pa.RecordBatch:

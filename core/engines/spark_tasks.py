@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 from pyspark import TaskContext
 
-from core.engines.columns import join_tables
+from core.engines.columns import blocks, join_tables
 from core.engines.contract import Align, ChunkFn, Report, Unit
 from core.engines.pool import FIRST_WAIT_S, attempted, failed_unit
-from core.engines.spark_pieces import PIECE_BYTES, Pieces, blocks, opened, packed, pieces, said, settle
+from core.engines.spark_pieces import PIECE_BYTES, Pieces, opened, packed, pieces, said, settle
 from core.engines.spill import Cut, Told, chunks, gathered, prepared, shards_of, split
 from core.errors import ConfigError, RetryableError, StageError, StepwellError
 
