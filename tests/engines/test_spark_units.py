@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.annotate import AnnotateRun, annotate, rejects_name
+from core.engines.columns import blocks
 from core.engines.contract import Align, Unit
 from core.engines.local import LocalEngine
 from core.errors import ConfigError, RetryableError, StageError
@@ -300,7 +301,7 @@ def test_rows_come_back_from_pieces_and_blocks_as_they_went(kind_and_lists, skip
     kind, values = kind_and_lists
     schema = pa.schema([("x", pa.list_(kind))])
     table = pa.table({"x": pa.array(values, schema.field(0).type)}).slice(skipped)
-    made_blocks = list(spark_pieces.blocks([table.slice(0, 2), table.slice(2)], size))
+    made_blocks = list(blocks([table.slice(0, 2), table.slice(2)], size))
     there = [batch for block in made_blocks for batch in spark_pieces.packed(block, 5)]
     back = [spark_pieces.opened(content, schema) for place, content in spark_pieces.pieces(there) if place == 5]
     assert [row for part in back for row in part.to_pylist()] == table.to_pylist()
