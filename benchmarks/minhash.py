@@ -357,20 +357,20 @@ def measure_components(edges: int = 4_000_000) -> None:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="what `make` wrote; without it documents of this machine are taken")
     parser.add_argument("--folder", action="append", default=[], help="glob of text files, may be repeated")
-    parser.add_argument("--docs", type=int, default=20_500)
-    parser.add_argument("--least-bytes", type=int, default=500)
-    parser.add_argument("--most-bytes", type=int, default=24_000)
+    parser.add_argument("--docs", type=int, default=20_500, help="at most so many (default 20,500)")
+    parser.add_argument("--least-bytes", type=int, default=500, help="of a text (default 500)")
+    parser.add_argument("--most-bytes", type=int, default=24_000, help="of a text (default 24,000)")
     parser.add_argument(
         "--only", nargs="*", default=list(CONTENDERS), help="contenders to run, the first is compared with"
     )
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender (default 3)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["make", "run", "kernels", "components", "one"], nargs="?", default="run")
     options(parser)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", default="", help="folder that `make` writes")
     parser.add_argument("--name", default="stepwell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.command == "make":

@@ -272,7 +272,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write docs/stages.md, or with --figures the README's blocks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--figures", type=Path, metavar="CONFIG", help="fill README.md from this config's root")
     chosen = parser.parse_args(argv).figures
     if chosen is None:

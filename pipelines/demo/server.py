@@ -1,4 +1,6 @@
-"""All hosts of the demo on one loopback port: `python -m pipelines.demo.server --folder FOLDER --port-file FILE`.
+"""All hosts of the demo on one loopback port.
+
+    python -m pipelines.demo.server --folder demo/corpus/hosts --port-file port
 
 In: `hosts/<host name>/...` as `corpus` lays it out. Out: HTTP/1.1 answers, routed by the Host header: content type by
 suffix, charset where the bytes are valid UTF-8 (a page in another encoding says so itself, or its reader has to find
@@ -172,8 +174,12 @@ def _bind(folder: Path) -> Hosts:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo.server", description="Serve the demo's hosts.")
-    parser.add_argument("--folder", type=Path, default=Path("demo/corpus/hosts"))
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo.server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo/corpus/hosts"), help="default: demo/corpus/hosts")
     parser.add_argument("--port-file", type=Path, required=True, help="the port is written here once it answers")
     arguments = parser.parse_args()
     stopped = threading.Event()
