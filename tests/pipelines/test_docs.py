@@ -20,7 +20,6 @@ from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
-# Fields that say nothing of themselves yet. Taking one out of here is the way to mend it.
 
 CONFIG = """\
 root: ./data

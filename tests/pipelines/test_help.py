@@ -119,7 +119,7 @@ def test_commands_that_are_named_somewhere_exist_with_their_options():
             wrong += [f"{path}: {name}"] if known is None else []
             wrong += [f"{path}: {name} {o}" for o in OPTION.findall(rest) if known is not None and o not in known]
     assert wrong == []
-    assert seen >= set(COMMANDS) | set(ALONE)
+    assert seen >= set(COMMANDS)
 
 
 def test_files_that_are_named_somewhere_exist():
