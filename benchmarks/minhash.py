@@ -73,7 +73,12 @@ def make(out: str, folders: list[str], docs: int, least_bytes: int, most_bytes: 
 
 
 def files(data: str) -> list[str]:
-    return sorted(glob.glob(f"{data}/{FOLDER}/*.parquet"))
+    found = sorted(glob.glob(f"{data}/{FOLDER}/*.parquet"))
+    if not found:
+        raise SystemExit(
+            f"error: minhash: no Parquet files in {data}/{FOLDER}, expected what `make --out {data}` writes"
+        )
+    return found
 
 
 def text_bytes(data: str) -> int:

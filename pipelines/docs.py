@@ -289,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline = load_pipeline(chosen)
         README.write_text(fill(README.read_text("utf-8"), figures(pipeline, Root(pipeline.root))), "utf-8")
     except StepwellError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.gpu.timing import Results
 from core.errors import StageError
@@ -248,6 +249,8 @@ def main() -> None:
     parser.add_argument("--folder", default="study", help="where runs keep their checkpoints")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of study_arms.jsonl or study_run.jsonl")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     results = Results(f"study_{args.part}", args.out)
     print(json.dumps({"root": args.root, "steps": args.steps}))
     (arms if args.part == "arms" else long_run)(args, results)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError, StageError, StepwellError
 
 # The same port on every run where it is free, so that a crawl's record looks alike; any other works as well.
 PORTS = range(18640, 18660)
@@ -185,12 +185,16 @@ def main() -> int:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with serve(arguments.folder) as (port, resolver):
-        temporary = arguments.port_file.with_name(arguments.port_file.name + ".partial")
-        temporary.write_text(f"{port}\n", encoding="utf-8")
-        temporary.rename(arguments.port_file)
-        print(f"demo: {len(resolver)} hosts on 127.0.0.1:{port}", flush=True)
-        stopped.wait()
+    try:
+        with serve(arguments.folder) as (port, resolver):
+            temporary = arguments.port_file.with_name(arguments.port_file.name + ".partial")
+            temporary.write_text(f"{port}\n", encoding="utf-8")
+            temporary.rename(arguments.port_file)
+            print(f"demo: {len(resolver)} hosts on 127.0.0.1:{port}", flush=True)
+            stopped.wait()
+    except StepwellError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
