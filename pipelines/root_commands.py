@@ -25,9 +25,13 @@ def status(config: Config) -> None:
 
 def check(
     config: Config,
-    content: Annotated[bool, typer.Option("--content", help="read every file and compare its hash (slow)")] = False,
+    content: Annotated[
+        bool, typer.Option("--content", help="read documents and layers, compare hashes (slow)")
+    ] = False,
 ) -> None:
-    """Check the config, the accounts of every stage, and that every file named by a manifest is there.
+    """Check the config, the accounts of every stage, and that each shard of documents and layers is there.
+
+    Relations, token shards, mixtures and models are not looked at; their manifests are.
 
     Example: `pipelines check -c configs/demo.yaml --content`
     """
@@ -35,10 +39,10 @@ def check(
     from pipelines.inspect import check_root
 
     pipeline = load(config, None, None)
-    problems, checked = check_root(pipeline, root_of(pipeline), content)
+    problems, said = check_root(pipeline, root_of(pipeline), content)
     if problems:
         raise StageError("\n".join(problems))
-    typer.echo(f"all good: {checked}")
+    typer.echo(said)
 
 
 def explain(
