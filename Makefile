@@ -1,6 +1,6 @@
 # Targets: demo, test, bench, soak, env, airflow, clean. Each makes the environment first when it is missing or out of date.
 #   make demo              pages from package registries, crawled and taken through every stage to the report, in demo/
-#   make demo DEMO=large   the 200 MB set; TRAIN=0 stops at the mixture
+#   make demo DEMO=large   the 200 MB set; TRAIN=0 stops before training
 #   make test              ruff, mypy, pytest; with CI=true a missing Java or Airflow is a failure, elsewhere a skip
 #   make airflow           Airflow in an environment of its own, .venv-airflow; docs/operations.md says how to use it
 #   make PYTHON=python3.12 env

@@ -35,17 +35,8 @@ def datatrove_filter(items: Sequence[Item], folder: str) -> Callable[[Sequence[s
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.utils.hashing import create_hash_func
     from datatrove.utils.text import ngrams, simplify_text
-    from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Split(WordTokenizer):
-        def word_tokenize(self, text: str) -> list[str]:
-            return text.split()
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            return [text]
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return []
+    from benchmarks.split import Split
 
     config = NGramsDecontConfig()
     hashed = create_hash_func(config.hash_config)

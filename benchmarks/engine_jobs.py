@@ -15,11 +15,11 @@ An engine of ours is ready once every worker has run a unit that imports what th
 each step, so its start-up is only this process's imports and, for its Ray executor, `ray.init`.
 """
 
+import argparse
 import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,11 +145,18 @@ def shards_of(data: Path) -> tuple[Shard, ...]:
 
 
 def main() -> None:
-    name, job, data, scratch, workers, memory_gb = sys.argv[1:]
-    run: Callable[..., dict[str, Any]] = stepwell if name in ENGINES else datatrove
-    began = time.perf_counter()
-    folder = Path(scratch)
-    found = run(name, job, Path(data), folder, int(workers), float(memory_gb))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine_jobs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = {"contender": str, "job": str, "data": Path, "scratch": Path, "workers": int, "memory_gb": float}
+    for name, kind in kinds.items():
+        parser.add_argument(name, type=kind, metavar=name.upper())
+    given = parser.parse_args()
+    run: Callable[..., dict[str, Any]] = stepwell if given.contender in ENGINES else datatrove
+    began, folder = time.perf_counter(), given.scratch
+    found = run(given.contender, given.job, given.data, folder, given.workers, given.memory_gb)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

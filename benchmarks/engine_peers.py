@@ -1,7 +1,4 @@
-"""datatrove's side of `benchmarks.engines`: the same two jobs as steps of its pipelines, at module level as they are pickled.
-
-Its tokenizers need packages beyond its core (English: spaCy); here it is given `str.split`, which is faster than any of them.
-"""
+"""datatrove's side of `benchmarks.engines`: the same two jobs as steps of its pipelines, at module level as they are pickled."""
 
 from pathlib import Path
 from typing import Any
@@ -13,25 +10,12 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.writers import ParquetWriter
 from datatrove.utils.hashing import HashConfig
-from datatrove.utils.word_tokenizers import WordTokenizer
 
 from benchmarks.corpus import NAME
 from benchmarks.engine_jobs import BAND_ROWS, BANDS, SHINGLE_WORDS, facts, shards_of
+from benchmarks.split import Split
 
 Steps = list[tuple[list[Any], int]]
-
-
-class Split(WordTokenizer):
-    """Words between spaces; datatrove strips punctuation and case before."""
-
-    def word_tokenize(self, text: str) -> list[str]:
-        return text.split()
-
-    def sent_tokenize(self, text: str) -> list[str]:
-        return [text]
-
-    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [(0, len(text))]
 
 
 class Words(PipelineStep):

@@ -201,10 +201,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[200], help="million bytes of text (default 200)")
     parser.add_argument("--folder", type=Path, action="append", default=[], help="take text from here; may be repeated")
     parser.add_argument("--shard-mb", type=float, default=25, help="million bytes of text a shard (default 25)")
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument("--only", nargs="+", default=[*ENGINES, *PEERS], choices=[*ENGINES, *PEERS])
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--memory-gb", type=float, default=4)
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS, help="default: both")
+    parser.add_argument(
+        "--only", nargs="+", default=[*ENGINES, *PEERS], choices=[*ENGINES, *PEERS], help="default: all"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="of each contender (default 2)")
+    parser.add_argument("--memory-gb", type=float, default=4, help="of each engine of ours (default 4)")
     parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="of each size; the last holds for the rest")
     parser.add_argument("--peer-rounds", type=int, default=1, help="runs of the peers (default 1)")
 

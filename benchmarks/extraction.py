@@ -24,6 +24,7 @@ from pathlib import Path
 from resiliparse.parse.html import HTMLTree
 
 from benchmarks.result import Result, Table, alone
+from core.errors import ConfigError
 from crawl.extract.html import careful_text, main_text, read_page
 from crawl.extract.sniff import decode
 
@@ -114,6 +115,10 @@ def measure(args: argparse.Namespace) -> Result:
     result = Result("extraction", {"half": args.half or "both"}, [])
     for title, load in (("web-pages", load_pages), ("web-snippets", load_snippets)):
         samples = load(args.data / title)[step][: args.pages]
+        if not samples:
+            raise ConfigError(
+                f"extraction: no pages with labels in {args.data / title}, expected those that --help names"
+            )
         rows = [
             contend("resiliparse", lambda html: main_text(HTMLTree.parse(html)), samples),
             contend("trafilatura fast", careful_text, samples),

@@ -73,7 +73,12 @@ def make(out: str, folders: list[str], docs: int, least_bytes: int, most_bytes: 
 
 
 def files(data: str) -> list[str]:
-    return sorted(glob.glob(f"{data}/{FOLDER}/*.parquet"))
+    found = sorted(glob.glob(f"{data}/{FOLDER}/*.parquet"))
+    if not found:
+        raise SystemExit(
+            f"error: minhash: no Parquet files in {data}/{FOLDER}, expected what `make --out {data}` writes"
+        )
+    return found
 
 
 def text_bytes(data: str) -> int:
@@ -148,19 +153,8 @@ def datatrove(data: str, scratch: str) -> dict[str, Any]:
     from datatrove.pipeline.readers import ParquetReader
     from datatrove.pipeline.writers import ParquetWriter
     from datatrove.utils.hashing import HashConfig
-    from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Split(WordTokenizer):
-        """Words between spaces; datatrove strips punctuation and case before."""
-
-        def word_tokenize(self, text: str) -> list[str]:
-            return text.split()
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            return [text]
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return [(0, len(text))]
+    from benchmarks.split import Split
 
     config = MinhashConfig(
         n_grams=NGRAM, num_buckets=BANDS, hashes_per_bucket=ROWS, hash_config=HashConfig(hash_fc="xxhash")
@@ -357,20 +351,20 @@ def measure_components(edges: int = 4_000_000) -> None:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="what `make` wrote; without it documents of this machine are taken")
     parser.add_argument("--folder", action="append", default=[], help="glob of text files, may be repeated")
-    parser.add_argument("--docs", type=int, default=20_500)
-    parser.add_argument("--least-bytes", type=int, default=500)
-    parser.add_argument("--most-bytes", type=int, default=24_000)
+    parser.add_argument("--docs", type=int, default=20_500, help="at most so many (default 20,500)")
+    parser.add_argument("--least-bytes", type=int, default=500, help="of a text (default 500)")
+    parser.add_argument("--most-bytes", type=int, default=24_000, help="of a text (default 24,000)")
     parser.add_argument(
         "--only", nargs="*", default=list(CONTENDERS), help="contenders to run, the first is compared with"
     )
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender (default 3)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["make", "run", "kernels", "components", "one"], nargs="?", default="run")
     options(parser)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", default="", help="folder that `make` writes")
     parser.add_argument("--name", default="stepwell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.command == "make":

@@ -35,7 +35,7 @@ from core.storage import ZSTD_LEVEL, Root
 from pipelines.config import EngineConfig, Pipeline, StageEntry
 from pipelines.plan import artifacts_of
 from pipelines.runner import Runner, RunOptions
-from pipelines.stages import load
+from pipelines.stages import STAGES, load
 
 OVERHEAD = 0.10  # most that one worker may cost over the bare loop
 SPEED_UP = 0.92  # least share of the bare loop's speed-up by a second process
@@ -219,9 +219,14 @@ def _add(result: Result, stage: str, c: Contest, args: argparse.Namespace) -> No
     result.figures[stage] = {**found, "samples": {n: [vars(s) for s in v] for n, v in {**warm, **cold}.items()}}
 
 
+JUDGES = [line.name for line in STAGES if line.kind == "annotate"]
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     corpus.options(parser)
-    parser.add_argument("--stage", action="append", help="annotate stage to run (default signals); may be repeated")
+    parser.add_argument(
+        "--stage", action="append", choices=JUDGES, help="stage to run (default signals); may be repeated"
+    )
     parser.add_argument(
         "--no-cold", dest="cold", action="store_false", help="leave out runs that start their processes"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import environment
+from core.errors import StepwellError
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results"
@@ -141,7 +142,10 @@ def alone(
     options(parser)
     parser.add_argument("--keep", action="store_true", help="write the result below benchmarks/results/")
     args = parser.parse_args(argv)
-    result = measure(args)
+    try:
+        result = measure(args)
+    except StepwellError as error:
+        raise SystemExit(f"error: {error}") from None
     if args.keep:
         keep(result)
     show(result)

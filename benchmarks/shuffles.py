@@ -1,6 +1,6 @@
 """What `exact` and `minhash` move: bytes a document in every exchange, and peak memory at four sizes of input.
 
-    python -m benchmarks.shuffles [--mb 25 50 100 200] [--memory-gb 1] [--workers 2] [--stage exact --stage minhash]
+    python -m benchmarks.shuffles [--mb 25 50 100 200] [--memory-gb 1] [--workers 2]
 
 Both stages run on LocalEngine over `benchmarks.corpus`, `minhash` after `exact`, each size in a process of its own. Three figures
 for each document: Arrow bytes that enter an exchange (what crosses a cluster's network, before any codec), bytes on disk of those

@@ -88,19 +88,10 @@ def datatrove_filters() -> dict[str, Callable[[str], object]]:
         GopherRepetitionFilter,
     )
     from datatrove.pipeline.filters.base_filter import BaseFilter
-    from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Split(WordTokenizer):
-        def word_tokenize(self, text: str) -> list[str]:
-            return text.split()
+    from benchmarks.split import Split
 
-        def sent_tokenize(self, text: str) -> list[str]:
-            return text.split(". ")
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return []
-
-    tokenizer, never = Split(), 1e9
+    tokenizer, never = Split(". "), 1e9
     made = {
         "datatrove Gopher repetition": GopherRepetitionFilter(
             never, never, never, never, tuple((n, never) for n in (2, 3, 4)), tuple((n, never) for n in range(5, 11)),

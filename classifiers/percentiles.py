@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 BUCKETS = 20  # Nemotron-CC
 
@@ -72,9 +71,3 @@ def looked_up(h: Histogram, table: np.ndarray, value: np.ndarray) -> np.ndarray:
 def strata(docs: Mapping[str, int], floor: int, pooled: str) -> dict[str, str]:
     """language -> itself, or `pooled` where it has fewer than `floor` documents."""
     return {name: name if n >= floor else pooled for name, n in sorted(docs.items())}
-
-
-def by_stratum(counts: pa.Table, names: Mapping[str, str], column: str = "stratum") -> dict[str, pa.Table]:
-    """Rows of `counts` by the stratum its language belongs to."""
-    stratum = pa.array([names[s] for s in counts.column(column).to_pylist()], pa.large_string())
-    return {name: counts.filter(pc.equal(stratum, name)) for name in sorted(set(stratum.to_pylist()))}

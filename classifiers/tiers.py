@@ -36,7 +36,7 @@ from core.engines.contract import Unit
 from core.errors import ConfigError, StageError
 from core.job import Job, Outcome
 from core.predicate import Predicate
-from core.rows import dataset_of, pack
+from core.rows import of_dataset, pack
 from core.schema import TEXT
 from core.stage import Artifacts, ConfigPath, Kind, Resources, Stage, StageConfig, execution
 
@@ -259,9 +259,7 @@ def tiers(job: Job) -> Outcome:
     found = engine.persist(engine.map(scored, Verdict(judge, place, chance), FOUND, f"{job.instance}: tiers"))
     layers = {}
     for dataset in job.datasets:
-        mine = engine.map(
-            found, partial(_of_dataset, dataset.ordinal), FOUND, f"{job.instance}: rows of {dataset.name}"
-        )
+        mine = engine.map(found, partial(of_dataset, dataset.ordinal), FOUND, f"{job.instance}: rows of {dataset.name}")
         layers[dataset.name, job.instance] = job.align(mine, dataset, job.instance, LAYER)
     pooled = sorted(name for name, stratum in names.items() if stratum == POOLED)
     accounts = {
@@ -302,10 +300,6 @@ def _mass(place: dict[str, tuple[Histogram, np.ndarray, np.ndarray]]) -> dict[st
         name: {TIERS[i]: int(h.mass[rank == i].sum()) for i in range(len(TIERS))}
         for name, (h, rank, _) in place.items()
     }
-
-
-def _of_dataset(ordinal: int, piece: pa.Table) -> pa.Table:
-    return piece.filter(pa.array(dataset_of(piece.column("row").to_numpy()) == ordinal))
 
 
 def reads(config: TiersConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ never hashed and never breaks a tie (doc_id does). Relations that hold rows are 
 """
 
 import numpy as np
+import pyarrow as pa
 
 ROW_BITS = 24  # 16.7 M rows a shard; shards are closed at one million
 SHARD_BITS = 24  # 16.7 M shards a dataset
@@ -33,3 +34,8 @@ def shard_of(row: np.ndarray) -> np.ndarray:
 def local_of(row: np.ndarray) -> np.ndarray:
     """Row numbers within their shard, int64 [n]."""
     return row & ROW_MASK
+
+
+def of_dataset(ordinal: int, table: pa.Table) -> pa.Table:
+    """The rows of a table that lie in one dataset, by its column `row`."""
+    return table.filter(pa.array(dataset_of(table.column("row").to_numpy()) == ordinal))

@@ -13,7 +13,7 @@ from core.engines.contract import Frame, Unit
 from core.errors import ConfigError
 from core.job import Job
 from core.predicate import Predicate
-from core.rows import dataset_of, pack
+from core.rows import of_dataset, pack
 
 Scopes = tuple[tuple[str, ...], ...]
 
@@ -80,10 +80,6 @@ def align_all(job: Job, found: Frame, own: pa.Schema) -> dict[tuple[str, str], d
         mine = found
         if len(job.datasets) > 1:
             label = f"{job.instance}: rows of {dataset.name}"
-            mine = job.engine.map(found, partial(_rows_of_dataset, dataset.ordinal), found.schema, label)
+            mine = job.engine.map(found, partial(of_dataset, dataset.ordinal), found.schema, label)
         layers[dataset.name, job.instance] = job.align(mine, dataset, job.instance, own)
     return layers
-
-
-def _rows_of_dataset(ordinal: int, piece: pa.Table) -> pa.Table:
-    return piece.filter(pa.array(dataset_of(piece.column("row").to_numpy()) == ordinal))

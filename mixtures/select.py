@@ -23,7 +23,7 @@ from core.hashing import digest
 from core.job import Job, Outcome, total
 from core.layer import committed, layer_output, layer_schema, write_layer
 from core.manifest import read_manifest
-from core.rows import dataset_of
+from core.rows import of_dataset
 from core.schema import FATE, TEXT
 from core.stage import Kind, Stage
 from mixtures.elect import CANDIDATES, LOSERS, candidates, edges_frame, elect
@@ -114,7 +114,7 @@ def _write_duplicates(job: Job, judge: Judge, outcome: Outcome) -> None:
     )
     layer = duplicates_layer(job.instance)
     for dataset in job.datasets:
-        mine = job.engine.map(losers, partial(_of_dataset, dataset.ordinal), LOSERS, f"{job.instance}: {dataset.name}")
+        mine = job.engine.map(losers, partial(of_dataset, dataset.ordinal), LOSERS, f"{job.instance}: {dataset.name}")
         outcome.layers[dataset.name, layer] = job.align(mine, dataset, layer, SURVIVORS)
 
 
@@ -123,10 +123,6 @@ def _threshold(job: Job) -> float:
     instance = job.config.through(MINHASH)
     manifest = read_manifest(job.root, instance, None) if instance else None
     return float(manifest.identity.config["jaccard"]) if manifest else 1.0
-
-
-def _of_dataset(ordinal: int, table: pa.Table) -> pa.Table:
-    return table.filter(pa.array(dataset_of(table.column("row").to_numpy()) == ordinal))
 
 
 def fate_layer(instance: str) -> str:

@@ -1,11 +1,12 @@
-"""Ask a model the questions of files, alone or beside another: `python -m moe.examine FOLDER --questions FILE ...`
+"""Ask a model the questions of files, alone or beside another.
 
     python -m moe.examine models/a --questions arc_easy.jsonl.gz lambada_openai.jsonl.gz
     python -m moe.examine models/b --against models/a --questions arc_easy.jsonl.gz
     python -m moe.examine models/a --problems gsm8k_test.jsonl.gz --examples gsm8k_train.jsonl.gz --shots 4
 
 In: a run folder or hub folder, files that `moe.choices` and `moe.solve` read. Out: one JSON object on the last line of standard
-output, and a line a file above it for people. The stage `evaluate` of a pipeline asks the same way (`ask`, `pose`).
+output, and a line a file above it for people. Reads local files only; a problem costs a generated answer. The stage `evaluate`
+of a pipeline asks the same way (`ask`, `pose`).
 """
 
 import argparse
@@ -114,13 +115,15 @@ def _less(paired: dict[str, float], what: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="moe.examine", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m moe.examine", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", type=Path, nargs="+", default=[], metavar="FILE")
+    parser.add_argument("folder", type=Path, help="a run, a checkpoint or a hub folder")
+    parser.add_argument(
+        "--questions", type=Path, nargs="+", default=[], metavar="FILE", help="questions with their answers, JSONL"
+    )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another model, for paired differences")
     parser.add_argument("--problems", type=Path, metavar="FILE", help="word problems, answered by generation")
-    parser.add_argument("--examples", type=Path, metavar="FILE", help="solved problems to show first")
+    parser.add_argument("--examples", type=Path, metavar="FILE", help="solved problems to show before each")
     parser.add_argument("--shots", type=int, default=SHOTS, help=f"how many of them (default {SHOTS})")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer to a problem (default 256)")
     parser.add_argument("--limit", type=int, help="questions of each file (default: all)")

@@ -3,10 +3,6 @@
 In: a decoder and token ids, or a folder and a text. Out: new token ids without EOS, or the new text. A prompt starts
 from EOS like every document. Same model, prompt, settings and seed: same output, whatever prompts stand beside it
 (moe/batching.py says how far that holds in floating point).
-
-    python -m moe.generate FOLDER --prompt "Once upon" --max-tokens 50 --temperature 0.8
-
-FOLDER is a run, a checkpoint or a hub folder.
 """
 
 import argparse
@@ -26,6 +22,10 @@ from moe.sampling import Sampling
 from moe.speculative import Acceptance
 from moe.use import HELP, Use, add_options
 
+EXAMPLES = """examples:
+  python -m moe.generate models/a --prompt "Once upon" --max-tokens 50 --temperature 0.8
+  python -m moe.generate models/a --prompt - --dtype bfloat16 < question.txt
+Nothing is fetched or written. The first tokens wait for kernels to compile on a GPU, and with --compiled for minutes."""
 SLOTS = 16  # prompts of a batch that are decoded at once
 # Fields of `Sampling` that the command line takes as they are.
 SETTINGS = {
@@ -175,7 +175,12 @@ def _answer(events: list[Event]) -> Answer:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m moe.generate", description="Continues a text.")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe.generate",
+        description="Continues a text.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="a run, a checkpoint or a hub folder")
     parser.add_argument("--prompt", default="", help="the text to continue; -: standard input")
     for name, kind in SETTINGS.items():

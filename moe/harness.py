@@ -1,6 +1,9 @@
-"""A model of ours in lm-evaluation-harness: `python -m moe.harness FOLDER --tasks arc_easy,hellaswag [--limit 100]`.
+"""A model of ours in lm-evaluation-harness.
 
-In: a run folder or a hub folder. Out: the harness's own table, or its results as JSON with `--output`. The harness fetches its
+    python -m moe.harness models/a --tasks arc_easy,hellaswag --limit 100
+    python -m moe.harness models/a --include my_tasks --tasks my_task --output results.json
+
+In: a run folder or a hub folder. Out: the harness's own table, and its results as JSON with `--output`. The harness fetches its
 tasks from the network unless they are in its cache, and says so; nothing of ours does. `--include` names a folder of tasks whose
 files lie here (`dataset_path: json`, `data_files: ...`): they need no network. Likelihoods come in padded batches of some 8,192
 tokens, answers `--slots` at once. Other code passes `Harness(folder)` to `lm_eval.simple_evaluate(model=...)`. A context or
@@ -99,9 +102,9 @@ def _sampling(options: dict[str, Any], most: int) -> Sampling:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="moe.harness", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m moe.harness", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="a run, a checkpoint or a hub folder")
     parser.add_argument("--tasks", required=True, help="names of the harness, with commas between")
     parser.add_argument("--limit", type=int, help="questions a task (default: all)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: the task's own)")

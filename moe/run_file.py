@@ -48,7 +48,7 @@ def read_run(path: Path, changes: Iterable[str] = ()) -> RunFile:
     """The run that a file describes, after `changes` of the form `optim.lr=0.001`."""
     values = read_values(path, changes)
     if missing := [key for key in ("folder", "source") if not values.get(key)]:
-        raise ConfigError(*(f"{path}: {key}: missing" for key in missing))
+        raise ConfigError(*(f"{path}: {key}: missing; moe/run_file.py shows a run file" for key in missing))
     if wrong := [key for key in TEXTS if not isinstance(values.get(key, ""), str | None)]:
         raise ConfigError(*(f"{path}: {key}: must be a text, got {values[key]!r}" for key in wrong))
     here = path.resolve().parent

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import model_commands
-from pipelines.options import MOST_GROUPS, known_dataset, load, new_run_id, root_of, shard_range, with_engine
+from pipelines import model_commands, root_commands
+from pipelines.options import MOST_GROUPS, Config, known_dataset, load, new_run_id, root_of, shard_range, with_engine
 
 app = typer.Typer(
     name="pipelines",
@@ -24,7 +24,6 @@ app = typer.Typer(
 run_app = typer.Typer(help="Run one stage or the whole pipeline.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 
-Config = Annotated[Path, typer.Option("--config", "-c", help="the pipeline's YAML file", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -44,7 +43,10 @@ def run_all(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and run nothing")] = False,
     run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
 ) -> None:
-    """Run every stage that is not up to date.
+    """Run every stage that is not up to date. `plan` says before which those are.
+
+    The network is used by `crawl`, by a `harvest` of an API and by `answers`, which may cost money: `python -m
+    pipelines.estimate` says how much. Most time goes into `train`. `--until` ends before a stage that is not wanted.
 
     Example: `pipelines run all -c configs/demo.yaml --until mix`
     """
@@ -78,7 +80,7 @@ def run_stage(
     ] = 0,
     run_id: Annotated[str | None, typer.Option(help="name of this run; the same name re-enters its locks")] = None,
 ) -> None:
-    """Run one stage if it is not up to date.
+    """Run one stage if it is not up to date. It costs what it costs in `run all`; `--force` pays again.
 
     Example: `pipelines run stage signals -c configs/demo.yaml --dataset web`
     """
@@ -107,6 +109,8 @@ def run_ablation(
 ) -> None:
     """Train small models on mixtures that differ in one thing, and say what the difference is worth.
 
+    Takes one training for each arm and seed; `--dry-run` says how many tokens and how long.
+
     Example: `pipelines run ablation -c configs/ablations/reference.yaml --dry-run`
     """
     from dataclasses import replace
@@ -132,7 +136,10 @@ def run_ablation(
 
 @app.command()
 def stages() -> None:
-    """List all stages in order, with what they do."""
+    """List all stages in order, with what they do.
+
+    Example: `pipelines stages`
+    """
     from pipelines.stages import STAGES
 
     for line in STAGES:
@@ -144,7 +151,10 @@ def plan(
     config: Config,
     json: Annotated[bool, typer.Option("--json", help="machine-readable, for schedulers")] = False,
 ) -> None:
-    """Say what would run, what is skipped, and why. Runs nothing."""
+    """Say what would run, what is skipped, and why. Runs nothing; reads manifests, and of input files names and sizes.
+
+    Example: `pipelines plan -c configs/demo.yaml`
+    """
     from pipelines.plan import plan as make_plan
 
     pipeline = load(config, None, None)
@@ -179,104 +189,19 @@ def show_shards(
     typer.echo(json.dumps(parts_to_run(pipeline, root_of(pipeline), name, dataset, groups)))
 
 
-@app.command()
-def status(config: Config) -> None:
-    """Show what is committed: documents, accounts, speed and memory by stage."""
-    from pipelines.inspect import status_lines
-
-    pipeline = load(config, None, None)
-    for line in status_lines(pipeline, root_of(pipeline)):
-        typer.echo(line)
-
-
-@app.command()
-def check(
-    config: Config,
-    content: Annotated[bool, typer.Option("--content", help="read every file and compare its hash (slow)")] = False,
-) -> None:
-    """Check the config, the accounts of every stage, and that every file named by a manifest is there."""
-    from core.errors import StageError
-    from pipelines.inspect import check_root
-
-    pipeline = load(config, None, None)
-    problems, checked = check_root(pipeline, root_of(pipeline), content)
-    if problems:
-        raise StageError("\n".join(problems))
-    typer.echo(f"all good: {checked}")
-
-
-@app.command()
-def explain(
-    doc_id: Annotated[str, typer.Argument(help="32 hex digits, or a unique beginning")], config: Config
-) -> None:
-    """Show one document's every score, rule, duplicate and the reason for its fate."""
-    from pipelines.inspect import explain_lines
-
-    pipeline = load(config, None, None)
-    for line in explain_lines(pipeline, root_of(pipeline), doc_id):
-        typer.echo(line)
-
-
-@app.command()
-def report(
-    config: Config,
-    out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the root")] = None,
-) -> None:
-    """Write one self-contained HTML page about everything in the root."""
-    from pipelines.report import write_report
-
-    pipeline = load(config, None, None)
-    typer.echo(f"report: {write_report(pipeline, root_of(pipeline), out)}")
-
-
-@app.command()
-def extract(paths: Annotated[list[Path], typer.Argument(help="HTML, PDF, ePub, text or WARC files")]) -> None:
-    """Print what each file would become, as JSON lines."""
-    from pipelines.inspect import extract_lines
-
-    for line in extract_lines(paths):
-        typer.echo(line)
-
-
-app.command()(model_commands.generate)
-app.command()(model_commands.serve)
-app.command()(model_commands.rlvr)
-
-
-@app.command()
-def verify(
-    file: Annotated[Path, typer.Argument(help="JSONL: records of the stage `rl`, each with `response` or `responses`")],
-) -> None:
-    """Score responses to RL records: maths by value, code by its tests in a sandbox.
-
-    Example: `pipelines verify sampled.jsonl > rewards.jsonl`
-    """
-    from mixtures.posttrain.verify import verify_lines, walls
-
-    for warning in walls():
-        typer.echo(f"warning: {warning}", err=True)
-    for line in verify_lines(file):
-        typer.echo(line)
-
-
-@app.command()
-def forget(
-    config: Config,
-    doc_id: Annotated[list[str] | None, typer.Option(help="32 hex digits")] = None,
-    url: Annotated[list[str] | None, typer.Option()] = None,
-    host: Annotated[list[str] | None, typer.Option()] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be affected")] = False,
-) -> None:
-    """Withdraw documents: every fate drops them from now on. Prints the shards and mixtures that hold them today."""
-    from core.errors import ConfigError
-    from pipelines.inspect import forget_lines
-
-    wanted = [*(doc_id or ()), *(url or ()), *(host or ())]
-    if not wanted:
-        raise ConfigError("forget: nothing named; give --doc-id, --url or --host")
-    pipeline = load(config, None, None)
-    for line in forget_lines(pipeline, root_of(pipeline), wanted, dry_run):
-        typer.echo(line)
+for command in (
+    root_commands.status,
+    root_commands.check,
+    root_commands.explain,
+    root_commands.report,
+    root_commands.extract,
+    model_commands.generate,
+    model_commands.serve,
+    model_commands.rlvr,
+    root_commands.verify,
+    root_commands.forget,
+):
+    app.command()(command)
 
 
 def _run(

@@ -272,7 +272,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write docs/stages.md, or with --figures the README's blocks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--figures", type=Path, metavar="CONFIG", help="fill README.md from this config's root")
     chosen = parser.parse_args(argv).figures
     if chosen is None:
@@ -287,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline = load_pipeline(chosen)
         README.write_text(fill(README.read_text("utf-8"), figures(pipeline, Root(pipeline.root))), "utf-8")
     except StepwellError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""`python -m pipelines.estimate -c FILE`: what the stage `answers` would send and cost at most, with nothing sent.
+"""What the stage `answers` would send and cost at most. Nothing is sent.
+
+    python -m pipelines.estimate -c p.yaml
 
 In: a pipeline whose stage `passages` has run, and the log of answers so far. Out: a line for each stage `answers`. Tokens of
 prompts are estimated from bytes (too high rather than too low), answers count with the longest that is allowed.
@@ -39,7 +41,9 @@ def lines(config: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.estimate", description="What answers would cost.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-c", "--config", type=Path, required=True, help="the pipeline's YAML file")
     try:
         print("\n".join(lines(parser.parse_args(arguments).config)))

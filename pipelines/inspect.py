@@ -41,7 +41,7 @@ def status_lines(pipeline: Pipeline, root: Root) -> Iterator[str]:
 
 
 def check_root(pipeline: Pipeline, root: Root, content: bool) -> tuple[list[str], str]:
-    """(problems, what was checked). With `content`, every documents and layer shard is read and its hash compared."""
+    """(problems, what to say where there are none). `content`: shards of documents and layers are read, hashes compared."""
     problems: list[str] = []
     files = manifests = 0
     for step in steps(pipeline):
@@ -59,9 +59,10 @@ def check_root(pipeline: Pipeline, root: Root, content: bool) -> tuple[list[str]
             for shard in dataset.shards:
                 files += 1
                 problems += _shard_problems(dataset, shard, layer, layer_manifest, content)
-    return problems, f"{manifests} manifests, {files} files" + (
-        ", all hashes equal" if content else ", accounts add up"
-    )
+    if not manifests:
+        return problems, f"nothing has run in {root.url} yet"
+    found = "all hashes equal" if content else "accounts add up"
+    return problems, f"all good: {manifests} manifests, {files} files, {found}"
 
 
 def account_problems(step: Step, manifest: Manifest) -> list[str]:

@@ -33,7 +33,10 @@ def generate(
     compiled: Compiled = Use.compiled,
     fused: Fused = Use.fused,
 ) -> None:
-    """Continue a prompt with a trained model; the text appears as it is made."""
+    """Continue a prompt with a trained model; the text appears as it is made.
+
+    Example: `pipelines generate --checkpoint demo/root/models/pretrain-0123456789ab --prompt "The history of"`
+    """
     from moe.generate import write
     from moe.sampling import Sampling
 
@@ -83,6 +86,8 @@ def rlvr(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what the run would be, and train nothing")] = False,
 ) -> None:
     """Train a model on the records of the stage `rl`: reinforcement learning with verifiable rewards, by MIS-PO.
+
+    Answers are sampled, judged (code in a sandbox) and trained on, generation after generation; `--dry-run` says how many.
 
     Example: `pipelines rlvr -c rl.yaml --root demo/root --dry-run`
 

@@ -3,10 +3,16 @@
 Imports what it needs when it is called, as every command does.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="the pipeline's YAML file", show_default=False)]
 MOST_GROUPS = 200  # parts of one step: each is a task, which a scheduler draws and keeps rows of. Chosen, untested
+HOST = r"[^\s/?#@:\[\]]+|[\da-f.]*(?::[\da-f.]*){2,}"  # as mixtures.policy reads it from a URL: no port, no brackets
 
 
 def load(config: Path, engine: str | None, workers: int | None) -> Any:
@@ -62,3 +68,19 @@ def shard_range(text: str | None) -> tuple[int, int] | None:
     if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ConfigError(f"--shards: got {text!r}, expected A:B with A < B, such as 0:4")
     return int(first), int(last)
+
+
+def takedowns(doc_ids: Sequence[str], urls: Sequence[str], hosts: Sequence[str]) -> list[str]:
+    """The lines that `forget` records. An id or host that no document can bear is refused: it would be taken for done."""
+    from core.errors import ConfigError
+
+    if not (doc_ids or urls or hosts):
+        raise ConfigError("forget: nothing named; give --doc-id, --url or --host")
+    ids, names = [i.lower() for i in doc_ids], [h.lower() for h in hosts]
+    for doc_id in ids:
+        if not re.fullmatch("[0-9a-f]{32}", doc_id):
+            raise ConfigError(f"--doc-id: got {doc_id!r}, expected 32 hex digits; `pipelines explain` shows them all")
+    for name in names:
+        if not re.fullmatch(HOST, name):
+            raise ConfigError(f"--host: got {name!r}, expected a name alone, such as example.org; a page is --url")
+    return [*ids, *urls, *names]

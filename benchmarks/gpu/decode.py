@@ -33,7 +33,6 @@ from moe.batching import Batcher
 from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.decode import Decode, Kind
-from moe.fused import FusedDecoder
 from moe.generate import generate_batch
 from moe.graphs import Replay
 from moe.sampling import Sampling
@@ -44,6 +43,8 @@ KINDS: tuple[Kind, ...] = ("plain", "round")
 
 def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
     """Logits of fused steps and of the model's own cached forward beside those in fp32; T at once beside one by one."""
+    from moe.fused import FusedDecoder
+
     torch.manual_seed(0)
     model = timing.drawn(config, dtype).eval()
     exact = timing.drawn(config, torch.float32).eval()
@@ -90,6 +91,8 @@ def plain(config: ModelConfig, rows: int = 1, context: int = 4096, fused: bool =
 
 def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
     """A step of T tokens of one row: what a verification costs."""
+    from moe.fused import FusedDecoder
+
     torch.manual_seed(0)
     model = timing.drawn(config).eval()
     cache = _cache(config, 1, torch.bfloat16, 4096, 3)
@@ -212,7 +215,9 @@ def _memory() -> dict[str, float]:
 
 def main() -> None:
     """All, or those whose names begin with one of `--only`."""
-    args = timing.arguments(only={"nargs": "*", "default": [""]})
+    args = timing.arguments(
+        "decode", __doc__, only={"nargs": "*", "default": [""], "help": "beginnings of names (default: all)"}
+    )
     results = timing.Results("decode", args.out)
     small, large, tiny = step_shape(32_768), step_shape(128_896), step_shape(512, layers=5)
     known: dict[str, Callable[[], dict[str, Any]]] = {

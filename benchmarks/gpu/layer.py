@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import E64, step_shape
-from moe import attention, kernels, kernels_triton
+from moe import attention, kernels
 from moe.config import ModelConfig
 from moe.experts import MoE, sort_by_expert
 
@@ -59,6 +59,8 @@ def _both(config: ModelConfig) -> tuple[Callable[[], Any], Callable[[Tensor], Te
 
 def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
     """Milliseconds and GB/s of what stands around the products, each piece alone."""
+    from moe import kernels_triton
+
     torch.manual_seed(0)
     rows, dim = TOKENS * top_k, 1024
     with torch.device("cuda"):
@@ -169,7 +171,9 @@ def _error(
 def main() -> None:
     """All shapes."""
     args = timing.arguments(
-        part={"default": "all", "choices": ("all", "moe", "glue", "attention", "tune")},
+        "layer",
+        __doc__,
+        part={"default": "all", "choices": ("all", "moe", "glue", "attention", "tune"), "help": "default: all"},
     )
     results = timing.Results("layer", args.out)
     shapes = {"e32_k4_f512": step_shape(64), "e64_k8_f256": step_shape(64, **E64)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.train_step import step_shape
-from moe import kernels, kernels_triton
+from moe import kernels
 from moe.config import ModelConfig
 from moe.experts import MoE
 from moe.loss import next_token_loss
@@ -25,6 +25,8 @@ BF16 = torch.bfloat16
 
 def operators() -> dict[str, Any]:
     """Relative error of each operator; orders and choices must be equal."""
+    from moe import kernels_triton
+
     g = torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -159,7 +161,7 @@ def graph(config: ModelConfig, tokens: int = 4096) -> dict[str, Any]:
 
 def main() -> None:
     """All parts."""
-    args = timing.arguments(quick={"action": "store_true", "help": "operators and layer only"})
+    args = timing.arguments("parity", __doc__, quick={"action": "store_true", "help": "operators and layer only"})
     results = timing.Results("parity", args.out)
     results.attempt("operators", operators)
     shape = dataclasses.replace(step_shape(64), routed_clip=(0.7,) * 17)

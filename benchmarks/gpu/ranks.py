@@ -104,7 +104,12 @@ def _finished(runs: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     """Starts the ranks, then compares."""
-    args = timing.arguments(part={"default": ""}, experts={"type": int, "default": 1})
+    args = timing.arguments(
+        "ranks",
+        __doc__,
+        part={"default": "", "help": "what each rank runs; given by this script to those it starts"},
+        experts={"type": int, "default": 1, "help": "ranks that share the experts; likewise"},
+    )
     if args.part:
         rank(args.part, args.out, args.experts)
         return

@@ -86,12 +86,12 @@ def interval(values: np.ndarray) -> dict[str, float]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--task", choices=("small", "copy"), default="small")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm (default 3)")
+    parser.add_argument("--steps", type=int, default=40, help="updates of a run (default 40)")
+    parser.add_argument("--task", choices=("small", "copy"), default="small", help="default: small")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as below:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.gpu.timing import Results
 from core.errors import StageError
@@ -240,14 +241,16 @@ def _answered(batcher: Any, prompt: Sequence[int], sampling: Any) -> tuple[int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root")
-    parser.add_argument("--part", choices=("arms", "run"), required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("root", help="a pipeline's root")
+    parser.add_argument("--part", choices=("arms", "run"), required=True, help="see above")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm (default 3)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of a run (default 300)")
     parser.add_argument("--processes", type=int, default=4, help="runs at once on the GPU")
     parser.add_argument("--folder", default="study", help="where runs keep their checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of study_arms.jsonl or study_run.jsonl")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     results = Results(f"study_{args.part}", args.out)
     print(json.dumps({"root": args.root, "steps": args.steps}))
     (arms if args.part == "arms" else long_run)(args, results)

@@ -1,13 +1,15 @@
-"""The section on GPUs of docs/benchmarks.md, from kept result lines: `python -m benchmarks.gpu.tables FOLDER ...`.
+"""The section on GPUs of docs/benchmarks.md, from kept result lines.
+
+    python -m benchmarks.gpu.tables FOLDER ...
 
 In: folders with the `.jsonl` files that the scripts beside this one wrote, in any depth; of lines with one name the latest with
 figures counts, and a contender whose last call failed is named under its table. Out: the text between `<!-- gpu -->` and
 `<!-- /gpu -->`, rewritten, so that no figure there is typed by hand.
 """
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,8 +137,16 @@ def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
 
 
 def main() -> None:
-    text = DOCS.read_text()
-    new = section(*lines(map(Path, sys.argv[1:])))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with .jsonl files, in any depth")
+    folders = parser.parse_args().folders
+    text, new = DOCS.read_text(), section(*lines(folders))
+    if not new:
+        parser.error(f"no line of a known name below {', '.join(map(str, folders))}; the page is left as it is")
     DOCS.write_text(re.sub(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", lambda m: f"{m[1]}\n{new}\n{m[2]}", text, flags=re.S))
 
 

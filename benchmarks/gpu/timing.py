@@ -84,13 +84,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def arguments(**options: dict[str, Any]) -> argparse.Namespace:
-    """`--out` and the given options."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("."))
-    for name, settings in options.items():
-        parser.add_argument(f"--{name}", **settings)
-    return parser.parse_args()
+def arguments(name: str, text: str | None, **options: dict[str, Any]) -> argparse.Namespace:
+    """`--out` and the given options of the script `name`, whose docstring is `text`. Without a GPU the command ends here."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.gpu.{name}",
+        description=text,
+        epilog=f"example:\n  python -m benchmarks.gpu.{name} --out results\nTakes minutes on one GPU; nothing is fetched.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("."), help=f"folder of {name}.jsonl, to which lines are added")
+    for option, settings in options.items():
+        parser.add_argument(f"--{option}", **settings)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here, expected one H100 or another of compute capability 8 or higher")
+    return args
 
 
 def release() -> None:

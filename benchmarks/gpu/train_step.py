@@ -233,8 +233,10 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
 def main() -> None:
     """Runs the contenders named, or all."""
     args = timing.arguments(
-        only={"nargs": "*", "help": "names of contenders"},
-        steps={"type": int, "default": 12},
+        "train_step",
+        __doc__,
+        only={"nargs": "*", "help": "names of contenders (default: all)"},
+        steps={"type": int, "default": 12, "help": "timed steps of each (default 12)"},
         profile={"action": "store_true", "help": "list the kernels of a step too"},
     )
     torch._dynamo.config.recompile_limit = 64  # the patched Step class compiles each layer by itself

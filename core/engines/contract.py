@@ -16,8 +16,8 @@ given to a verb arrives as a StageError that names the label, and the unit where
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -214,69 +214,3 @@ def told_by(engine: Engine) -> dict[str, Any]:
     dropped = {label: rows for label, rows in engine.dropped_rows().items() if rows}
     told = {"dropped_rows": dropped, "skew": {label: asdict(key) for label, key in engine.skewed().items()}}
     return {name: what for name, what in told.items() if what}
-
-
-@dataclass
-class Totals:
-    """Sums over reports, for `observed` in a manifest."""
-
-    docs: int = 0
-    bytes: int = 0
-    peak_memory_bytes: int = 0
-    resumed_units: int = 0
-    units: int = 0
-    values: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, reports: Iterable[Report]) -> "Totals":
-        t = cls()
-        for r in reports:
-            t.docs += r.docs
-            t.bytes += r.bytes
-            t.peak_memory_bytes = max(t.peak_memory_bytes, r.peak_memory_bytes)
-            t.resumed_units += r.resumed
-            t.units += 1
-            t.values.append(r.value)
-        return t
-
-
-def key_aligned(batches: Iterator[pa.Table], by: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
-    """Cut a sorted stream of tables into tables of about `rows` rows that never split a key. Each row is copied once."""
-    held: list[pa.Table] = []
-    count = 0
-    border = (0, 0)  # where the last key begins: which of `held`, which row of it
-    for batch in batches:
-        if batch.num_rows == 0:
-            continue
-        start = _last_key_start(batch, by)
-        if start or (held and key_at(batch, 0, by) != key_at(held[-1], -1, by)):
-            border = (len(held), start)
-        held.append(batch)
-        count += batch.num_rows
-        if count < rows or border == (0, 0):
-            continue
-        piece, cut = border
-        yield pa.concat_tables([*held[:piece], held[piece].slice(0, cut)]).combine_chunks()
-        held = [held[piece].slice(cut), *held[piece + 1 :]]
-        count, border = sum(table.num_rows for table in held), (0, 0)
-    if count:
-        yield pa.concat_tables(held).combine_chunks()
-
-
-def key_at(table: pa.Table, row: int, by: Sequence[str]) -> list[Any]:
-    """The values of `by` in one row."""
-    return [table.column(c)[row].as_py() for c in by]
-
-
-def _last_key_start(table: pa.Table, by: Sequence[str]) -> int:
-    """Index of the first row of the last key of a sorted table: bisect on equality with the last row."""
-    n = table.num_rows
-    last = key_at(table, n - 1, by)
-    lo, hi = 0, n - 1
-    while lo < hi:
-        mid = (lo + hi) // 2
-        if key_at(table, mid, by) == last:
-            hi = mid
-        else:
-            lo = mid + 1
-    return lo

@@ -37,7 +37,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM. The API key, if any, comes from the environment: MOE_API_KEY."""
     parser = argparse.ArgumentParser(
-        prog="moe.server", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m moe.server", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a run folder of training, or a hub folder with tokenizer.json")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")

@@ -1,9 +1,11 @@
-"""`python -m pipelines.demo [--folder demo] [--large] [--no-train]`: corpus, servers, every stage, an ablation, report.
+"""The demo: corpus, servers, every stage, an ablation, report.
 
-In: the registries on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`, `chats/`, `seeds-*.txt`,
-`resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads DEMO_FOLDER from the
-environment) and the root that the pipeline writes. A second run does the same and every stage finds its work done: the
-port is no part of any stage's identity.
+    python -m pipelines.demo --folder demo
+
+In: packages by pip, npm and apt-get on the first run, nothing from outside afterwards. Out, under the folder: `corpus/`,
+`chats/`, `seeds-*.txt`, `resolver.json` (host -> address), `pipeline.yaml` (the template configs/demo.yaml, which reads
+DEMO_FOLDER from the environment) and the root that the pipeline writes. A second run does the same and every stage finds its
+work done: the port is no part of any stage's identity.
 """
 
 import argparse
@@ -100,10 +102,12 @@ def demo(folder: Path, large: bool, train: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description="The demo, to the report.")
-    parser.add_argument("--folder", type=Path, default=Path("demo"))
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="default: demo")
     parser.add_argument("--large", action="store_true", help="the 200 MB set")
-    parser.add_argument("--no-train", dest="train", action="store_false", help="stop at the mixture")
+    parser.add_argument("--no-train", dest="train", action="store_false", help="stop before training")
     given = parser.parse_args(arguments)
     try:
         return demo(given.folder, given.large, given.train)

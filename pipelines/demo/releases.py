@@ -1,4 +1,6 @@
-"""Pairs of releases for the demo's harvest: `python -m pipelines.demo.releases --folder demo/releases`.
+"""Pairs of releases for the demo's harvest.
+
+    python -m pipelines.demo.releases --folder demo/releases
 
 In: source archives of two versions of six small Python packages, from pip. None is made from a repository of SWE-bench.
 Out, under the folder:
@@ -82,9 +84,11 @@ def write_text(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.demo.releases", description="Release pairs for the demo."
+        prog="python -m pipelines.demo.releases",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=Path, default=Path("demo/releases"))
+    parser.add_argument("--folder", type=Path, default=Path("demo/releases"), help="default: demo/releases")
     manifest = build(parser.parse_args(arguments).folder, print)
     print(f"demo: {manifest['pairs']} of {len(PAIRS)} release pairs")
     return 0

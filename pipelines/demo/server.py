@@ -1,4 +1,6 @@
-"""All hosts of the demo on one loopback port: `python -m pipelines.demo.server --folder FOLDER --port-file FILE`.
+"""All hosts of the demo on one loopback port.
+
+    python -m pipelines.demo.server --folder demo/corpus/hosts --port-file port
 
 In: `hosts/<host name>/...` as `corpus` lays it out. Out: HTTP/1.1 answers, routed by the Host header: content type by
 suffix, charset where the bytes are valid UTF-8 (a page in another encoding says so itself, or its reader has to find
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from core.errors import ConfigError, StageError
+from core.errors import ConfigError, StageError, StepwellError
 
 # The same port on every run where it is free, so that a crawl's record looks alike; any other works as well.
 PORTS = range(18640, 18660)
@@ -172,19 +174,27 @@ def _bind(folder: Path) -> Hosts:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo.server", description="Serve the demo's hosts.")
-    parser.add_argument("--folder", type=Path, default=Path("demo/corpus/hosts"))
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo.server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo/corpus/hosts"), help="default: demo/corpus/hosts")
     parser.add_argument("--port-file", type=Path, required=True, help="the port is written here once it answers")
     arguments = parser.parse_args()
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with serve(arguments.folder) as (port, resolver):
-        temporary = arguments.port_file.with_name(arguments.port_file.name + ".partial")
-        temporary.write_text(f"{port}\n", encoding="utf-8")
-        temporary.rename(arguments.port_file)
-        print(f"demo: {len(resolver)} hosts on 127.0.0.1:{port}", flush=True)
-        stopped.wait()
+    try:
+        with serve(arguments.folder) as (port, resolver):
+            temporary = arguments.port_file.with_name(arguments.port_file.name + ".partial")
+            temporary.write_text(f"{port}\n", encoding="utf-8")
+            temporary.rename(arguments.port_file)
+            print(f"demo: {len(resolver)} hosts on 127.0.0.1:{port}", flush=True)
+            stopped.wait()
+    except StepwellError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

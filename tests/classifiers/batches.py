@@ -1,3 +1,5 @@
+"""Batches of text for the kernels of this folder's tests."""
+
 import pyarrow as pa
 
 

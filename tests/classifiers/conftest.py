@@ -1,3 +1,5 @@
+"""Real sentences in twelve languages, from the shared data; tests that need them are skipped where they are absent."""
+
 import os
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""The stage `language`: real sentences, mixed and empty texts, scripts, where the model comes from."""
+
 import importlib.util
 from pathlib import Path
 

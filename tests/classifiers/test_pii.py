@@ -1,3 +1,5 @@
+"""The stage `pii`: addresses by hand, byte offsets, stand-ins, batches, hostile texts."""
+
 import pyarrow as pa
 import pytest
 from batches import texts_batch

@@ -186,9 +186,8 @@ def test_spoiling_depends_on_doc_id_only_and_changes_the_text():
 @pytest.mark.parametrize("text", ["", "\n", "a", " ", "\u65e5\u672c"])
 def test_spoiling_survives_short_texts(text):
     for i in range(20):
-        corrupt.spoil(text, str(i))
-        corrupt.advertise(text, str(i), "zh")
-        corrupt.scramble(text, str(i))
+        made = [corrupt.spoil(text, str(i)), corrupt.advertise(text, str(i), "zh"), corrupt.scramble(text, str(i))]
+        assert all(isinstance(spoilt, str) and how for spoilt, how in made)
 
 
 def test_a_labelled_file_with_a_bad_line_names_it(tmp_path):

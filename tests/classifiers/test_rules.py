@@ -1,3 +1,5 @@
+"""Rule presets: thresholds as published, what null means, overrides, mistakes."""
+
 import re
 
 import pyarrow as pa

@@ -1,3 +1,5 @@
+"""The stage `signals` beside plain definitions, by hand, on real pages and on odd and huge texts."""
+
 import gzip
 from pathlib import Path
 

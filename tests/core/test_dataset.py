@@ -1,3 +1,5 @@
+"""Datasets and layers: read in step with their documents, refused where they belong to others."""
+
 import numpy as np
 import pyarrow as pa
 import pytest

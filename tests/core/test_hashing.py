@@ -1,3 +1,5 @@
+"""Hashes of tables, documents and values: equal exactly when the content is, whatever the chunks."""
+
 import itertools
 import math
 from datetime import UTC, datetime

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.engines import spill
 from core.engines.columns import capped, key_starts, partition_hash, sorted_table
-from core.engines.contract import Align, Report, Unit, key_aligned
+from core.engines.contract import Align, Report, Unit
 from core.engines.local import LocalEngine
 from core.errors import StageError
 from core.rows import local_of, pack
@@ -274,37 +274,6 @@ def test_chunks_hold_whole_keys_and_all_rows(rows, size):
     keys = [set(zip(p.column("k").to_pylist(), p.column("s").to_pylist(), strict=True)) for p in pieces]
     assert sum(map(len, keys)) == len(set().union(*keys))
     assert all(p.num_rows >= size for p in pieces[:-1])
-
-
-@given(ROWS, st.integers(1, 7), st.integers(1, 20))
-def test_a_sorted_stream_is_cut_between_keys(rows, batch, size):
-    """At the last border there is, as soon as `size` rows have come."""
-    table = sorted_table(table_of(rows), ["k", "s", "v"])
-    taken = []
-
-    def stream():
-        for first in range(0, table.num_rows, batch):
-            taken.append(min(first + batch, table.num_rows))
-            yield table.slice(first, batch)
-
-    starts = np.flatnonzero(key_starts(table, ["k", "s"]))
-    given = 0
-    pieces = []
-    for piece in key_aligned(stream(), ["k", "s"], size):
-        pieces.append(piece)
-        given += piece.num_rows
-        last = given == table.num_rows
-        assert last or (given == starts[starts < taken[-1]][-1] and taken[-1] - (given - piece.num_rows) >= size)
-    assert pa.concat_tables([*pieces, SCHEMA.empty_table()]).equals(table)
-
-
-def test_a_hot_key_in_a_stream_is_copied_once():
-    table = pa.table({"k": [1] * 200_000, "v": range(200_000)})
-    pool = pa.default_memory_pool()
-    before = pool.total_bytes_allocated()
-    (piece,) = key_aligned((table.slice(first, 1000) for first in range(0, 200_000, 1000)), ["k"], 1000)
-    assert pool.total_bytes_allocated() - before < 2 * table.nbytes
-    assert piece.equals(table)
 
 
 def test_key_starts_and_caps_by_hand():

@@ -1,3 +1,5 @@
+"""Locks: refusal, re-entry, takeover of the dead, heartbeats, torn files, races."""
+
 import json
 import os
 import socket

@@ -1,3 +1,5 @@
+"""Manifests: round trips, what makes an identity, differences in words, files that cannot be read."""
+
 import json
 from dataclasses import replace
 

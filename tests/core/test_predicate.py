@@ -1,3 +1,5 @@
+"""Predicates: meaning by hand, columns, null as unknown, mistakes told before any work."""
+
 import pickle
 
 import numpy as np

@@ -1,8 +1,11 @@
+"""Rows as addresses: layout by hand, packing loses nothing, the rows of one dataset."""
+
 import numpy as np
+import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.rows import ROW_BITS, SHARD_BITS, dataset_of, local_of, pack, shard_of
+from core.rows import ROW_BITS, SHARD_BITS, dataset_of, local_of, of_dataset, pack, shard_of
 
 PLACES = st.tuples(st.integers(0, 2**15 - 1), st.integers(0, 2**SHARD_BITS - 1), st.integers(0, 2**ROW_BITS - 1))
 
@@ -20,3 +23,9 @@ def test_packing_loses_nothing_and_keeps_order(places):
     assert (rows >= 0).all()
     assert list(zip(dataset_of(rows), shard_of(rows), local_of(rows), strict=True)) == places
     assert [places[i] for i in np.argsort(rows, kind="stable")] == sorted(places)
+
+
+def test_the_rows_of_one_dataset():
+    rows = np.concatenate([pack(0, 7, 2), pack(1, 0, 1), pack(2, 7, 1), pack(1, 7, 1)])
+    found = of_dataset(1, pa.table({"row": rows, "n": range(5)}))
+    assert found.column("n").to_pylist() == [2, 4]

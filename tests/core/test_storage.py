@@ -1,3 +1,5 @@
+"""Roots: round trips, whole files or none, exclusive creation, URLs, full disks."""
+
 import json
 import os
 import pickle

@@ -1,3 +1,5 @@
+"""Words, hashes of ranges, normal forms and spans over columns of text."""
+
 import unicodedata
 
 import numpy as np

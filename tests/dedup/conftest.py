@@ -1,3 +1,5 @@
+"""Corpora and the shared data for the tests of this folder."""
+
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -177,6 +177,9 @@ CASES = {
     ),
     # Usage
     "nothing to forget": (NOTHING, ("forget",), 2, r"forget: nothing named; give --doc-id, --url or --host"),
+    "a takedown of no id": (NOTHING, ("forget", "--doc-id", "5909fb24"), 2, r"--doc-id: got '5909fb24', expected 32 hex"),
+    "a takedown of a URL as a host": (NOTHING, ("forget", "--host", "http://a.org/"), 2, r"--host: got .*, expected a name"),
+    "a takedown of a port": (NOTHING, ("forget", "--host", "a.org:80"), 2, r"--host: got 'a.org:80', expected a name"),
     "no such document": (NOTHING, ("explain", "ffffffff"), 2, r"explain: no document 'ffffffff' in .*"),
     "phase that nobody mixed": (stage("train: {phase: later}"), ALL, 2, r"train: reads mix, which is not there"),
 }  # fmt: skip

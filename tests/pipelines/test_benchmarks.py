@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from benchmarks import corpus, overhead, redecide, spill, store
 from benchmarks.__main__ import BENCHMARKS, chosen, found
 from benchmarks.__main__ import main as run_benchmarks
+from benchmarks.gpu import tables
 from benchmarks.measure import Sample, interleaved, median_cpu_s, timed
 from benchmarks.result import DOCS, Check, Result, Table, keep, kept, write_docs
 from core.engines.contract import Unit
@@ -168,9 +170,10 @@ def result(name: str = "spill", value: float = 0.5) -> Result:
 
 
 def test_a_kept_result_is_read_back_as_it_was(tmp_path: Path) -> None:
-    path = keep(result(), tmp_path)
+    made = result()
+    path = keep(made, tmp_path)
     assert json.loads(path.read_text("utf-8"))["checks"][0]["met"] is True
-    assert kept(tmp_path) == [result()] or kept(tmp_path)[0].tables == result().tables
+    assert kept(tmp_path) == [made]
     assert not Check("x", 0.9, 0.92, at_least=True).met
 
 
@@ -254,3 +257,29 @@ def test_a_store_that_is_named_is_left_as_it_was(tmp_path: Path) -> None:
         root.write_bytes("x", b"")
         assert len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_lines_of_a_gpu_fill_their_tables_and_a_folder_without_any_leaves_the_page(tmp_path, monkeypatch) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n", "utf-8")
+    monkeypatch.setattr(tables, "DOCS", page)
+    monkeypatch.setattr(sys, "argv", ["tables", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        tables.main()
+    assert "\nold\n" in page.read_text("utf-8")
+    line = {
+        "what": "rounds_1",
+        "plain_ms": 0.5,
+        "round_ms": 0.75,
+        "gpu": "G",
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-11-22",
+    }
+    lines = [line, line | {"what": "rounds_3", "error": "RuntimeError: no memory", "date": "2026-11-23"}]
+    (tmp_path / "decode.jsonl").write_text("".join(json.dumps(found) + "\n" for found in lines), "utf-8")
+    tables.main()
+    text = page.read_text("utf-8")
+    assert "| rounds_1 | 0.500 | 0.750 |  |  |  |" in text
+    assert "Failed at the last call: `rounds_3` (RuntimeError: no memory)." in text
+    assert "old" not in text

@@ -47,6 +47,7 @@ def test_run_plan_and_run_again(config):
     code, out, err = pipelines("run", "all", "-c", config, "--dry-run")
     assert (code, err) == (0, "")
     assert [line.split()[:2] for line in out.splitlines()] == [["run", "extract"], ["run", "signals"]]
+    assert pipelines("check", "-c", config)[:2] == (0, f"nothing has run in {config.parent / 'root'} yet\n")
     assert not (config.parent / "root").exists()
 
     code, out, err = pipelines("run", "all", "-c", config)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from tests.bounds import BOUND_S
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
-# Fields that say nothing of themselves yet. Taking one out of here is the way to mend it.
 
 CONFIG = """\
 root: ./data
@@ -122,19 +122,49 @@ def test_readme_counts_stages_and_presets():
     text = (REPO / "README.md").read_text("utf-8")
     assert f"one command, {len(STAGES)} stages" in text
     assert f"stepwell has {len(PRESETS)} rule presets" in text
+    assert f"all {len(STAGES)} stages leave equal" in (REPO / "docs" / "engines.md").read_text("utf-8")
 
 
-def test_commands_named_in_the_pages_exist():
-    """Every `pipelines COMMAND` and `make TARGET`."""
-    from pipelines.cli import app, run_app
+def test_readme_names_every_extra():
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    table = (REPO / "README.md").read_text("utf-8").partition("| extra | brings |")[2].partition("\n\n")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert set(re.findall(r"`(\w+)`", first)) == set(extras)
 
-    known = {c.name or c.callback.__name__ for c in app.registered_commands} | {"run"}
-    known_runs = {c.name for c in run_app.registered_commands}
+
+def test_targets_of_make_named_in_the_pages_exist():
+    """Commands and their options: test_help.py."""
     targets = set(re.findall(r"^(\w+):", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE))
     text = "\n".join(p.read_text("utf-8") for p in PAGES)
-    assert set(re.findall(r"(?:`|\$ |^    )pipelines ([a-z]+)", text, re.MULTILINE)) - known == set()
-    assert set(re.findall(r"pipelines run (\w+)", text)) - known_runs == set()
-    assert set(re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE)) - targets == set()
+    named = set(re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE))
+    assert named
+    assert named - targets == set()
+
+
+def test_every_variable_of_the_environment_that_is_read_is_in_the_table():
+    code = "\n".join(p.read_text("utf-8") for f in our_folders() for p in sorted((REPO / f).rglob("*.py")))
+    read = set(re.findall(r"\"((?:STEPWELL|MOE)_[A-Z_]+)\"", code))
+    table = (REPO / "docs" / "config.md").read_text("utf-8").partition("| variable |")[2].partition("\n\n")[0]
+    assert read
+    assert read - set(re.findall(r"`([A-Z_]+)`", table)) == set()
+
+
+def test_the_shapes_of_presets_are_those_of_the_code():
+    from moe.flops import parameters
+    from moe.presets import preset
+
+    page = (REPO / "docs" / "model.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("| preset |")[2].partition("\n\n")[0], re.MULTILINE)
+    assert len(rows) == 6
+    for name, cells in rows:
+        shape = preset(name, vocab_size=8192 if name in ("ci", "tiny") else 32_768, eos=0)
+        whole, active, layers, width, experts = (c.strip() for c in cells.split("|"))
+        shown = [str(shape.layers), f"{shape.dim:,}", f"{shape.experts}, top-{shape.top_k}"]
+        assert [layers, width, experts] == shown
+        for said, exact in zip((whole, active), parameters(shape), strict=True):
+            number, unit = said.split()
+            places = len(number.partition(".")[2])
+            assert float(number) == round(exact / {"M": 1e6, "B": 1e9}[unit], places), name
 
 
 def test_messages_named_in_the_pages_are_those_of_the_code():
