@@ -1,6 +1,6 @@
 """The folder of a run of reinforcement learning: what lies in it beside checkpoints, and whether it is the run that is meant.
 
-    rl.json                                   the settings and tasks that a resume must share
+    rl.json                                   the settings and tasks that a resume must share, and tokens that end an answer
     tokenizer.json, chat_template.jinja, tokenizer_config.json     copies of the start's, the last two where it has them
     generations/<number>.jsonl                moe/rl/rollouts.py
     metrics.jsonl, latest, checkpoints/       as every run's (moe/checkpoint.py)
@@ -9,6 +9,7 @@ In: config, tasks, folder. Out: the newest checkpoint if it is this run's, or a 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError, StageError
@@ -16,6 +17,7 @@ from moe import checkpoint
 from moe.files import copy_file, replace_text
 from moe.metrics import METRICS
 from moe.rl.config import RLConfig, identity_digest, rl_differences
+from moe.rl.rollouts import FOLDER
 from moe.rl.tasks import Tasks
 from moe.server import chat
 
@@ -28,12 +30,12 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
         raise ConfigError(f"rl: the run's folder is a file, got {folder}, expected a folder or nothing there")
     if not (folder / checkpoint.LATEST).is_file():
         checkpoint.check_empty(folder)
-        metrics = folder / METRICS
-        if metrics.is_file() and metrics.stat().st_size:
-            raise StageError(
-                f"rl: {metrics} belongs to a run without checkpoints, got {metrics.stat().st_size} bytes, expected none; "
-                f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
-            )
+        for left in (folder / METRICS, *sorted((folder / FOLDER).glob("*.jsonl"))):
+            if left.is_file() and left.stat().st_size:
+                raise StageError(
+                    f"rl: {left} belongs to a run without checkpoints, got {left.stat().st_size} bytes, expected none; "
+                    f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
+                )
         return None
     path = checkpoint.find(folder)
     _, state = checkpoint.read(path)
@@ -55,15 +57,25 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
     return path, state
 
 
-def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path) -> None:
+def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path, stop_tokens: Sequence[int]) -> None:
     """Makes the folder a run's, but for its first checkpoint."""
     copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
     for name in (chat.FILE, chat.CONFIG):
         if (start / name).is_file():
             copy_file(start / name, folder / name)
-    record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
+    record = {
+        "format": FORMAT,
+        "tasks": tasks.fingerprint,
+        "config": config.identity,
+        "stop_tokens": list(stop_tokens),
+    }
     replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     replace_text(folder / METRICS, "")
+
+
+def stop_tokens(folder: Path) -> tuple[int, ...]:
+    """What the model's start named beside EOS (moe/hub.py); no checkpoint keeps it."""
+    return tuple(json.loads((folder / RECORD).read_text()).get("stop_tokens", ()))
 
 
 def tokenizer_file(start: Path) -> Path:
