@@ -9,7 +9,9 @@ In: config, tasks, folder. Out: the newest checkpoint if it is this run's, or a 
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError, StageError
@@ -57,20 +59,33 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
     return path, state
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, is this process's alone within."""
+    with _written(folder):
+        fd = checkpoint.lock(folder)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
 def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path, stop_tokens: Sequence[int]) -> None:
     """Makes the folder a run's, but for its first checkpoint."""
-    copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
-    for name in (chat.FILE, chat.CONFIG):
-        if (start / name).is_file():
-            copy_file(start / name, folder / name)
     record = {
         "format": FORMAT,
         "tasks": tasks.fingerprint,
         "config": config.identity,
         "stop_tokens": list(stop_tokens),
     }
-    replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-    replace_text(folder / METRICS, "")
+    with _written(folder):
+        copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
+        for name in (chat.FILE, chat.CONFIG):
+            if (start / name).is_file():
+                copy_file(start / name, folder / name)
+        replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        replace_text(folder / METRICS, "")
 
 
 def stop_tokens(folder: Path) -> tuple[int, ...]:
@@ -83,6 +98,16 @@ def tokenizer_file(start: Path) -> Path:
     if (start / checkpoint.TOKENIZER).is_file():
         return start / checkpoint.TOKENIZER
     return checkpoint.find(start).parent.parent / checkpoint.TOKENIZER
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StageError(
+            f"rl: the run's folder takes no file, got {error}, expected to write into {folder}; make room or choose another"
+        ) from error
 
 
 def oldest_step(folder: Path) -> int:

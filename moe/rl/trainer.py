@@ -45,7 +45,7 @@ from moe.optim import build
 from moe.parallel import World
 from moe.rl import rollouts
 from moe.rl.config import RLConfig, identity_digest
-from moe.rl.folder import begin, newest, oldest_step, stop_tokens, tokenizer_file
+from moe.rl.folder import begin, held, newest, oldest_step, stop_tokens, tokenizer_file
 from moe.rl.rollouts import Generation
 from moe.rl.tasks import WATCHED, Reward, Tasks
 from moe.rl.update import PolicyUpdater
@@ -64,6 +64,7 @@ class RLSummary:
     first_reward: float
     last_reward: float
     masked_trajectory_fraction: float | None  # mean over updates
+    skipped_updates: int  # that changed no weight: all of them where every answer is cut, or every reward equal
     alarms: tuple[str, ...]
     train_s: float
 
@@ -83,6 +84,8 @@ def reinforce(
     `on_step` gets each metrics row after it is written. A config or tasks that differ from the folder's are refused, and all
     checks come before the first byte; a run that stops overwrites nothing.
     """
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"rl: runs on one rank, got {ranks} of torchrun, expected 1; start it without torchrun")
     device = device_of(config.device, "rl.device")
     if config.tensorboard:
         check_tensorboard()
@@ -103,8 +106,7 @@ def reinforce(
         torch.set_num_threads(config.threads)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    fd = checkpoint.lock(folder)
-    try:
+    with held(folder):
         latest = checkpoint.find(folder) if (folder / checkpoint.LATEST).is_file() else None
         if latest != (None if found is None else found[0]):
             raise StageError(
@@ -117,9 +119,6 @@ def reinforce(
             began = time.perf_counter()
             run.to_end(on_step)
         return run.summary(time.perf_counter() - began)
-    finally:
-        if fd is not None:
-            os.close(fd)
 
 
 class _Run:
@@ -231,6 +230,7 @@ class _Run:
             first_reward=rows[0]["reward_mean"],
             last_reward=rows[-1]["reward_mean"],
             masked_trajectory_fraction=float(np.mean(masked)) if masked else None,
+            skipped_updates=sum(r["skipped"] for r in rows),
             alarms=tuple(sorted(self.raised)),
             train_s=train_s,
         )

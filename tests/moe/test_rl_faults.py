@@ -157,6 +157,16 @@ def test_a_plan_refuses_what_the_run_would(start: Path, tmp_path: Path, capsys: 
     assert capsys.readouterr().err.endswith("rl.seed: the run has 0, this config 1\n")
 
 
+def test_a_folder_that_takes_no_file_and_more_than_one_rank(start: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StageError, match=r"^rl: the run's folder takes no file, got .*; make room or choose another$"):
+        run(CONFIG, start, tmp_path / "file" / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="rl: runs on one rank, got 2 of torchrun"):
+        run(CONFIG, start, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_device_is_named_by_its_own_knob(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^rl.device: unknown, got 'gpu'"):
         run(replace(CONFIG, device="gpu"), start, tmp_path / "run")
