@@ -264,8 +264,8 @@ def task_problems(tasks: Tasks, config: RLConfig, context: int, vocab_size: int)
         return ["rl: there are no tasks, got 0, expected at least one"]
     room = context - config.max_tokens  # EOS before the prompt; the last new token is not read
     long = [i for i, prompt in enumerate(tasks.prompts) if len(prompt) > room]
-    ends = tasks.stop_tokens
-    foreign = [i for i, p in enumerate(tasks.prompts) if any(not 0 <= t < vocab_size for t in (*p, *ends))]
+    foreign = [i for i, prompt in enumerate(tasks.prompts) if any(not 0 <= t < vocab_size for t in prompt)]
+    ends = [t for t in tasks.stop_tokens if not 0 <= t < vocab_size]
     out = []
     if long:
         i = long[0]
@@ -275,8 +275,11 @@ def task_problems(tasks: Tasks, config: RLConfig, context: int, vocab_size: int)
         )
     if foreign:
         out.append(
-            f"rl: a token of {tasks.names[foreign[0]]}, or one that ends it, is outside the vocabulary, expected 0 to "
-            f"{vocab_size - 1}; start from the folder whose tokenizer the model was trained with"
+            f"rl: a token of {tasks.names[foreign[0]]} is outside the vocabulary, expected 0 to {vocab_size - 1}"
+        )
+    if ends:
+        out.append(
+            f"rl: the end of a chat's turn is outside the vocabulary, got {ends[0]}, expected 0 to {vocab_size - 1}"
         )
     return out
 

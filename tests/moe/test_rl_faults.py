@@ -121,7 +121,9 @@ def test_answers_to_messages_end_with_the_turn(start: Path, tmp_path: Path) -> N
     assert any(not t.truncated for t in made.trajectories)
     assert all((t.tokens[-1] in (0, *HALF)) != t.truncated for t in made.trajectories)
     assert not any(set(t.tokens[:-1]) & set(HALF) for t in made.trajectories)
-    with pytest.raises(ConfigError, match="or one that ends it, is outside the vocabulary, expected 0 to 9"):
+    with pytest.raises(
+        ConfigError, match="the end of a chat's turn is outside the vocabulary, got 10, expected 0 to 9"
+    ):
         rollouts.check_tasks(replace(plain, prompts=[(1,)], stop_tokens=(10,)), CONFIG, 64, 10)
 
 
