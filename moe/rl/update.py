@@ -165,6 +165,8 @@ class PolicyUpdater:
             logp_BA, entropy_S = self._forward(rows)
             loss, found = policy_loss(logp_BA, policy, self.config)
             loss.backward()
+            if len(part) < len(trajectories):
+                self.optimizer.add_up()
             seen.add(loss, logp_BA, entropy_S, policy, found)
             self._route(seen, int(rows.filled.sum()))
         return seen
