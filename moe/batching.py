@@ -74,7 +74,7 @@ class Batcher:
     """`slots` requests at once over one model, `queue` more waiting.
 
     `context` None: the model's. `tokenizer` (a `tokenizers.Tokenizer`) is needed for texts and stop strings. `prefix`
-    precedes every prompt: None is EOS, with which every document begins in training. `speculate` uses the model's MTP
+    precedes every prompt: None is the model's, EOS unless its folder says otherwise. `speculate` uses the model's MTP
     heads, where it has any and while it pays by `pace`; `lag`, steps that may be under way unread, is 1 on a GPU.
     `capture`, `compiled` and `fused` are those of `Decode`.
     """
@@ -100,7 +100,7 @@ class Batcher:
             sizes = f"{self.slots}, {self.queue} and {self.chunk}"
             raise ConfigError(f"batcher: slots, queue and chunk must be positive, got {sizes}")
         self.limit = config.context if self.context is None else self.context
-        self.start = (config.eos,) if self.prefix is None else self.prefix
+        self.start = self.model.prefix if self.prefix is None else self.prefix
         self.drafts = config.mtp_heads if self.speculate else 0
         if self.drafts and self.pace is None:
             self.pace = Pace(self.drafts)

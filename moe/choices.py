@@ -71,7 +71,7 @@ class Summary:
 
     questions: int
     gold_bpb: float
-    gold_bpb_error: float  # standard error over questions
+    gold_bpb_error: float | None  # standard error over questions; None of a single one
     greedy_fraction: float
     accuracy: float | None
     accuracy_low: float | None
@@ -142,7 +142,7 @@ def summary(answered: Sequence[Answered]) -> Summary:
     return Summary(
         questions=len(answered),
         gold_bpb=float(bits.sum() / text_bytes.sum()),
-        gold_bpb_error=math.sqrt(paired_variance(bits, text_bytes)) if len(bits) > 1 else math.inf,
+        gold_bpb_error=math.sqrt(paired_variance(bits, text_bytes)) if len(bits) > 1 else None,
         greedy_fraction=sum(a.greedy for a in answered) / len(answered),
         accuracy=right / n if n else None,
         accuracy_low=low if n else None,

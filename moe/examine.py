@@ -99,7 +99,9 @@ def lines(found: dict[str, Any]) -> list[str]:
             text = f"{name}: {share} ({figures['low']:.1%} to {figures['high']:.1%})"
             out.append(text + (_less(other, "") if other else ""))
             continue
-        text = f"{name}: {figures['gold_bpb']:.4f} bits per byte of the right answer (error {figures['gold_bpb_error']:.4f})"
+        text = f"{name}: {figures['gold_bpb']:.4f} bits per byte of the right answer"
+        if figures["gold_bpb_error"] is not None:
+            text += f" (error {figures['gold_bpb_error']:.4f})"
         if figures["accuracy"] is not None:
             text += f", {figures['accuracy']:.1%} preferred ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%}, "
             text += f"blind {figures['chance']:.1%})"
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StepwellError as e:
         print(f"examine: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
-    print(*lines(found), json.dumps(found, default=str), sep="\n")
+    print(*lines(found), json.dumps(found, default=str, allow_nan=False), sep="\n")
     return 0
 
 

@@ -20,8 +20,9 @@ from lm_eval.api.model import TemplateLM
 from core.errors import ConfigError, StepwellError
 from moe.evaluate import windows
 from moe.generate import generate_batch, load_tokenizer
+from moe.metrics import finite
 from moe.sampling import Sampling
-from moe.score import score, score_continuations
+from moe.score import behind, score, score_continuations
 from moe.use import Use, add_options
 
 
@@ -58,10 +59,10 @@ class Harness(TemplateLM):
         """Log-likelihood of whole texts, EOS not counted."""
         import numpy as np
 
-        config, spans, owner = self.model.config, [], []
+        start, spans, owner = behind(self.model, []), [], []
         for i, request in enumerate(requests):
             tokens = np.array(self.tok_encode(request.args[0]), dtype=np.int64)
-            new = list(windows(tokens, config.context, config.eos))
+            new = list(windows(tokens, self.model.config.context, start))
             spans += new
             owner += [i] * len(new)
         total = [0.0] * len(requests)
@@ -80,7 +81,8 @@ class Harness(TemplateLM):
         return [answer.text for answer in written]
 
     def _prompt(self, text: str, sampling: Sampling) -> list[int]:
-        ids, room = self.tok_encode(text), self.model.config.context - (sampling.max_tokens or 0)
+        taken = len(self.model.prefix) + (sampling.max_tokens or 0) - 1  # the last new token is not read
+        ids, room = self.tok_encode(text), self.model.config.context - taken
         return ids[-room:] if room > 0 else []
 
 
@@ -134,7 +136,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     found = simple_evaluate(model=model, tasks=tasks, limit=args.limit, num_fewshot=args.shots, task_manager=known)
     print(make_table(found))
     if args.output is not None:
-        args.output.write_text(json.dumps(found["results"], indent=1, default=str) + "\n")
+        args.output.write_text(json.dumps(finite(found["results"]), indent=1, default=str) + "\n")
 
 
 def _known(tasks: Sequence[str], include: Path | None) -> Any:

@@ -68,8 +68,8 @@ def solve(
     """Greedy answers to all problems. A prompt that leaves no room in the context is a `ConfigError`."""
     sampling = Sampling(temperature=0.0, stop=(STOP,), max_tokens=max_tokens)
     prompts = [tokenizer.encode(prompt(p, examples), add_special_tokens=False).ids for p in problems]
-    longest = max((len(p) for p in prompts), default=0)
-    if longest + max_tokens > model.config.context:
+    longest = len(model.prefix) + max((len(p) for p in prompts), default=0)
+    if longest + max_tokens - 1 > model.config.context:  # the last new token is not read
         raise ConfigError(
             f"evaluate: {len(examples)} examples and a question take {longest} tokens and an answer {max_tokens}, "
             f"expected at most the context, {model.config.context}; give fewer examples or a shorter answer"

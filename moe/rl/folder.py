@@ -2,6 +2,7 @@
 
     rl.json                                   the settings and tasks that a resume must share
     tokenizer.json, chat_template.jinja, tokenizer_config.json     copies of the start's, the last two where it has them
+    special.json                              moe/checkpoint.py
     generations/<number>.jsonl                moe/rl/rollouts.py
     metrics.jsonl, latest, checkpoints/       as every run's (moe/checkpoint.py)
 

@@ -91,7 +91,8 @@ def reinforce(
     if found is None and not start.is_dir():
         raise ConfigError(f"rl: nothing to start from, got {start}, expected the folder of a trained model")
     model = checkpoint.load(found[0]) if found is not None else moe.load(start)
-    rollouts.check_tasks(tasks, config, model.config.context, model.config.vocab_size)
+    room = model.config.context - len(model.prefix) + 1
+    rollouts.check_tasks(tasks, config, room, model.config.vocab_size)
     tokenizer = load_tokenizer(folder if found is not None else start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -199,17 +200,10 @@ class _Run:
 
     def save(self) -> None:
         """Commits a checkpoint of the state that is there, and removes generations that none needs."""
-        weights = self.model.state_dict()
-        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-        if broken:
-            raise StageError(
-                f"rl: weights after update {self.step} are not finite, got {broken[0]} and {len(broken) - 1} more, expected "
-                f"numbers; {checkpoint.find(self.folder).name} stands, lower optim.lr and use a new folder"
-            )
         checkpoint.save(
             self.folder,
             step=self.step,
-            weights=weights,
+            weights=self.model.state_dict(),
             moments=self.optimizer.state_tensors(),
             config=self.train_config,
             mixture=identity_digest(self.config, self.tasks.fingerprint),
@@ -279,6 +273,7 @@ class _Run:
             checkpoint.remove_old(self.folder, found[0].name, self.config.keep)
             return
         begin(self.config, self.tasks, self.folder, start)
+        checkpoint.write_special(self.folder, self.model)
         self.save()
 
     def _stop_if_doomed(self) -> None:
