@@ -1,8 +1,8 @@
 """Continues prompts: one or many, whole or as they come, by plain decoding or with the model's own drafts.
 
 In: a decoder and token ids, or a folder and a text. Out: new token ids without EOS, or the new text. A prompt starts
-behind EOS like every document, or behind what a hub folder's tokenizer puts there. Same model, prompt, settings and seed: same output, whatever prompts stand beside it
-(moe/batching.py says how far that holds in floating point).
+behind EOS like every document, or behind what a hub folder's tokenizer puts there. Same model, prompt, settings and seed:
+same output, whatever prompts stand beside it (moe/batching.py says how far that holds in floating point).
 
     python -m moe.generate FOLDER --prompt "Once upon" --max-tokens 50 --temperature 0.8
 

@@ -38,7 +38,7 @@ class Score:
 
 
 def behind(model: Decoder, context: Sequence[int]) -> list[int]:
-    """What a model reads before the first token of a text: what begins every prompt, then the context. EOS, if neither is there."""
+    """What a model reads before a text: what begins every prompt, then the context; EOS where neither is there."""
     return [*model.prefix, *context] or [model.config.eos]
 
 

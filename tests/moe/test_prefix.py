@@ -99,7 +99,7 @@ def test_a_hub_folder_says_what_begins_a_prompt(
 
 def test_a_begin_that_cannot_be_is_refused(tokenizer: Tokenizer, model: Decoder, tmp_path: Path) -> None:
     folder = written(tmp_path, model, tokenizer, {"add_bos_token": True, "bos_token": "<begin>"})
-    with pytest.raises(ConfigError, match="adds a bos_token that tokenizer.json does not have, got '<begin>'"):
+    with pytest.raises(ConfigError, match=r"adds a bos_token that tokenizer\.json does not have, got '<begin>'"):
         moe.load(folder)
     tokenizer.add_special_tokens(["<begin>"])
     tokenizer.save(str(folder / "tokenizer.json"))
