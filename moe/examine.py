@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.questions and args.problems is None:
         parser.error("nothing to ask: give --questions or --problems")
+    if args.shots < 0:
+        parser.error(f"--shots is too small: got {args.shots}, expected 0 or more")
     least = 1 if args.against is None else 2  # a difference has an error from two questions on
     if args.limit is not None and args.limit < least:
         parser.error(f"--limit is too small: got {args.limit}, expected {least} or more")

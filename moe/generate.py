@@ -115,6 +115,15 @@ def load_tokenizer(folder: Path) -> Any:
     return checkpoint.load_tokenizer(folder)
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, without those that the tokenizer puts around it.
+
+    Lone surrogates, which JSON and command lines may bring, are no text, and the tokenizer fails on them: each reads as `?`.
+    """
+    ids: list[int] = tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+    return ids
+
+
 def _context(model: Decoder, prompts: Sequence[Sequence[int]], each: Sequence[Sampling]) -> int:
     """No more than these prompts can fill: every step reads the whole capacity of the cache."""
     context, start = model.config.context, len(model.prefix)
@@ -122,7 +131,7 @@ def _context(model: Decoder, prompts: Sequence[Sequence[int]], each: Sequence[Sa
         context if s.max_tokens is None else start + len(p) + s.max_tokens - 1  # the last new token is not read
         for p, s in zip(prompts, each, strict=True)
     )
-    return min(context, max(needs, default=context))
+    return max(1, min(context, max(needs, default=context)))
 
 
 def _drain(batcher: Batcher) -> Iterator[Event]:
@@ -151,7 +160,7 @@ def _whole(events: Iterator[Event]) -> Iterator[Event]:
 def _continued(folder: Path, prompt: str, sampling: Sampling | None, use: Use) -> Iterator[Event]:
     """Events of one text."""
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = token_ids(tokenizer, prompt)
     model = use.load(folder)
     events = stream(
         model,

@@ -233,7 +233,7 @@ def evaluate(job: Job) -> Outcome:
     from mixtures.reader import MixtureSource
     from moe.evaluate import evaluate as evaluate_model
     from moe.examine import Asked
-    from moe.generate import generate_batch, load_tokenizer
+    from moe.generate import generate_batch, load_tokenizer, token_ids
     from moe.sampling import Sampling
 
     config: EvaluateStageConfig = job.config
@@ -246,7 +246,7 @@ def evaluate(job: Job) -> Outcome:
     if config.prompts:
         tokenizer = load_tokenizer(folder)
         for prompt in config.prompts:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = token_ids(tokenizer, prompt)
             continuation = generate_batch(model, [ids], sampling, tokenizer=tokenizer)[0].text
             found["samples"].append({"prompt": prompt, "continuation": continuation})
     if config.questions or config.problems:

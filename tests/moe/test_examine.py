@@ -65,9 +65,11 @@ def test_one_question_has_no_error(folder: Path, tmp_path: Path, capsys: pytest.
     assert "error" not in told
 
 
-@pytest.mark.parametrize("options", [["--limit", "0"], ["--limit", "-1"], ["--against", "b", "--limit", "1"]])
+@pytest.mark.parametrize(
+    "options", [["--limit", "0"], ["--limit", "-1"], ["--against", "b", "--limit", "1"], ["--shots", "-1"]]
+)
 def test_a_limit_leaves_something_to_ask(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         examine.main(["a", "--questions", "q.jsonl", *options])
     assert stopped.value.code == 2
-    assert "--limit is too small" in capsys.readouterr().err
+    assert f"{options[-2]} is too small" in capsys.readouterr().err

@@ -119,6 +119,9 @@ def test_the_command_runs_tasks_of_local_files(
     assert json.loads((tmp_path / "out.json").read_text())["colours"]["acc,none"] == 0.5
     assert harness.main([str(folder), "--include", str(tmp_path / "none"), "--tasks", "colours"]) == 2
     assert "--include: no folder" in capsys.readouterr().err
+    nowhere = str(tmp_path / "none" / "out.json")
+    assert harness.main([*asked, "--tasks", "colours", "--output", nowhere]) == 2, "before the work"
+    assert "--output: no folder" in capsys.readouterr().err
 
 
 # Real questions as tasks of one's own: three kinds of request, in the words of our own evaluation.
