@@ -135,13 +135,15 @@ def prefix(folder: str | Path, config: ModelConfig) -> tuple[int, ...]:
     tokenizer, values = Tokenizer.from_file(str(path)), _read_json(told) if told.is_file() else {}
     bos, adds = values.get("bos_token"), values.get("add_bos_token")
     begin = None if bos is None else tokenizer.token_to_id(str(bos["content"] if isinstance(bos, dict) else bos))
-    if adds and begin is None:
-        raise ConfigError(f"hub: {told} adds a bos_token that {TOKENIZER} does not have, got {bos!r}; mend either file")
-    found = _leading(tokenizer) if adds is None or adds else ()
-    if adds and not found:
-        found = (begin,)
-    elif adds is None and not found and (not values or begin == config.eos):
-        found = (config.eos,)
+    found: tuple[int, ...] = ()
+    if adds:
+        if begin is None:
+            raise ConfigError(
+                f"hub: {told} adds a bos_token that {TOKENIZER} does not have, got {bos!r}; mend either file"
+            )
+        found = _leading(tokenizer) or (begin,)
+    elif adds is None:
+        found = _leading(tokenizer) or ((config.eos,) if not values or begin == config.eos else ())
     if any(i >= config.vocab_size for i in found):
         raise ConfigError(
             f"hub: {path} begins texts with {found}, expected ids below {config.vocab_size}; mend the file"

@@ -136,7 +136,7 @@ REAL: dict[str, dict[str, Any]] = {
     "lambada_openai": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
+        "doc_to_target": "{{' ' + continuation}}",  # as the harness's own task has it: no delimiter is added here
         "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
     },
     "gsm8k_test": {

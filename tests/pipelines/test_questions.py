@@ -106,7 +106,7 @@ def test_what_was_found_before_is_never_written_over(root: Root, tmp_path: Path)
 
 
 def test_domains_without_text_have_no_bits_per_byte(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = ArrayTokenSource([torch.tensor([0]).numpy()], vocab_size=300, eos=0, text_bytes=[0], domains=("web",))
+    empty = ArrayTokenSource([torch.tensor([0]).numpy()], vocab_size=9, eos=0, text_bytes=[0], domains=("web",))
     monkeypatch.setattr(mixtures.reader, "MixtureSource", lambda root, phase: empty)
     written = root.read_bytes(file_of(root, EvaluateStageConfig())).decode()
     found = json.loads(written, parse_constant=pytest.fail)
