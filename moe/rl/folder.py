@@ -1,7 +1,8 @@
 """The folder of a run of reinforcement learning: what lies in it beside checkpoints, and whether it is the run that is meant.
 
-    rl.json                                   the settings and tasks that a resume must share, and tokens that end an answer
+    rl.json                                   the settings and tasks that a resume must share
     tokenizer.json, chat_template.jinja, tokenizer_config.json     copies of the start's, the last two where it has them
+    special.json                              moe/checkpoint.py
     generations/<number>.jsonl                moe/rl/rollouts.py
     metrics.jsonl, latest, checkpoints/       as every run's (moe/checkpoint.py)
 
@@ -10,7 +11,7 @@ In: config, tasks, folder. Out: the newest checkpoint if it is this run's, or a 
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.files import copy_file, replace_text
 from moe.metrics import METRICS
+from moe.model import Decoder
 from moe.rl.config import RLConfig, identity_digest, rl_differences
 from moe.rl.rollouts import FOLDER
 from moe.rl.tasks import Tasks
@@ -71,26 +73,17 @@ def held(folder: Path) -> Iterator[None]:
             os.close(fd)
 
 
-def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path, stop_tokens: Sequence[int]) -> None:
+def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path, model: Decoder) -> None:
     """Makes the folder a run's, but for its first checkpoint."""
-    record = {
-        "format": FORMAT,
-        "tasks": tasks.fingerprint,
-        "config": config.identity,
-        "stop_tokens": list(stop_tokens),
-    }
+    record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
     with _written(folder):
         copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
         for name in (chat.FILE, chat.CONFIG):
             if (start / name).is_file():
                 copy_file(start / name, folder / name)
+        checkpoint.write_special(folder, model)
         replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
         replace_text(folder / METRICS, "")
-
-
-def stop_tokens(folder: Path) -> tuple[int, ...]:
-    """What the model's start named beside EOS (moe/hub.py); no checkpoint keeps it."""
-    return tuple(json.loads((folder / RECORD).read_text()).get("stop_tokens", ()))
 
 
 def tokenizer_file(start: Path) -> Path:

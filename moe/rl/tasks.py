@@ -26,7 +26,7 @@ from core.hashing import digest, seeded
 from moe import checkpoint
 from moe.alarms import Limits
 from moe.files import read_json_lines
-from moe.generate import load_tokenizer
+from moe.generate import load_tokenizer, token_ids
 from moe.rl.config import OPTIM, RLConfig
 from moe.run_file import mapping, read_values
 from moe.server.chat import ChatTemplate, chat_template
@@ -130,7 +130,7 @@ def tasks_of(records: Sequence[Mapping[str, Any]], folder: Path, content: str) -
         except (ValueError, TypeError) as e:
             problems.append(f"rl: record {i} has no prompt, got {e}; mend the file")
             continue
-        prompts.append(tuple(tokenizer.encode(text, add_special_tokens=False).ids))
+        prompts.append(tuple(token_ids(tokenizer, text)))
     if problems:
         more = [f"rl: {len(problems) - 5} more records like these"] if len(problems) > 5 else []
         raise ConfigError(*problems[:5], *more)

@@ -45,7 +45,7 @@ from moe.optim import build
 from moe.parallel import World
 from moe.rl import rollouts
 from moe.rl.config import RLConfig, identity_digest
-from moe.rl.folder import begin, held, newest, oldest_step, stop_tokens, tokenizer_file
+from moe.rl.folder import begin, held, newest, oldest_step, tokenizer_file
 from moe.rl.rollouts import Generation
 from moe.rl.tasks import WATCHED, Reward, Tasks
 from moe.rl.update import PolicyUpdater
@@ -94,13 +94,12 @@ def reinforce(
     if found is None and not start.is_dir():
         raise ConfigError(f"rl: nothing to start from, got {start}, expected the folder of a trained model")
     model = checkpoint.load(found[0]) if found is not None else moe.load(start)
-    if found is not None:
-        model.stop_tokens = stop_tokens(folder)
-    elif broken := _broken(model):
+    if found is None and (broken := _broken(model)):
         raise ConfigError(
             f"rl: {start} has weights that are not finite, got {broken}, expected numbers; choose another"
         )
-    rollouts.check_tasks(tasks, config, model.config.context, model.config.vocab_size)
+    room = model.config.context - len(model.prefix) + 1
+    rollouts.check_tasks(tasks, config, room, model.config.vocab_size)
     tokenizer = load_tokenizer(folder if found is not None else start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -204,11 +203,6 @@ class _Run:
 
     def save(self) -> None:
         """Commits a checkpoint of the state that is there, and removes generations that none needs."""
-        if broken := _broken(self.model):
-            raise StageError(
-                f"rl: weights after update {self.step} are not finite, got {broken}, expected numbers; "
-                f"{checkpoint.find(self.folder).name} stands, lower optim.lr and use a new folder"
-            )
         checkpoint.save(
             self.folder,
             step=self.step,
@@ -282,7 +276,7 @@ class _Run:
             cut_metrics(self.folder, self.step)
             checkpoint.remove_old(self.folder, found[0].name, self.config.keep)
             return
-        begin(self.config, self.tasks, self.folder, start, self.model.stop_tokens)
+        begin(self.config, self.tasks, self.folder, start, self.model)
         self.save()
 
     def _stop_if_doomed(self) -> None:

@@ -88,7 +88,7 @@ def test_a_start_without_numbers_is_told_before_the_first_byte(tmp_path: Path) -
 
 
 def test_a_run_that_goes_on_ends_answers_where_its_start_does(tmp_path: Path) -> None:
-    """No checkpoint keeps a hub folder's other stop tokens."""
+    """A checkpoint does not keep a hub folder's other stop tokens; the run's folder does."""
     start, config = hub_folder(tmp_path / "hub", stop_tokens=HALF), replace(CONFIG, max_tokens=8)
     run(config, start, tmp_path / "whole")
 
