@@ -53,8 +53,9 @@ from core.progress import Display, quiet
 from core.stage import Resources
 
 WORKER_BYTES = 100_000_000  # of a worker that holds no row: Python, Arrow and NumPy; measured 94 MB, models come on top
-# A verb holds so many blocks at its peak: rows, sort indices, sorted rows. Measured MEASURED
-MEMORY_SHARE = 4
+MEMORY_SHARE = (
+    4  # blocks that a verb holds at its peak: measured 3.2 of narrow rows (see `core.engines.spill`), 0.8 to spare
+)
 
 log = logging.getLogger("stepwell")
 

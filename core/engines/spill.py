@@ -4,10 +4,10 @@ Map side: a part is read in blocks, each block sorted by (partition, key, order)
 the file each partition lies. Reduce side: the slices of one partition from all runs are sorted together and handed to `fn` in
 tables that never split a key. A sidecar is written last and is the commit record, so a killed shuffle resumes per file.
 
-Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: at most 3.2 x a block, where a row is two integers: the rows,
-their order in 8 bytes each, the sorted rows. A partition that is aligned is held whole, as a block. A key with many rows costs no
-more where `combine` or a cap makes it small: that happens whenever a share of memory is full. Where nothing does, the key is held
-whole and reported.
+Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: at most 3.2 x a block, where a row is two integers: the
+rows, their order in 8 bytes each, the sorted rows. A partition that is aligned is held whole, as a block. A key with many rows
+costs no more where `combine` or a cap makes it small: that happens whenever a share of memory is full. Where nothing does, the
+key is held whole and reported.
 """
 
 import contextlib
