@@ -29,7 +29,8 @@ def sorted_table(table: pa.Table, keys: Sequence[str]) -> pa.Table:
 def in_order(table: pa.Table, keys: Sequence[str]) -> bool:
     """Whether a stable sort by `keys`, nulls last, would leave every row where it is. It looks at LOOK_ROWS rows at a time, so
     that a "no" costs next to nothing where rows lie at random."""
-    table = table.select(list(keys))
+    keys = [k for k in keys if not pa.types.is_null(table.schema.field(k).type)]
+    table = table.select(keys)
     for first in range(0, table.num_rows - 1, LOOK_ROWS) if keys else ():
         piece = table.slice(first, LOOK_ROWS + 1)  # its last row is the first of the next
         undecided = np.ones(piece.num_rows - 1, dtype=bool)

@@ -281,6 +281,7 @@ def test_a_table_is_in_order_where_sorting_would_move_nothing(look, monkeypatch)
 
     law()
     assert not in_order(pa.table({"k": [0.0, float("nan"), 1.0]}), ["k"])  # a sort puts NaN last
+    assert in_order(pa.table({"k": [1, 2], "nothing": pa.nulls(2)}), ["nothing", "k"])
 
 
 @given(st.lists(KEY, max_size=60), st.integers(1, 100), st.sampled_from([1, 3, 1 << 20]))
