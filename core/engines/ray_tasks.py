@@ -128,9 +128,8 @@ def reduced(
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
             # Two blocks, or a hot key would be made smaller for each of its slices.
-            share = gathered(_share(slices, cut, turn, passes), schema_in, cut, 2 * size, fact.told)
-            table, lost = prepared(share, cut)
-            del share
+            share = _share(slices, cut, turn, passes)
+            table, lost = prepared(gathered(share, schema_in, cut, 2 * size, fact.told), cut)
             fact.told.cut_rows += lost
             fact.told.large(table, cut, size)
             for piece in chunks(table, cut.by) if table.num_rows else ():
