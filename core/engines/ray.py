@@ -173,7 +173,7 @@ class RayEngine:
         for p in range(cut.partitions):
             from_a.slices[p] += from_b.slices[p] if counts[p] else []  # without a left side nothing comes out
         del from_b.slices
-        work = partial(joined, a.schema, b.schema, schema, cut, how, self.block_bytes)
+        work = partial(joined, b.schema, schema, cut, how, self.block_bytes)
         calls = ((str(p), (passes, counts[p], *refs)) for p, passes, refs in self._handed(from_a))
         return self._frame(work, calls, from_a.count, schema, label, (*from_a.roots, *from_b.roots))
 

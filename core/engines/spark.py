@@ -279,7 +279,7 @@ class SparkEngine:
         if source.steps:
             label = source.steps[-1].label
             made = _mapped(made, source.steps, spark_tasks.kept, label)
-        got = list(spark_pieces.pieces(self._driver(made.toArrow, label).to_batches()))
+        got = self._driver(partial(spark_pieces.collected, made), label)
         self._heard([pickle.loads(content) for place, content in got if place < 0])
         tables = [spark_pieces.opened(content, source.schema) for place, content in got if place >= 0]
         return pa.concat_tables([source.schema.empty_table(), *tables])
@@ -287,8 +287,8 @@ class SparkEngine:
     def _answers(self, made: DataFrame, label: str) -> list[Said]:
         """What the tasks that make these pieces have to say."""
         with self.display.task(label, 1, 0) as advance:
-            replies = self._driver(made.filter(F.col(spark_pieces.PLACE) < 0).select(spark_pieces.ROWS).collect, label)
-            answers = [pickle.loads(reply[0]) for reply in replies]
+            replies = self._driver(partial(spark_pieces.collected, made.filter(F.col(spark_pieces.PLACE) < 0)), label)
+            answers = [pickle.loads(reply) for _, reply in replies]
             advance(0, 0, 1)
         return self._heard(answers)
 

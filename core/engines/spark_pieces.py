@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
+from pyspark.sql import DataFrame
 from pyspark.sql.types import BinaryType, IntegerType, StructField, StructType
 
 from core.engines.columns import sliced
@@ -34,6 +35,12 @@ def pieces(batches: Iterable[pa.RecordBatch]) -> Pieces:
     for batch in batches:
         for place, content in zip(batch.column(0).to_pylist(), batch.column(1), strict=True):
             yield place, content.as_py()
+
+
+def collected(made: DataFrame) -> list[tuple[int, bytes]]:
+    """(place, content) of all pieces, on the driver. By way of Arrow: `collect` takes what breaks off on its way, because Java ends
+    or runs out of memory, for the whole."""
+    return list(pieces(made.toArrow().to_batches()))
 
 
 def settle() -> None:

@@ -215,6 +215,26 @@ def test_a_hot_key_with_a_cap_is_never_held_whole():
     assert max(seen) <= 6000
 
 
+def test_the_left_side_of_a_join_passes_by_in_blocks():
+    """64 slices of 2000 rows of one key on the left: what a task allocates is some blocks, never that key."""
+    require("ray")
+    from core.engines.ray_tasks import Fact, joined
+    from core.engines.spill import Cut
+
+    left = pa.table({"k": np.full(2000, 7), "x": [f"{i:0100d}" for i in range(2000)]})
+    right = pa.table({"k": [7, 8], "y": [1, 2]})
+    schema = pa.schema([*left.schema, right.schema.field("y")])
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        made = joined(right.schema, schema, Cut(("k",), (), 1), "inner", left.nbytes, Fact(), 1, 64, *[left] * 64, right)
+        assert sum(table.num_rows for table in made) == 64 * 2000
+    finally:
+        pa.set_memory_pool(usual)
+    assert 0 < pool.max_memory() < 16 * left.nbytes
+
+
 def test_a_stream_that_is_tried_again_goes_on_where_it_was():
     require("ray")
     from core.engines.ray_tasks import streamed
