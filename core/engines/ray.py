@@ -37,6 +37,7 @@ from core.engines.ray_tasks import Fact, aligned, cut_up, folded, handed, joined
 from core.engines.ray_units import Crew, UnitRun
 from core.engines.skew import Skews
 from core.engines.spill import Cut, align_partitions, partitions_for
+from core.engines.spills import Spills
 from core.progress import Display, quiet
 from core.stage import Resources
 
@@ -89,8 +90,9 @@ class RayEngine:
         self.workers = max(1, workers)
         address = address or os.environ.get("RAY_ADDRESS")
         self._started = not ray.is_initialized()
+        self._spills = Spills(Path(scratch), self.name)
         if self._started:
-            start(address, Path(scratch), self.workers, memory_gb)
+            start(address, self._spills.path, self.workers, memory_gb)
         self._ours = self._started and not address
         self.block_bytes = block_bytes(self._ours, self.workers, memory_gb)
 
@@ -217,6 +219,7 @@ class RayEngine:
         self._release()
         if self._started:
             ray.shutdown()
+        self._spills.remove()
 
     def _release(self) -> None:
         """End the actors: they hold CPUs that tasks would wait for."""

@@ -136,9 +136,9 @@ def block_bytes(ours: bool, workers: int, memory_gb: float) -> int:
     return min(LARGEST_BLOCK, max(LEAST_BLOCK, int(share / MEMORY_SHARE)))
 
 
-def start(address: str | None, scratch: Path, workers: int, memory_gb: float) -> None:
-    """Join the cluster at `address`, or start a Ray on this machine. ConfigError where that fails, RetryableError where nobody
-    answers at `address`."""
+def start(address: str | None, spills: Path, workers: int, memory_gb: float) -> None:
+    """Join the cluster at `address`, or start a Ray on this machine that spills into `spills`. ConfigError where that fails,
+    RetryableError where nobody answers at `address`."""
     quiet_logs: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     paths = os.pathsep.join(p for p in sys.path if p)  # workers import what this process can
     try:
@@ -147,12 +147,11 @@ def start(address: str | None, scratch: Path, workers: int, memory_gb: float) ->
                 _knock(address)
                 ray.init(address=address, **quiet_logs)
                 return
-            scratch.mkdir(parents=True, exist_ok=True)
             with environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=paths):  # no network access that nobody asked for
                 ray.init(
                     num_cpus=workers,
                     object_store_memory=max(STORE_BYTES, int(memory_gb * 1e9 * STORE_SHARE)),
-                    object_spilling_directory=str(scratch.resolve()),
+                    object_spilling_directory=str(spills.resolve()),
                     include_dashboard=False,
                     **quiet_logs,
                 )

@@ -228,7 +228,9 @@ def test_the_left_side_of_a_join_passes_by_in_blocks():
     pool = pa.proxy_memory_pool(usual)
     pa.set_memory_pool(pool)
     try:
-        made = joined(right.schema, schema, Cut(("k",), (), 1), "inner", left.nbytes, Fact(), 1, 64, *[left] * 64, right)
+        made = joined(
+            right.schema, schema, Cut(("k",), (), 1), "inner", left.nbytes, Fact(), 1, 64, *[left] * 64, right
+        )
         assert sum(table.num_rows for table in made) == 64 * 2000
     finally:
         pa.set_memory_pool(usual)

@@ -83,11 +83,14 @@ class Cluster:
         self.master = self._start("master", "deploy.master.Master", "--host", "127.0.0.1", "--port", str(free_port()))
         self.address = self._told("master", "Starting Spark master at ").split()[0]
 
-    def add_worker(self):
-        name = f"worker{len(self.workers)}"
-        more = ("--host", "127.0.0.1", "--cores", "2", "--memory", "600m", "--work-dir", str(self.folder / name))
-        self.workers.append(self._start(name, "deploy.worker.Worker", *more, self.address))
-        self._told(name, "Successfully registered with master")
+    def add_workers(self, number):
+        """They start at the same time."""
+        names = [f"worker{i}" for i in range(number)]
+        for name in names:
+            more = ("--host", "127.0.0.1", "--cores", "2", "--memory", "600m", "--work-dir", str(self.folder / name))
+            self.workers.append(self._start(name, "deploy.worker.Worker", *more, self.address))
+        for name in names:
+            self._told(name, "Successfully registered with master")
 
     def kill_worker(self, number):
         """SIGKILL to a worker and all that it started: executors, and their Python workers."""
@@ -161,8 +164,7 @@ def cluster(tmp_path_factory):
     require("spark")
     found = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        for _ in range(2):
-            found.add_worker()
+        found.add_workers(2)
         yield found
     finally:
         found.close()
