@@ -149,6 +149,7 @@ def start(address: str | None, spills: Path, workers: int, memory_gb: float) -> 
                 return
             with environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=paths):  # no network access that nobody asked for
                 ray.init(
+                    address="local",  # left alone it would join what `ray start` has left a note of, alive or dead
                     num_cpus=workers,
                     object_store_memory=max(STORE_BYTES, int(memory_gb * 1e9 * STORE_SHARE)),
                     object_spilling_directory=str(spills.resolve()),
