@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -276,15 +278,26 @@ finally:
 """
 
 
+@pytest.fixture
+def short():
+    """A folder whose name leaves room for those of Ray's sockets."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_driver_that_ends_takes_its_ray_with_it(number, tmp_path):
-    """SIGTERM ends this driver on the spot, as kill -9 would; Ctrl-C lets it say goodbye."""
+def test_a_driver_that_ends_takes_its_ray_with_it(number, short, tmp_path):
+    """SIGTERM ends this driver on the spot, as kill -9 would; Ctrl-C lets it say goodbye. It has a Ray of its own, whatever `ray
+    start` has left a note of."""
     require("ray")
     mark = f"ray-end-{number.name}-{os.getpid()}"
-    env = {**os.environ, "PYTHONPATH": str(REPO), "STEPWELL_TEST_MARK": mark}
+    (short / "ray").mkdir()
+    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    env = {**os.environ, "PYTHONPATH": str(REPO), "STEPWELL_TEST_MARK": mark, "RAY_TMPDIR": str(short)}
     driver = subprocess.Popen([sys.executable, "-c", SLEEPS, str(tmp_path)], env=env, stderr=subprocess.DEVNULL)
     try:
         wait_until(partial((tmp_path / "began").exists), driver)
+        assert driver.poll() is None
         driver.send_signal(number)
         assert driver.wait(60) != 0
         wait_until(lambda: not marked(mark))

@@ -17,7 +17,7 @@ from tests.pipelines.small_pipeline import REPO, command, environment, state
 BOUND_S = 400.0  # for a command that takes 10 to 60 s here: a hang, not slowness, is what meets it
 GONE_S = 60.0  # for the last process of a run to end after its command has
 # That Ray's agents may take longer. Five times, 0.4 s apart, they look whether their raylet lives (process_watcher.py),
-# then give the head 60 s to hear of its death (publish_error_to_driver). After kill -9 of the driver there is no head: 63 s measured.
+# then give the head 60 s to hear of its death (publish_error_to_driver). A killed driver takes the head with it: 63 s measured.
 AGENTS_S = 62.0
 INSIDE = Path(__file__).parent / "inside"
 LONGEST_DELAY_S = 0.3  # between the event and the blow: into what comes after it
