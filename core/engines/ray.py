@@ -90,10 +90,10 @@ class RayEngine:
         self.workers = max(1, workers)
         address = address or os.environ.get("RAY_ADDRESS")
         self._started = not ray.is_initialized()
-        self._spills = Spills(Path(scratch), self.name)
-        if self._started:
-            start(address, self._spills.path, self.workers, memory_gb)
         self._ours = self._started and not address
+        self._spills = Spills(Path(scratch), self.name) if self._ours else None
+        if self._started:
+            start(address, self._spills, self.workers, memory_gb)
         self.block_bytes = block_bytes(self._ours, self.workers, memory_gb)
 
     def begin(self, scratch: str | Path) -> None:
@@ -219,7 +219,8 @@ class RayEngine:
         self._release()
         if self._started:
             ray.shutdown()
-        self._spills.remove()
+        if self._spills is not None:
+            self._spills.remove()
 
     def _release(self) -> None:
         """End the actors: they hold CPUs that tasks would wait for."""

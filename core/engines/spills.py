@@ -11,21 +11,27 @@ import tempfile
 import weakref
 from pathlib import Path
 
+from core.errors import ConfigError
+
 HELD = "held"
 
 
 class Spills:
-    """A new folder below `scratch`. Those of this kind that nobody holds any more are removed first."""
+    """A new folder below `scratch`. Those of this kind that nobody holds any more are removed first. ConfigError where the disk
+    refuses it."""
 
     def __init__(self, scratch: Path, kind: str) -> None:
-        scratch.mkdir(parents=True, exist_ok=True)
-        for held in scratch.glob(f"{kind}-*/{HELD}"):
-            _remove_abandoned(held)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=scratch))
-        held = self.path / HELD
-        lock = os.open(f"{held}.new", os.O_CREAT | os.O_RDWR)
-        _locks(lock)
-        os.rename(f"{held}.new", held)  # nobody sees it before it is locked
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            for held in scratch.glob(f"{kind}-*/{HELD}"):
+                _remove_abandoned(held)
+            self.path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=scratch))
+            held = self.path / HELD
+            lock = os.open(f"{held}.new", os.O_CREAT | os.O_RDWR)
+            _locks(lock)
+            os.rename(f"{held}.new", held)  # nobody sees it before it is locked
+        except OSError as e:
+            raise ConfigError(f"{kind}: cannot write {scratch}: {e}; name another folder in `engine.scratch`") from e
         self.remove = weakref.finalize(self, _remove, self.path, lock)  # also for those who forget it
 
 

@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from core.engines.spills import HELD, Spills
+from core.errors import ConfigError
 from tests.engines.test_sessions import REPO
 
 HOLDS = """
@@ -41,3 +44,11 @@ def test_what_a_killed_process_spilled_goes_when_the_next_one_starts(tmp_path):
     del second
     gc.collect()
     assert list(tmp_path.iterdir()) == [stage]
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"^ray: cannot write \S+/file/x: .*; name another folder in `engine.scratch`$"
+    ):
+        Spills(tmp_path / "file" / "x", "ray")
