@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -56,6 +56,8 @@ WORKER_BYTES = 100_000_000  # of a worker that holds no row: Python, Arrow and N
 MEMORY_SHARE = (
     4  # blocks that a verb holds at its peak: measured 3.2 of narrow rows (see `core.engines.spill`), 0.8 to spare
 )
+
+T = TypeVar("T")
 
 log = logging.getLogger("stepwell")
 
@@ -269,16 +271,24 @@ def _part_unit(work: Callable[[str, Unit, Note], Part], unit: Unit, note: Note) 
     return Report(unit.name, docs=part.rows, bytes=unit.bytes, value=part)
 
 
+def _signed(items: Iterable[T], note: Note) -> Iterator[T]:
+    """The same items, each a sign of life: a unit of a frame may take longer than a silent one is given."""
+    for item in items:
+        note()
+        yield item
+        del item  # before the next one is made
+
+
 def _scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
-    return write_part(path, fn(unit), schema)
+    return write_part(path, _signed(fn(unit), note), schema)
 
 
 def _map(fn: ChunkFn, schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
-    return write_part(path, (fn(pa.Table.from_batches([b])) for b in unit.payload.batches()), schema)
+    return write_part(path, (fn(pa.Table.from_batches([b])) for b in _signed(unit.payload.batches(), note)), schema)
 
 
 def _cut(schema: pa.Schema, cut: Cut, block_bytes: int, path: str, unit: Unit, note: Note) -> Part:
-    return write_exchange(path, unit.payload.batches(), schema, cut, block_bytes)
+    return write_exchange(path, _signed(unit.payload.batches(), note), schema, cut, block_bytes)
 
 
 def _reduce(
@@ -293,7 +303,7 @@ def _reduce(
                 yield fn(piece)
             del table, piece  # before the next share of the partition is read
 
-    return write_part(path, results(), schema, told)
+    return write_part(path, _signed(results(), note), schema, told)
 
 
 def _join(
@@ -321,7 +331,7 @@ def _join(
                 pa.default_memory_pool().release_unused()
             del held
 
-    return write_part(path, results(), schema, told)
+    return write_part(path, _signed(results(), note), schema, told)
 
 
 def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -> Report:
@@ -333,7 +343,7 @@ def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -
 
 def _fold(fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], unit: Unit, note: Note) -> Report:
     value = None
-    for batch in unit.payload.batches():
+    for batch in _signed(unit.payload.batches(), note):
         here = fn(pa.Table.from_batches([batch]))
         value = here if value is None else merge(value, here)
     return Report(unit.name, docs=unit.payload.rows, bytes=unit.bytes, value=value)

@@ -1,5 +1,6 @@
 """The verbs of the local engine against naive oracles, whatever the workers, partitions, blocks and order of units."""
 
+import contextlib
 import itertools
 import random
 from collections import Counter, defaultdict
@@ -316,6 +317,28 @@ def test_chunks_hold_whole_keys_and_all_rows(rows, size):
     keys = [set(zip(p.column("k").to_pylist(), p.column("s").to_pylist(), strict=True)) for p in pieces]
     assert sum(map(len, keys)) == len(set().union(*keys))
     assert all(p.num_rows >= size for p in pieces[:-1])
+
+
+def test_every_batch_of_a_frame_is_a_sign_of_life(tmp_path):
+    """Or a unit that takes longer than a silent one is given would be killed, however steadily it works."""
+    signs = Counter()
+
+    class Counts:
+        @contextlib.contextmanager
+        def task(self, label, units, size):
+            yield lambda docs, size, units: signs.update([label] if docs == units == 0 else [])
+
+    engine = LocalEngine(tmp_path, 0, display=Counts())
+    rows = [(i % 5, "a", i) for i in range(63)]
+    frame = engine.scan(rows_of, [Unit("u", table_of(rows))], SCHEMA, "scan")  # seven rows a batch
+    engine.map(frame, doubled, SCHEMA, "map")
+    engine.fold(frame, count_and_sum, add_pairs, "fold")
+    engine.shuffle(frame, ["k"], identity, SCHEMA, ["v"], label="shuffle")
+    names = engine.table(pa.table({"k": [1, 2], "name": ["x", "y"]}))
+    engine.join(frame, names, ["k"], label="join")
+    assert signs == {
+        "scan": 9, "map": 9, "fold": 9, "shuffle": 9, "shuffle: reduce": 1, "join: left": 9, "join: right": 1, "join": 1
+    }  # fmt: skip
 
 
 def test_key_starts_and_caps_by_hand():
