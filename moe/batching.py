@@ -322,15 +322,8 @@ class Batcher:
         """Ends a request whose next token no one can tell: its row's logits are no numbers. Other rows go on."""
         request.made += len(taken)
         self._finish(request, "failed")
-        return Event(
-            request.id,
-            tuple(taken),
-            None,
-            "failed",
-            text,
-            request.drafted,
-            error=lost(len(request.prompt), request.made),
-        )
+        error = lost(len(request.prompt), request.made)
+        return Event(request.id, tuple(taken), None, "failed", text, request.drafted, error=error)
 
     def _logprobs(self, request: Request, read: Readback, index: int, rows: int) -> tuple[TokenLogprobs, ...] | None:
         wanted = request.sampling.logprobs
