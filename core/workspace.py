@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Mirror:
         an id, by which the mirror of a run that is killed before its first commit knows its store."""
         index = _Index(uuid.uuid4().hex)
         for name in _names_below(self.root, self.folder):
-            if name not in self._apart:
+            if not any(fnmatchcase(name, pattern) for pattern in self._apart):
                 fetch(self.root, f"{self.folder}/{name}", self.path / name, None)
                 index.files[name] = look(self.path / name)
         self._index = index
@@ -256,9 +257,9 @@ def workspace(
 ) -> Iterator[Workspace]:
     """`folder` of a root to write to on this machine; commits when asked, never by itself.
 
-    `needs` chooses of the committed names those that must lie here (default all), such as all but closed WARC files. Files named
-    in `apart` are written into the same folder of the root by other means, and are none of ours. With `keep` false a mirror is
-    removed when the block ends well. StageError where another process of this machine is in it.
+    `needs` chooses of the committed names those that must lie here (default all), such as all but closed WARC files. Files whose
+    names match a pattern of `apart` are written into the same folder of the root by other means, and are none of ours. With
+    `keep` false a mirror is removed when the block ends well. StageError where another process of this machine is in it.
     """
     if root.is_local:
         yield Plain(root.local_path(folder))

@@ -113,7 +113,8 @@ def nearest(halves: pa.Table) -> pa.Table:
 
 def large_star(halves: pa.Table) -> pa.Table:
     """Links of the larger neighbours of each node to its least neighbour, from HALVES of whole keys sorted by key, other."""
-    key, other = (nearest(halves).column(c).to_numpy() for c in HALVES.names)
+    near = nearest(halves)
+    key, other = (near.column(c).to_numpy() for c in HALVES.names)
     first = np.flatnonzero(_starts(key))
     least = np.repeat(np.minimum(key[first], other[first]), np.diff(first, append=len(key)))
     larger = other > key

@@ -4,10 +4,10 @@ In: a decoder. Out: whether, and if not why not; moe/decode.py chooses by it.
 """
 
 import os
-from importlib.util import find_spec
 
 import torch
 
+from moe.kernels import why_not
 from moe.model import Decoder
 
 # What one program of the kernels can hold: a router's weights, at 512 numbers a thread, and a head (chosen).
@@ -19,14 +19,9 @@ GROUPED_BYTES = 16  # rows of grouped products are whole multiples, otherwise ex
 def unserved(model: Decoder) -> str | None:
     """Why fused kernels cannot run this model where it is; None where they can."""
     config, weight = model.config, model.lm_head.weight
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     router = (1 << (config.experts - 1).bit_length()) * (1 << (config.dim - 1).bit_length())
-    if weight.device.type != "cuda" and not (weight.device.type == "cpu" and interpreted):
-        return f"they need a GPU, got {weight.device.type}"
-    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return f"they need compute capability 8, got {torch.cuda.get_device_name(weight.device)}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    if lacking := why_not(weight.device, interpreted=os.environ.get("TRITON_INTERPRET") == "1"):
+        return lacking
     if {(p.dtype, p.is_contiguous()) for p in model.parameters()} != {
         (weight.dtype, True)
     } or weight.dtype not in SERVED:

@@ -74,7 +74,7 @@ class Batcher:
     """`slots` requests at once over one model, `queue` more waiting.
 
     `context` None: the model's. `tokenizer` (a `tokenizers.Tokenizer`) is needed for texts and stop strings. `prefix`
-    precedes every prompt: None is EOS, with which every document begins in training. `speculate` uses the model's MTP
+    precedes every prompt: None is the model's, EOS unless its folder says otherwise. `speculate` uses the model's MTP
     heads, where it has any and while it pays by `pace`; `lag`, steps that may be under way unread, is 1 on a GPU.
     `capture`, `compiled` and `fused` are those of `Decode`.
     """
@@ -96,11 +96,13 @@ class Batcher:
 
     def __post_init__(self) -> None:
         config = self.model.config
-        if min(self.slots, self.queue, self.chunk) < 1:
-            sizes = f"{self.slots}, {self.queue} and {self.chunk}"
-            raise ConfigError(f"batcher: slots, queue and chunk must be positive, got {sizes}")
         self.limit = config.context if self.context is None else self.context
-        self.start = (config.eos,) if self.prefix is None else self.prefix
+        sizes = self.slots, self.queue, self.chunk, self.limit
+        if min(sizes) < 1:
+            raise ConfigError(
+                f"batcher: slots, queue, chunk and context must be positive, got {', '.join(map(str, sizes))}"
+            )
+        self.start = self.model.prefix if self.prefix is None else self.prefix
         self.drafts = config.mtp_heads if self.speculate else 0
         if self.drafts and self.pace is None:
             self.pace = Pace(self.drafts)
@@ -164,16 +166,24 @@ class Batcher:
             events += self._read(self._launches.popleft())
         return events
 
-    def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """The tokens that the request may make; `ConfigError` where it cannot be served. Any thread may ask."""
+    def check(self, prompt: Sequence[int], sampling: Sampling, least: int = 1) -> int:
+        """The tokens that the request may make; `ConfigError` where it cannot be served. Any thread may ask.
+
+        `least` 0: of a prompt that is only scored, whose last token is not read either.
+        """
         vocab, length = self.model.config.vocab_size, len(self.start) + len(prompt)
         room = self.limit - length + 1  # the last new token is not read
-        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        wanted = (room if sampling.max_tokens is None else sampling.max_tokens) if least else 0
         problems = []
-        if not 0 < wanted <= room:
+        if not least <= wanted <= room:
+            fits = (
+                f"1 to {room} new ones within {self.limit}"
+                if room > 0
+                else f"{len(prompt) + room - least} in the prompt"
+            )
             problems.append(
-                f"generate: prompt and answer exceed the context, got {len(prompt)} + {max(wanted, 1)} tokens, expected "
-                f"1 to {room} new ones within {self.limit}; shorten the prompt or lower max_tokens"
+                f"generate: prompt and answer exceed the context, got {len(prompt)} + {max(wanted, least)} tokens, expected "
+                f"{fits}; shorten the prompt or lower max_tokens"
             )
         if not length:
             problems.append("generate: nothing to continue, got an empty prompt without a prefix; pass a token")

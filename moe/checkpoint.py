@@ -1,6 +1,7 @@
 """Checkpoints on a local disk: written whole or not at all, checked before use.
 
     RUN/tokenizer.json                      copy of the tokenizer that made the tokens, when the run was given one
+    RUN/special.json                        ids that begin a prompt and end an answer, where they are not EOS alone
     RUN/latest                              name of the newest complete checkpoint
     RUN/checkpoints/step-00000100/          model.safetensors, optimizer.safetensors, config.json, state.json
 
@@ -34,7 +35,7 @@ from moe.files import TEMPORARY, replace_text, sync, sync_folder, write_json
 from moe.model import Decoder
 
 WEIGHTS, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
-TOKENIZER, LATEST, CHECKPOINTS = "tokenizer.json", "latest", "checkpoints"
+TOKENIZER, SPECIAL, LATEST, CHECKPOINTS = "tokenizer.json", "special.json", "latest", "checkpoints"
 GIB = 2**30
 OURS = re.compile(r"step-\d{8}(\.writing)?")
 
@@ -61,10 +62,15 @@ def save(
 ) -> Path:
     """Commits a checkpoint of `step` and removes all but the newest `config.keep`. Returns its folder.
 
-    `weights` are the model's parameters and buffers, `moments` the optimiser's state, both whole and by name. A disk that takes
-    no more is a `StageError`, and the checkpoint before this one stays in force.
+    `weights` are the model's parameters and buffers, `moments` the optimiser's state, both whole and by name. Weights that are
+    not finite, or a disk that takes no more, are a `StageError`, and the checkpoint before this one stays in force.
     """
     name = _name(step)
+    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise StageError(
+            f"checkpoint: weights after update {step} are not finite, got {broken[0]} and {len(broken) - 1} more, expected "
+            f"numbers; {_stands(folder)}, lower optim.lr and use a new folder"
+        )
     temporary = folder / CHECKPOINTS / (name + TEMPORARY)
     # The tokenizer's path is this machine's; its content is what the run was given.
     stored = to_json(replace(config, tokenizer=tokenizer))
@@ -74,9 +80,8 @@ def save(
         remove_old(folder, name, config.keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        stands = find(folder).name if (folder / LATEST).is_file() else "nothing"
         raise StageError(
-            f"checkpoint: {name} cannot be written, got {error}, expected to write into {folder}; {stands} stands, free "
+            f"checkpoint: {name} cannot be written, got {error}, expected to write into {folder}; {_stands(folder)}, free "
             f"{shutil.disk_usage(folder).free / GIB:.1f} GiB; make room and run the same command"
         ) from error
     return final
@@ -196,7 +201,24 @@ def load(folder: Path) -> Decoder:
     config, _ = read(path)
     model = Decoder(config.model)
     put_weights(path.name, model, load_file(path / WEIGHTS))
+    special = _run_of(path) / SPECIAL
+    if special.is_file():
+        try:
+            values = json.loads(special.read_text())
+            model.prefix, model.stop_tokens = tuple(values["prefix"]), tuple(values["stop_tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StageError(
+                f"checkpoint: {special} cannot be read, got {error!r}, expected the file that training wrote; restore it"
+            ) from error
     return model.eval()
+
+
+def write_special(folder: Path, model: Decoder) -> None:
+    """Keeps for a run folder what begins a prompt and ends an answer of the model that it starts from."""
+    eos = model.config.eos
+    if {*model.prefix, *model.stop_tokens} != {eos} or model.prefix != (eos,):
+        values = {"prefix": model.prefix, "stop_tokens": model.stop_tokens}
+        replace_text(folder / SPECIAL, json.dumps(values) + "\n")
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -246,7 +268,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     path = find(folder)
     _, state = read(path)
-    run = folder if (folder / LATEST).is_file() else path.parent.parent
+    run = _run_of(path)
     if state.tokenizer is None or not (run / TOKENIZER).is_file():
         raise ConfigError(
             f"moe: the run has no tokenizer, got {run} without {TOKENIZER}; set train.tokenizer or pass token ids"
@@ -278,6 +300,15 @@ def _name(step: int) -> str:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _run_of(path: Path) -> Path:
+    """The run folder of a checkpoint."""
+    return path.parent.parent
+
+
+def _stands(folder: Path) -> str:
+    return f"{find(folder).name if (folder / LATEST).is_file() else 'nothing'} stands"
 
 
 def _fall_back(path: Path) -> str:

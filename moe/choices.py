@@ -26,6 +26,7 @@ import numpy as np
 from core.errors import ConfigError, InputError
 from core.statistics import ALPHA, least_effect, paired_variance, wilson
 from moe.files import read_json_lines
+from moe.generate import token_ids
 from moe.model import Decoder
 from moe.score import score_continuations
 
@@ -71,7 +72,7 @@ class Summary:
 
     questions: int
     gold_bpb: float
-    gold_bpb_error: float  # standard error over questions
+    gold_bpb_error: float | None  # standard error over questions; None of a single one
     greedy_fraction: float
     accuracy: float | None
     accuracy_low: float | None
@@ -120,7 +121,7 @@ def records(path: Path) -> list[Any]:
 def answer(model: Decoder, tokenizer: Any, questions: Sequence[Question]) -> list[Answered]:
     """Scores every answer of every question. `tokenizer` is a `tokenizers.Tokenizer`."""
     asked = [(question.context, text) for question in questions for text in question.answers]
-    sizes = [len(border(*texts)[1].encode()) for texts in asked]
+    sizes = [len(border(*texts)[1].encode("utf-8", "replace")) for texts in asked]
     found_scores = score_continuations(model, [pair(tokenizer, *texts) for texts in asked])
     scores = iter(zip(found_scores, sizes, strict=True))
     found = []
@@ -142,7 +143,7 @@ def summary(answered: Sequence[Answered]) -> Summary:
     return Summary(
         questions=len(answered),
         gold_bpb=float(bits.sum() / text_bytes.sum()),
-        gold_bpb_error=math.sqrt(paired_variance(bits, text_bytes)) if len(bits) > 1 else math.inf,
+        gold_bpb_error=math.sqrt(paired_variance(bits, text_bytes)) if len(bits) > 1 else None,
         greedy_fraction=sum(a.greedy for a in answered) / len(answered),
         accuracy=right / n if n else None,
         accuracy_low=low if n else None,
@@ -183,13 +184,12 @@ def border(context: str, text: str) -> tuple[str, str]:
 def pair(tokenizer: Any, context: str, text: str) -> tuple[list[int], list[int]]:
     """Tokens of a context, and those that the text adds to it, divided at their `border`."""
     bare, text = border(context, text)
-    before: list[int] = tokenizer.encode(bare, add_special_tokens=False).ids
-    whole: list[int] = tokenizer.encode(bare + text, add_special_tokens=False).ids
+    before, whole = token_ids(tokenizer, bare), token_ids(tokenizer, bare + text)
     added = whole[len(before) :]
     if whole[: len(before)] == before and added:
         return before, added
     # The border fell inside a token: the text is tokenised by itself, as generation would have to write it.
-    return before, tokenizer.encode(text, add_special_tokens=False).ids
+    return before, token_ids(tokenizer, text)
 
 
 def _gold(answered: Sequence[Answered]) -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,19 @@ def repeatable(wanted: bool, device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
+@contextmanager
+def unrepeatable() -> Iterator[None]:
+    """Lifts `repeatable` within, where what comes out is kept in a file: sampling sums a distribution, and CUDA has no repeatable
+    running sum of floats."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
 def utilisation(config: TrainConfig, tokens_per_s: float, device: torch.device, ranks: int) -> float | None:
     """Share of the devices' bf16 peak that goes into the model's own arithmetic (MFU); None where the peak is not known."""
     peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,8 +1,9 @@
 """Held-out bits per byte of each document and domain: comparable between tokenizers, as a byte is a byte for all of them.
 
 In: a model, or its folder, and a `TokenSource` of held-out documents. Out: `DocumentLosses`, one entry a document in the source's
-order, and by domain {bpb, tokens, bytes, docs}; domains without documents are absent. bits per byte = sum of -log2 p
-over all tokens, EOS included, / UTF-8 bytes of the text, EOS excluded. A document starts from EOS. One longer than the
+order, and by domain `HeldOut`; domains without documents are absent. bits per byte = sum of -log2 p
+over all tokens, EOS included, / UTF-8 bytes of the text, EOS excluded. A document is read behind EOS, or behind what a hub
+folder's tokenizer puts there. One longer than the
 context is read in windows that move by half a context: the first window scores all its tokens, each later one its
 second half only, so every token is scored once and behind a full half context at least. Cost: one forward pass over at
 most twice the tokens.
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,7 +21,7 @@ import moe
 from core.errors import ConfigError
 from moe.data import TokenSource
 from moe.model import Decoder
-from moe.score import Span, score
+from moe.score import Span, behind, score
 
 WINDOWS = 512  # of documents, read and scored at a time
 
@@ -34,20 +36,29 @@ class DocumentLosses:
     domain: np.ndarray  # int32 [n], index into the source's domains
 
 
-def evaluate(model: Path | Decoder, source: TokenSource) -> dict[str, dict[str, float]]:
+class HeldOut(TypedDict):
+    """Sums over the documents of a domain, and their bits per byte (None where no document has text)."""
+
+    bpb: float | None
+    tokens: int
+    bytes: int
+    docs: int
+
+
+def evaluate(model: Path | Decoder, source: TokenSource) -> dict[str, HeldOut]:
     """Bits per byte by domain (see the module). A source of another vocabulary than the model's is a `ConfigError`."""
     return by_domain(document_losses(model, source), source.domains)
 
 
-def by_domain(losses: DocumentLosses, domains: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Sums of the documents of each domain, and their bits per byte (NaN where no document has text)."""
+def by_domain(losses: DocumentLosses, domains: Sequence[str]) -> dict[str, HeldOut]:
+    """The documents' losses summed up."""
     size = len(domains)
     bits = np.bincount(losses.domain, losses.bits, size)
     tokens, text_bytes = (np.bincount(losses.domain, n, size) for n in (losses.tokens, losses.bytes))
     docs = np.bincount(losses.domain, minlength=size)
     return {
         name: {
-            "bpb": float(bits[d] / text_bytes[d]) if text_bytes[d] else float("nan"),
+            "bpb": float(bits[d] / text_bytes[d]) if text_bytes[d] else None,
             "tokens": int(tokens[d]),
             "bytes": int(text_bytes[d]),
             "docs": int(docs[d]),
@@ -68,7 +79,8 @@ def document_losses(model: Path | Decoder, source: TokenSource) -> DocumentLosse
         )
     docs = range(len(source))
     nats = np.zeros(len(source))
-    every = ((i, span) for i in docs for span in windows(source.tokens(i), config.context, source.eos))
+    start = behind(decoder, [])
+    every = ((i, span) for i in docs for span in windows(source.tokens(i), config.context, start))
     for some in _groups(every, WINDOWS):
         for (document, _), found in zip(some, score(decoder, [span for _, span in some]), strict=True):
             nats[document] += found.nats
@@ -80,13 +92,14 @@ def document_losses(model: Path | Decoder, source: TokenSource) -> DocumentLosse
     )
 
 
-def windows(tokens: np.ndarray, context: int, eos: int) -> Iterator[Span]:
-    """The windows of one document (see the module)."""
-    inputs, stride = np.concatenate(([eos], tokens[:-1])), max(1, context // 2)
-    start, scored = 0, 0
-    while scored < len(tokens):
-        stop = min(start + context, len(tokens))
-        yield Span(inputs[start:stop], tokens[start:stop], scored - start)
+def windows(tokens: np.ndarray, context: int, before: Sequence[int]) -> Iterator[Span]:
+    """The windows of one document (see the module) behind the tokens `before` it, of which the context holds more."""
+    whole, stride = np.concatenate((before, tokens)).astype(np.int64), max(1, context // 2)
+    inputs, targets = whole[:-1], whole[1:]
+    start, scored = 0, len(before) - 1
+    while scored < len(targets):
+        stop = min(start + context, len(targets))
+        yield Span(inputs[start:stop], targets[start:stop], scored - start)
         start, scored = start + stride, stop
 
 

@@ -100,7 +100,9 @@ def lines(found: dict[str, Any]) -> list[str]:
             text = f"{name}: {share} ({figures['low']:.1%} to {figures['high']:.1%})"
             out.append(text + (_less(other, "") if other else ""))
             continue
-        text = f"{name}: {figures['gold_bpb']:.4f} bits per byte of the right answer (error {figures['gold_bpb_error']:.4f})"
+        text = f"{name}: {figures['gold_bpb']:.4f} bits per byte of the right answer"
+        if figures["gold_bpb_error"] is not None:
+            text += f" (error {figures['gold_bpb_error']:.4f})"
         if figures["accuracy"] is not None:
             text += f", {figures['accuracy']:.1%} preferred ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%}, "
             text += f"blind {figures['chance']:.1%})"
@@ -131,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.questions and args.problems is None:
         parser.error("nothing to ask: give --questions or --problems")
+    if args.shots < 0:
+        parser.error(f"--shots is too small: got {args.shots}, expected 0 or more")
     least = 1 if args.against is None else 2  # a difference has an error from two questions on
     if args.limit is not None and args.limit < least:
         parser.error(f"--limit is too small: got {args.limit}, expected {least} or more")
@@ -139,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StepwellError as e:
         print(f"examine: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
-    print(*lines(found), json.dumps(found, default=str), sep="\n")
+    print(*lines(found), json.dumps(found, default=str, allow_nan=False), sep="\n")
     return 0
 
 

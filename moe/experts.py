@@ -17,7 +17,6 @@ routed copies of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +29,6 @@ from moe.balance import WEIGHT_SUM_EPS, activity_stats, counted_load, group_loss
 from moe.config import ModelConfig
 
 FUSED, PARTS = "moe.gate_up_proj.weight", ("moe.gate_proj.weight", "moe.up_proj.weight")
-TRITON = find_spec("triton") is not None  # a constant, so that compiled code does not ask
 MANY_ROWS, ALIGNED = 512, 64  # from so many rows on weights are copied side by side (chosen), in multiples of 64
 
 
@@ -100,8 +98,8 @@ def many(x: Tensor) -> bool:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether kernels in half precision serve, and pay, for what stands between products."""
-    return many(x) and x.dtype in (torch.bfloat16, torch.float16) and TRITON
+    """Whether kernels in half precision pay for what stands between products, where they run (`kernels.at_home`)."""
+    return many(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def product(x: Tensor, maps: Sequence[nn.Linear]) -> Tensor:

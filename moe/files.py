@@ -45,8 +45,14 @@ def replace_text(path: Path, text: str) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a JSONL file, gzipped or not. What cannot be read is an `OSError`, a `ValueError` or an `EOFError`."""
     opener = gzip.open if path.suffix == ".gz" else open
+    found = []
     with opener(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            try:
+                found += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{error.msg} in line {number}, column {error.colno}") from error
+    return found
 
 
 def copy_file(source: Path, path: Path) -> None:

@@ -1,8 +1,12 @@
 """Continues prompts: one or many, whole or as they come, by plain decoding or with the model's own drafts.
 
 In: a decoder and token ids, or a folder and a text. Out: new token ids without EOS, or the new text. A prompt starts
-from EOS like every document. Same model, prompt, settings and seed: same output, whatever prompts stand beside it
-(moe/batching.py says how far that holds in floating point).
+behind EOS like every document, or behind what a hub folder's tokenizer puts there. Same model, prompt, settings and seed:
+same output, whatever prompts stand beside it (moe/batching.py says how far that holds in floating point).
+
+    python -m moe.generate FOLDER --prompt "Once upon" --max-tokens 50 --temperature 0.8
+
+FOLDER is a run, a checkpoint or a hub folder.
 """
 
 import argparse
@@ -52,7 +56,7 @@ def generate_text(folder: Path, prompt: str, sampling: Sampling | None = None, u
 def generate(
     model: Decoder, prompt: Sequence[int], sampling: Sampling | None = None, *, speculate: bool = False
 ) -> Iterator[int]:
-    """Yields new tokens until one that ends the answer. EOS, prompt and new tokens must fit the context."""
+    """Yields new tokens until one that ends the answer. What begins a prompt, it and new tokens must fit the context."""
     events = _whole(stream(model, [prompt], sampling, speculate=speculate))
     return (token for event in events for token in event.tokens)
 
@@ -115,11 +119,23 @@ def load_tokenizer(folder: Path) -> Any:
     return checkpoint.load_tokenizer(folder)
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, without those that the tokenizer puts around it.
+
+    Lone surrogates, which JSON and command lines may bring, are no text, and the tokenizer fails on them: each reads as `?`.
+    """
+    ids: list[int] = tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+    return ids
+
+
 def _context(model: Decoder, prompts: Sequence[Sequence[int]], each: Sequence[Sampling]) -> int:
     """No more than these prompts can fill: every step reads the whole capacity of the cache."""
-    context = model.config.context
-    needs = (context if s.max_tokens is None else len(p) + s.max_tokens for p, s in zip(prompts, each, strict=True))
-    return min(context, max(needs, default=context))
+    context, start = model.config.context, len(model.prefix)
+    needs = (
+        context if s.max_tokens is None else start + len(p) + s.max_tokens - 1  # the last new token is not read
+        for p, s in zip(prompts, each, strict=True)
+    )
+    return max(1, min(context, max(needs, default=context)))
 
 
 def _drain(batcher: Batcher) -> Iterator[Event]:
@@ -148,7 +164,7 @@ def _whole(events: Iterator[Event]) -> Iterator[Event]:
 def _continued(folder: Path, prompt: str, sampling: Sampling | None, use: Use) -> Iterator[Event]:
     """Events of one text."""
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = token_ids(tokenizer, prompt)
     model = use.load(folder)
     events = stream(
         model,

@@ -22,9 +22,10 @@ from lm_eval.api.model import TemplateLM
 
 from core.errors import ConfigError, StepwellError
 from moe.evaluate import windows
-from moe.generate import generate_batch, load_tokenizer
+from moe.generate import generate_batch, load_tokenizer, token_ids
+from moe.metrics import finite
 from moe.sampling import Sampling
-from moe.score import score, score_continuations
+from moe.score import behind, score, score_continuations
 from moe.use import Use, add_options
 
 
@@ -42,8 +43,7 @@ class Harness(TemplateLM):
         return int(self.model.config.eos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False).ids
-        return ids
+        return token_ids(self.tokenizer, string)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The harness's own looks at the first token of a continuation, which an empty one lacks."""
@@ -61,10 +61,10 @@ class Harness(TemplateLM):
         """Log-likelihood of whole texts, EOS not counted."""
         import numpy as np
 
-        config, spans, owner = self.model.config, [], []
+        start, spans, owner = behind(self.model, []), [], []
         for i, request in enumerate(requests):
             tokens = np.array(self.tok_encode(request.args[0]), dtype=np.int64)
-            new = list(windows(tokens, config.context, config.eos))
+            new = list(windows(tokens, self.model.config.context, start))
             spans += new
             owner += [i] * len(new)
         total = [0.0] * len(requests)
@@ -83,14 +83,15 @@ class Harness(TemplateLM):
         return [answer.text for answer in written]
 
     def _prompt(self, text: str, sampling: Sampling) -> list[int]:
-        ids, room = self.tok_encode(text), self.model.config.context - (sampling.max_tokens or 0)
+        taken = len(self.model.prefix) + (sampling.max_tokens or 0) - 1  # the last new token is not read
+        ids, room = self.tok_encode(text), self.model.config.context - taken
         return ids[-room:] if room > 0 else []
 
 
 def _sampling(options: dict[str, Any], most: int) -> Sampling:
     """The harness's settings in ours, with at most `most` new tokens."""
     until = options.get("until") or []
-    stops = (until,) if isinstance(until, str) else tuple(until)
+    stops = tuple(s for s in ((until,) if isinstance(until, str) else until) if s)
     greedy = not options.get("do_sample") or not options.get("temperature")
     return Sampling(
         temperature=0.0 if greedy else float(options["temperature"]),
@@ -132,12 +133,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     if args.include is not None and not args.include.is_dir():
         raise ConfigError(f"--include: no folder, got {args.include}, expected one with YAML files of tasks")
+    if args.output is not None and not args.output.parent.is_dir():  # told before hours of work, not behind them
+        raise ConfigError(
+            f"--output: no folder, got {args.output.parent}, expected one to write {args.output.name} into"
+        )
     tasks = args.tasks.split(",")
     known, model = _known(tasks, args.include), Harness(args.folder, Use.of(args), args.slots)
     found = simple_evaluate(model=model, tasks=tasks, limit=args.limit, num_fewshot=args.shots, task_manager=known)
     print(make_table(found))
     if args.output is not None:
-        args.output.write_text(json.dumps(found["results"], indent=1, default=str) + "\n")
+        args.output.write_text(json.dumps(finite(found["results"]), indent=1, default=str) + "\n")
 
 
 def _known(tasks: Sequence[str], include: Path | None) -> Any:

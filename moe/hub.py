@@ -83,13 +83,15 @@ def export(
             "choose another or pass overwrite"
         )
     model, tokenizer = (source, tokenizer) if not isinstance(source, str | Path) else _of_run(Path(source), tokenizer)
-    special = None if tokenizer is None else _tokenizer_config(Path(tokenizer), model.config)
+    special = None if tokenizer is None else _tokenizer_config(Path(tokenizer), model)
     temporary = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write_shards(temporary, named_tensors(model), dtype, max_shard_bytes)
     write_json(temporary / CONFIG, to_hub(model.config) | {"torch_dtype": _dtype_name(model, dtype)})
     ids: dict[str, Any] = {f"{kind}_token_id": model.config.eos for kind in ("bos", "eos", "pad")}
+    if model.prefix:
+        ids["bos_token_id"] = model.prefix[0]
     if others := [token for token in model.stop_tokens if token != model.config.eos]:
         ids["eos_token_id"] = [model.config.eos, *others]
     write_json(temporary / GENERATION, ids)
@@ -115,8 +117,45 @@ def load(folder: str | Path, *, context: int | None = None, dtype: torch.dtype =
     model = Decoder(config).to(dtype)
     for name, tensor in named_tensors(model).items():
         tensor.copy_(stored.read(name))
-    model.stop_tokens = stop_tokens(folder)
+    model.prefix, model.stop_tokens = prefix(folder, config), stop_tokens(folder)
     return model.eval()
+
+
+def prefix(folder: str | Path, config: ModelConfig) -> tuple[int, ...]:
+    """Ids that begin every prompt: those that the folder's tokenizer puts before a text, none if it says so.
+
+    `add_bos_token` of tokenizer_config.json goes before what tokenizer.json does. Where neither says anything it is EOS
+    if that is the BOS too, as in training here, and nothing otherwise; without these files EOS.
+    """
+    from tokenizers import Tokenizer
+
+    path, told = Path(folder) / TOKENIZER, Path(folder) / TOKENIZER_CONFIG
+    if not path.is_file():
+        return (config.eos,)
+    tokenizer, values = Tokenizer.from_file(str(path)), _read_json(told) if told.is_file() else {}
+    bos, adds = values.get("bos_token"), values.get("add_bos_token")
+    begin = None if bos is None else tokenizer.token_to_id(str(bos["content"] if isinstance(bos, dict) else bos))
+    found: tuple[int, ...] = ()
+    if adds:
+        if begin is None:
+            raise ConfigError(
+                f"hub: {told} adds a bos_token that {TOKENIZER} does not have, got {bos!r}; mend either file"
+            )
+        found = _leading(tokenizer) or (begin,)
+    elif adds is None:
+        found = _leading(tokenizer) or ((config.eos,) if not values or begin == config.eos else ())
+    if any(i >= config.vocab_size for i in found):
+        raise ConfigError(
+            f"hub: {path} begins texts with {found}, expected ids below {config.vocab_size}; mend the file"
+        )
+    return found
+
+
+def _leading(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts before a text."""
+    encoded = tokenizer.encode("a")
+    own = next((i for i, special in enumerate(encoded.special_tokens_mask) if not special), 0)
+    return tuple(encoded.ids[:own])
 
 
 def stop_tokens(folder: str | Path) -> tuple[int, ...]:
@@ -267,17 +306,22 @@ def _dtype_name(model: "Decoder", dtype: torch.dtype | None) -> str:
     return str(dtype or model.lm_head.weight.dtype).removeprefix("torch.")
 
 
-def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    """What says to transformers how long inputs are and which token ends a document; a `ConfigError` where none does."""
-    values = _read_json(tokenizer)
-    content = next((t["content"] for t in values.get("added_tokens", []) if t["id"] == config.eos), None)
-    if content is None:
+def _tokenizer_config(tokenizer: Path, model: "Decoder") -> dict[str, Any]:
+    """What says to others how long inputs are, and which tokens begin and end them; a `ConfigError` where one is unknown."""
+    known = {t["id"]: t["content"] for t in _read_json(tokenizer).get("added_tokens", [])}
+    eos, bos = model.config.eos, (*model.prefix, model.config.eos)[0]
+    if missing := {eos, bos} - known.keys():
         raise ConfigError(
-            f"hub: {tokenizer} does not fit the model, got no special token of id {config.eos}, expected the eos of "
+            f"hub: {tokenizer} does not fit the model, got no special token of id {min(missing)}, expected the eos of "
             "training; pass the tokenizer that made its tokens"
         )
-    special = {f"{kind}_token": content for kind in ("bos", "eos", "pad")}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context} | special
+    special = {
+        "bos_token": known[bos],
+        "add_bos_token": bool(model.prefix),
+        "eos_token": known[eos],
+        "pad_token": known[eos],
+    }
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context} | special
 
 
 def _commit(temporary: Path, folder: Path) -> None:

@@ -23,10 +23,24 @@ GRADIENT_PIECES = 2
 
 
 def at_home(device: torch.device) -> bool:
-    """Whether the Triton bodies run on a device: a GPU of capability 8.0 or more, which Triton wants, and the package."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the Triton bodies run on a device."""
+    return why_not(device) is None
+
+
+def why_not(device: torch.device, interpreted: bool = False) -> str | None:
+    """What is lacking for the Triton bodies: the package, or a GPU of capability 8.0 or more, which Triton wants.
+
+    `interpreted`: Triton's interpreter is on, which runs them on a CPU too.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and interpreted:
+        return None
+    if device.type != "cuda":
+        return f"they need a GPU, got {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"they need compute capability 8, got {torch.cuda.get_device_name(device)}"
+    return None
 
 
 def swiglu(h_RH: Tensor, weight_R: Tensor | None, limit: float | None = None) -> Tensor:

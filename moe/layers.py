@@ -11,7 +11,7 @@ A `Layer` may be compiled (`fullgraph=True, dynamic=False`). Layers of one kind 
 Legend: B rows, T positions, D model width, H query heads, G key/value heads, C head width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from moe import kernels_heads
 from moe.attention import Layout
 from moe.config import ModelConfig, RopeScaling
 from moe.experts import ExactBuffers, MoE, SwiGLU, fused, product, side_by_side, wide
+from moe.kernels import at_home
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 
@@ -109,6 +110,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * c.head_dim, c.dim, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.kernels = at_home(self.q_proj.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        """Moves or casts the module, and asks anew whether kernels run where it is then; a forward has nothing to ask."""
+        super()._apply(fn, recurse)
+        self.kernels = at_home(self.q_proj.weight.device)
+        return self
 
     def forward(self, x_BTD: Tensor, tables: Mapping[bool, Tables], layout: Layout) -> Tensor:
         q_BTHC, k_BTGC, v_BTGC, gate_BTH = self.heads(x_BTD, tables[self.full])
@@ -121,7 +129,7 @@ class Attention(nn.Module):
     def heads(self, x_BTD: Tensor, turn: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Normed and rotated queries and keys, values [B, T, H or G, C], and the gates' logits [B, T, H]."""
         maps = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
-        if fused(x_BTD):
+        if self.kernels and fused(x_BTD):
             heads, groups = (m.out_features // self.head_dim for m in maps[:2])
             gates = 0 if self.g_proj is None else self.g_proj.out_features
             q, k, v, gate_BTH = kernels_heads.heads(

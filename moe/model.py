@@ -47,7 +47,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.stop_tokens: tuple[int, ...] = ()  # what ends an answer beside `config.eos`: a hub folder may name some
+        # What begins every prompt, and what ends an answer beside `config.eos`: a hub folder may have tokens of its own.
+        self.prefix: tuple[int, ...] = (config.eos,)
+        self.stop_tokens: tuple[int, ...] = ()
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.dim),

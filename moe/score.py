@@ -37,14 +37,19 @@ class Score:
     greedy: bool
 
 
-def continuation(context: Sequence[int], tokens: Sequence[int], eos: int, longest: int) -> Span:
-    """The span that scores `tokens` behind EOS and `context`, of which as much stays as `longest` inputs allow.
+def behind(model: Decoder, context: Sequence[int]) -> list[int]:
+    """What a model reads before a text: what begins every prompt, then the context; EOS where neither is there."""
+    return [*model.prefix, *context] or [model.config.eos]
+
+
+def continuation(before: Sequence[int], tokens: Sequence[int], longest: int) -> Span:
+    """The span that scores `tokens` behind those `before` them, of which as many stay as `longest` inputs allow.
 
     Of tokens that exceed `longest` themselves the first cannot be scored in one pass: `ValueError`.
     """
     if not tokens or len(tokens) > longest:
         raise ValueError(f"score: got {len(tokens)} tokens, expected 1 to {longest}")
-    whole = np.array([eos, *context, *tokens], dtype=np.int64)[-(longest + 1) :]
+    whole = np.array([*before, *tokens], dtype=np.int64)[-(longest + 1) :]
     return Span(whole[:-1], whole[1:], len(whole) - 1 - len(tokens))
 
 
@@ -52,16 +57,25 @@ def score_continuations(model: Decoder, pairs: Sequence[tuple[Sequence[int], Seq
     """Scores of (context, tokens) pairs in the order given; without tokens nothing is lost, and all of them were likeliest.
 
     Tokens that exceed the model's context are read by halves of it, each behind what stands before it, as much as fits:
-    every token is scored once. A model that gives no numbers is a `StageError`: an answer would be preferred by chance.
+    every token is scored once.
     """
     spans, owner = [], []
     for i, (context, tokens) in enumerate(pairs):
-        new = list(_pieces(context, tokens, model.config.eos, model.config.context))
+        new = list(_pieces(behind(model, context), tokens, model.config.context))
         spans += new
         owner += [i] * len(new)
     found = [Score(0.0, True)] * len(pairs)
     for i, one in zip(owner, score(model, spans), strict=True):
         found[i] = Score(found[i].nats + one.nats, found[i].greedy and one.greedy)
+    return found
+
+
+def score(model: Decoder, spans: Sequence[Span]) -> list[Score]:
+    """Scores in the order given. A model that gives no numbers is a `StageError`: what is compared by them would mean nothing."""
+    scores: dict[int, Score] = {}
+    for batch in _batches(spans):
+        scores |= zip(batch, _scored(model, [spans[i] for i in batch]), strict=True)
+    found = [scores[i] for i in range(len(spans))]
     if lost := sum(not math.isfinite(one.nats) for one in found):
         raise StageError(
             f"evaluate: the model gives no likelihoods, got logits that are not finite for {lost} of {len(found)} texts, "
@@ -70,20 +84,11 @@ def score_continuations(model: Decoder, pairs: Sequence[tuple[Sequence[int], Seq
     return found
 
 
-def score(model: Decoder, spans: Sequence[Span]) -> list[Score]:
-    """Scores in the order given."""
-    found: list[Score | None] = [None] * len(spans)
-    for batch in _batches(spans):
-        for i, one in zip(batch, _scored(model, [spans[i] for i in batch]), strict=True):
-            found[i] = one
-    return [one for one in found if one is not None]
-
-
-def _pieces(context: Sequence[int], tokens: Sequence[int], eos: int, longest: int) -> Iterator[Span]:
+def _pieces(context: Sequence[int], tokens: Sequence[int], longest: int) -> Iterator[Span]:
     step = len(tokens) if len(tokens) <= longest else max(1, longest // 2)
     for start in range(0, len(tokens), step or 1):
         before = [*context, *tokens[max(0, start - longest) : start]]
-        yield continuation(before, tokens[start : start + step], eos, longest)
+        yield continuation(before, tokens[start : start + step], longest)
 
 
 def _batches(spans: Sequence[Span]) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ import numpy as np
 from core.errors import ConfigError, InputError
 from core.statistics import wilson
 from moe.choices import CALCULATION, Paired, paired, records
-from moe.generate import generate_batch
+from moe.generate import generate_batch, token_ids
 from moe.model import Decoder
 from moe.sampling import Sampling
 
@@ -67,9 +67,9 @@ def solve(
 ) -> list[Solved]:
     """Greedy answers to all problems. A prompt that leaves no room in the context is a `ConfigError`."""
     sampling = Sampling(temperature=0.0, stop=(STOP,), max_tokens=max_tokens)
-    prompts = [tokenizer.encode(prompt(p, examples), add_special_tokens=False).ids for p in problems]
-    longest = max((len(p) for p in prompts), default=0)
-    if longest + max_tokens > model.config.context:
+    prompts = [token_ids(tokenizer, prompt(p, examples)) for p in problems]
+    longest = len(model.prefix) + max((len(p) for p in prompts), default=0)
+    if longest + max_tokens - 1 > model.config.context:  # the last new token is not read
         raise ConfigError(
             f"evaluate: {len(examples)} examples and a question take {longest} tokens and an answer {max_tokens}, "
             f"expected at most the context, {model.config.context}; give fewer examples or a shorter answer"

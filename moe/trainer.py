@@ -204,12 +204,6 @@ class _Run:
         """Commits a checkpoint of the state that is there; all ranks call it and rank 0 writes."""
         weights, moments = whole_weights(self.model, self.world), self.optimizer.state_tensors()
         if self.world.rank == 0:
-            broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-            if broken:
-                raise StageError(
-                    f"train: weights after update {self.step} are not finite, got {broken[0]} and {len(broken) - 1} more, "
-                    f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
-                )
             checkpoint.save(
                 self.folder,
                 step=self.step,
@@ -284,9 +278,6 @@ class _Run:
                 raise StageError(_no_folder(self.folder, error)) from error
         self.save()
 
-    def _stands(self) -> str:
-        return f"{checkpoint.find(self.folder).name} stands"
-
     def _stop_if_doomed(self) -> None:
         alarm = self.alarms.stops(self.holding)
         if alarm is not None:
@@ -299,7 +290,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise StageError(
                 f"train: update {self.step} is not finite, got loss {loss} and gradient norm {grad_norm}, "
-                f"expected numbers; {self._stands()}, lower optim.lr and use a new folder"
+                f"expected numbers; {checkpoint.find(self.folder).name} stands, lower optim.lr and use a new folder"
             )
 
 

@@ -94,7 +94,7 @@ def _results(facts: Facts) -> Iterator[str]:
     if evaluate:
         bits = evaluate.manifest.observed["bits_per_byte"]
         docs = evaluate.manifest.accounts["held_out_docs"]
-        by = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
+        by = ", ".join(f"{name} {value:.2f}" for name, value in bits.items() if value is not None)
         yield f"- Bits per byte on {docs} held-out documents: {by}."
     yield from _compared(facts)
 

@@ -1,8 +1,10 @@
 """The stages `train` and `evaluate`, and `generate`: where the pipeline's mixtures meet `moe`.
 
 A model's folder bears its identity, so a changed knob never meets a checkpoint of another shape, and the same run goes on from
-the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json, evaluation.json). On an
-object store each checkpoint is there before the next update begins, and what a machine takes with it is the work since then.
+the checkpoint it has. Outputs: `models/<phase>-<identity>/` (checkpoints, metrics.jsonl, tokenizer.json), and in it an
+`evaluation-<identity>.json` for all that `evaluate` was ever asked of the model: other questions, or another model beside it,
+never write over what was found before. On an object store each checkpoint is there before the next update begins, and what a
+machine takes with it is the work since then.
 
 A pipeline may train through phases: `train@anneal: {phase: anneal, after: train}` starts from the weights that `train` left, and
 `evaluate@anneal: {model: train@anneal}` measures what came of it. A later phase may have a longer context with its own positions
@@ -33,7 +35,7 @@ from pipelines.questions import ProblemSet, QuestionSet, ask_all, question_artif
 if TYPE_CHECKING:
     from mixtures.reader import MixtureSource
 
-EVALUATION = "evaluation.json"
+EVALUATIONS = "evaluation*.json"  # beside the model; without an identity in older roots
 PLACEHOLDER_VOCABULARY = 2**20  # beyond that of any tokenizer: knobs are checked before there is one
 # Knobs that are fields of moe.config.TrainConfig under the same name.
 PLAN = (
@@ -154,7 +156,7 @@ def train(job: Job) -> Outcome:
     plan = train_plan(config, source, tokenizer, weights_digest(start) if start else None)
     limits = build(Limits, config.alarms, "alarms")
     with (
-        workspace(job.root, folder, apart=[EVALUATION]) as place,
+        workspace(job.root, folder, apart=[EVALUATIONS]) as place,
         live(plan.steps, label=job.instance) if job.display.live else nullcontext() as show,
     ):
 
@@ -222,7 +224,7 @@ def model_folder(root: Root, instance: str) -> Path:
     trained = read_manifest(root, instance, None)
     if trained is None:
         raise ConfigError(f"train: no model of {instance!r} in {root.url}; list that stage before, or correct the name")
-    return mirrored(root, trained.outputs["weights"]["folder"], apart=[EVALUATION])
+    return mirrored(root, trained.outputs["weights"]["folder"], apart=[EVALUATIONS])
 
 
 def evaluate(job: Job) -> Outcome:
@@ -231,7 +233,7 @@ def evaluate(job: Job) -> Outcome:
     from mixtures.reader import MixtureSource
     from moe.evaluate import evaluate as evaluate_model
     from moe.examine import Asked
-    from moe.generate import generate_batch, load_tokenizer
+    from moe.generate import generate_batch, load_tokenizer, token_ids
     from moe.sampling import Sampling
 
     config: EvaluateStageConfig = job.config
@@ -244,7 +246,7 @@ def evaluate(job: Job) -> Outcome:
     if config.prompts:
         tokenizer = load_tokenizer(folder)
         for prompt in config.prompts:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = token_ids(tokenizer, prompt)
             continuation = generate_batch(model, [ids], sampling, tokenizer=tokenizer)[0].text
             found["samples"].append({"prompt": prompt, "continuation": continuation})
     if config.questions or config.problems:
@@ -252,7 +254,7 @@ def evaluate(job: Job) -> Outcome:
         other = None if beside is None else Asked(moe.load(beside), load_tokenizer(beside))
         found |= ask_all(Asked(model, load_tokenizer(folder)), other, config.questions, config.problems)
         found["against"] = config.against
-    name = f"models/{folder.name}/{EVALUATION}"
+    name = f"models/{folder.name}/evaluation-{job.identity[:12]}.json"
     job.root.write_json(name, found)
     content = xxhash.xxh3_128_hexdigest(job.root.read_bytes(name))
     outputs = {"evaluation": {"content": content, "file": name}}

@@ -12,6 +12,7 @@ from core.engines.contract import Skew
 from core.errors import StageError
 from core.rows import ROW_BITS, SHARD_MASK
 
+LOOK_ROWS = 1 << 16  # of a table that is asked whether it is in order, and of one whose keys are hashed: chosen
 KEY_CHARS = 80  # of a text in the report of a large key: one line
 HEAD_BYTES = (
     64  # bytes of a string key that enter its partition hash, besides the last 8 and the length: chosen, untested
@@ -19,10 +20,29 @@ HEAD_BYTES = (
 
 
 def sorted_table(table: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """Rows in ascending order of `keys`, nulls last, contiguous in memory."""
-    if table.num_rows < 2 or not keys:
+    """Rows in ascending order of `keys`, nulls last, contiguous in memory. Rows that are in order are not copied."""
+    if in_order(table, keys):
         return table.combine_chunks()
     return table.take(pc.sort_indices(table, sort_keys=[(k, "ascending") for k in keys]))
+
+
+def in_order(table: pa.Table, keys: Sequence[str]) -> bool:
+    """Whether a stable sort by `keys`, nulls last, would leave every row where it is. It looks at LOOK_ROWS rows at a time, so
+    that a "no" costs next to nothing where rows lie at random."""
+    keys = [k for k in keys if not pa.types.is_null(table.schema.field(k).type)]
+    table = table.select(keys)
+    for first in range(0, table.num_rows - 1, LOOK_ROWS) if keys else ():
+        piece = table.slice(first, LOOK_ROWS + 1)  # its last row is the first of the next
+        undecided = np.ones(piece.num_rows - 1, dtype=bool)
+        for name in keys:
+            column = piece.column(name).combine_chunks()
+            above, below = column.slice(0, piece.num_rows - 1), column.slice(1)
+            rises = pc.or_(pc.fill_null(pc.less(above, below), False), pc.and_not(pc.is_null(below), pc.is_null(above)))
+            same = pc.or_(pc.fill_null(pc.equal(above, below), False), pc.and_(pc.is_null(above), pc.is_null(below)))
+            if np.any(undecided & ~np.asarray(pc.or_(rises, same))):  # it falls, or a NaN does not compare
+                return False
+            undecided &= np.asarray(same)
+    return True
 
 
 def key_starts(table: pa.Table, by: Sequence[str]) -> np.ndarray:
@@ -75,12 +95,14 @@ def _plain(value: Any) -> Any:
 def partition_hash(table: pa.Table | pa.RecordBatch, by: Sequence[str]) -> np.ndarray:
     """uint64 [n]: equal keys get equal values. Any deterministic spread will do: it decides where a key is worked on,
     never what comes out."""
-    h = np.full(table.num_rows, 0x9E3779B97F4A7C15, dtype=np.uint64)
     check_keys(table.schema, by)
-    for name in by:
-        column = table.column(name)
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        h = _mix(h ^ _column_words(array))
+    h = np.full(table.num_rows, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for first in range(0, table.num_rows, LOOK_ROWS):  # mixing holds five words a row, and is faster near the cache
+        here, piece = h[first : first + LOOK_ROWS], table.slice(first, LOOK_ROWS)
+        for name in by:
+            column = piece.column(name)
+            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            here[:] = _mix(here ^ _column_words(array))
     return h
 
 
@@ -108,10 +130,13 @@ def shard_partition(rows: np.ndarray, shards: int, partitions: int) -> np.ndarra
 
 def join_tables(left: pa.Table, right: pa.Table, on: Sequence[str], how: str) -> pa.Table:
     """Equi-join of two tables by row numbers, so that payload columns may have any type."""
-    keys_left = left.select(list(on)).append_column("__left", pa.array(np.arange(left.num_rows)))
-    keys_right = right.select(list(on)).append_column("__right", pa.array(np.arange(right.num_rows)))
-    matched = keys_left.join(keys_right, keys=list(on), join_type=how, use_threads=False)
-    matched = matched.sort_by([("__left", "ascending"), ("__right", "ascending")])
+    places = ["__left", "__right"]
+    keys = [
+        side.select(list(on)).append_column(p, _numbers(side)) for side, p in zip((left, right), places, strict=True)
+    ]
+    matched = keys[0].join(keys[1], keys=list(on), join_type=how, use_threads=False).select(places)
+    del keys
+    matched = matched.sort_by([(place, "ascending") for place in places])
     out = left.take(matched.column("__left"))
     for name in right.column_names:
         if name not in on:
@@ -119,6 +144,11 @@ def join_tables(left: pa.Table, right: pa.Table, on: Sequence[str], how: str) ->
                 right.schema.field(name).with_nullable(True), right.column(name).take(matched.column("__right"))
             )
     return out
+
+
+def _numbers(table: pa.Table) -> pa.Array:
+    """The places of rows, in the narrowest type that a join carries them in."""
+    return pa.array(np.arange(table.num_rows, dtype=np.int32 if table.num_rows < 1 << 31 else np.int64))
 
 
 def sortable(schema: pa.Schema) -> list[str]:
@@ -156,10 +186,9 @@ def _string_words(array: pa.Array) -> np.ndarray:
     """Mix length, the first HEAD_BYTES in words of 8, and the last 8 bytes, for all strings at once."""
     _, offsets, data = array.buffers()
     at = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    begin, length = at[:-1], np.diff(at)
-    padded = np.concatenate(
-        [np.frombuffer(data, dtype=np.uint8) if data else np.zeros(0, np.uint8), np.zeros(8, np.uint8)]
-    )
+    begin, length = at[:-1] - at[0], np.diff(at)
+    chars = np.frombuffer(data, dtype=np.uint8)[at[0] : at[-1]] if data else np.zeros(0, np.uint8)
+    padded = np.concatenate([chars, np.zeros(8, np.uint8)])
     words = np.lib.stride_tricks.sliding_window_view(padded, 8)
     h = length.astype(np.uint64)
     longest = min(HEAD_BYTES, int(length.max(initial=0)))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -39,6 +39,7 @@ from core.engines.spill import (
     blocks,
     chunks,
     committed_part,
+    emptied,
     partitions_for,
     passes_for,
     read_partition,
@@ -51,9 +52,12 @@ from core.engines.spill import (
 from core.progress import Display, quiet
 from core.stage import Resources
 
+WORKER_BYTES = 100_000_000  # of a worker that holds no row: Python, Arrow and NumPy; measured 94 MB, models come on top
 MEMORY_SHARE = (
-    6  # a worker's memory holds this many times a block: table, sort indices, sorted copy, output, Arrow slack
+    4  # blocks that a verb holds at its peak: measured 3.2 of narrow rows (see `core.engines.spill`), 0.8 to spare
 )
+
+T = TypeVar("T")
 
 log = logging.getLogger("stepwell")
 
@@ -87,7 +91,7 @@ class LocalEngine:
     ) -> None:
         self.scratch = Path(scratch)
         self.workers = workers
-        self.block_bytes = max(1 << 20, int(memory_gb * 1e9) // max(1, workers) // MEMORY_SHARE)
+        self.block_bytes = block_bytes(int(memory_gb * 1e9) // max(1, workers))
         self.display = display or quiet()
         self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._pool = Pool(workers) if workers else None
@@ -249,6 +253,12 @@ class LocalEngine:
         return self.scratch / str(self.partition_bytes) / f"{self._step:03d}-{words[:40]}"
 
 
+def block_bytes(part: int) -> int:
+    """The largest block for a worker whose part of memory is `part` bytes. Where the worker itself takes more than half of it,
+    blocks of half the part are the lesser evil: a partition is read once for every block that it fills."""
+    return max(1 << 20, max(part - WORKER_BYTES, part // 2) // MEMORY_SHARE)
+
+
 def _parts(frame: Frame) -> tuple[Part, ...]:
     assert isinstance(frame, LocalFrame), f"a frame of another engine: {type(frame).__name__}"
     return frame.parts
@@ -261,16 +271,24 @@ def _part_unit(work: Callable[[str, Unit, Note], Part], unit: Unit, note: Note) 
     return Report(unit.name, docs=part.rows, bytes=unit.bytes, value=part)
 
 
+def _signed(items: Iterable[T], note: Note) -> Iterator[T]:
+    """The same items, each a sign of life: a unit of a frame may take longer than a silent one is given."""
+    for item in items:
+        note()
+        yield item
+        del item  # before the next one is made
+
+
 def _scan(fn: Callable[[Unit], Iterable[pa.RecordBatch]], schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
-    return write_part(path, fn(unit), schema)
+    return write_part(path, _signed(fn(unit), note), schema)
 
 
 def _map(fn: ChunkFn, schema: pa.Schema, path: str, unit: Unit, note: Note) -> Part:
-    return write_part(path, (fn(pa.Table.from_batches([b])) for b in unit.payload.batches()), schema)
+    return write_part(path, (fn(pa.Table.from_batches([b])) for b in _signed(unit.payload.batches(), note)), schema)
 
 
 def _cut(schema: pa.Schema, cut: Cut, block_bytes: int, path: str, unit: Unit, note: Note) -> Part:
-    return write_exchange(path, unit.payload.batches(), schema, cut, block_bytes)
+    return write_exchange(path, _signed(unit.payload.batches(), note), schema, cut, block_bytes)
 
 
 def _reduce(
@@ -285,7 +303,7 @@ def _reduce(
                 yield fn(piece)
             del table, piece  # before the next share of the partition is read
 
-    return write_part(path, results(), schema, told)
+    return write_part(path, _signed(results(), note), schema, told)
 
 
 def _join(
@@ -308,13 +326,12 @@ def _join(
         for turn in range(passes):
             held = pa.Table.from_batches(share_batches(parts_right, p, cut, turn, passes), right)
             told.large(held, cut, half, is_sorted=False)
-            for block in blocks(share_batches(parts_left, p, cut, turn, passes), left, half):
-                yield join_tables(block, held, cut.by, how)
-                del block  # before the next one is put together
+            for block in blocks(share_batches(parts_left, p, cut, turn, passes), half):
+                yield join_tables(emptied(block, left), held, cut.by, how)
                 pa.default_memory_pool().release_unused()
             del held
 
-    return write_part(path, results(), schema, told)
+    return write_part(path, _signed(results(), note), schema, told)
 
 
 def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -> Report:
@@ -326,7 +343,7 @@ def _align(schema: pa.Schema, cut: Cut, target: Align, unit: Unit, note: Note) -
 
 def _fold(fn: Callable[[pa.Table], Any], merge: Callable[[Any, Any], Any], unit: Unit, note: Note) -> Report:
     value = None
-    for batch in unit.payload.batches():
+    for batch in _signed(unit.payload.batches(), note):
         here = fn(pa.Table.from_batches([batch]))
         value = here if value is None else merge(value, here)
     return Report(unit.name, docs=unit.payload.rows, bytes=unit.bytes, value=value)

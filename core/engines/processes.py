@@ -22,11 +22,15 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from core import stopping
+from core.engines.environment import environment
 from core.engines.worker import work
 
 LEAVE_S = 3.0  # for a worker to remove its half-written file before it is killed: chosen, untested
 KILLED_S = 5.0  # for the kernel to end a killed process, which it cannot while a dead disk is read: chosen, untested
 MESSAGE_S = 60  # without a byte in the middle of a message, of which the other end does nothing else: chosen, untested
+# Arrow's allocator keeps the large blocks that are freed for 0.1 s: sorting one of 83 MB peaked at 416 to 485 MB, by the moment.
+# So they go at once, to a peak of 350 MB and no more CPU. Small ones it keeps.
+ALLOCATOR = {"MIMALLOC_ARENA_PURGE_MULT": "0"}
 
 log = logging.getLogger("stepwell")
 
@@ -51,7 +55,7 @@ def start(workers: list[Worker]) -> Worker:
     ours, theirs = context.Pipe()
     _limit(ours)
     process = context.Process(target=work, args=(theirs, os.getpid()), daemon=True)
-    with _signals_later():
+    with _signals_later(), environment(**ALLOCATOR):
         process.start()
         worker = Worker(process, ours)
         workers.append(worker)

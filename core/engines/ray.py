@@ -37,6 +37,7 @@ from core.engines.ray_tasks import Fact, aligned, cut_up, folded, handed, joined
 from core.engines.ray_units import Crew, UnitRun
 from core.engines.skew import Skews
 from core.engines.spill import Cut, align_partitions, partitions_for
+from core.engines.spills import Spills
 from core.progress import Display, quiet
 from core.stage import Resources
 
@@ -89,9 +90,10 @@ class RayEngine:
         self.workers = max(1, workers)
         address = address or os.environ.get("RAY_ADDRESS")
         self._started = not ray.is_initialized()
-        if self._started:
-            start(address, Path(scratch), self.workers, memory_gb)
         self._ours = self._started and not address
+        self._spills = Spills(Path(scratch), self.name) if self._ours else None
+        if self._started:
+            start(address, self._spills, self.workers, memory_gb)
         self.block_bytes = block_bytes(self._ours, self.workers, memory_gb)
 
     def begin(self, scratch: str | Path) -> None:
@@ -173,7 +175,7 @@ class RayEngine:
         for p in range(cut.partitions):
             from_a.slices[p] += from_b.slices[p] if counts[p] else []  # without a left side nothing comes out
         del from_b.slices
-        work = partial(joined, a.schema, b.schema, schema, cut, how, self.block_bytes)
+        work = partial(joined, b.schema, schema, cut, how, self.block_bytes)
         calls = ((str(p), (passes, counts[p], *refs)) for p, passes, refs in self._handed(from_a))
         return self._frame(work, calls, from_a.count, schema, label, (*from_a.roots, *from_b.roots))
 
@@ -217,6 +219,8 @@ class RayEngine:
         self._release()
         if self._started:
             ray.shutdown()
+        if self._spills is not None:
+            self._spills.remove()
 
     def _release(self) -> None:
         """End the actors: they hold CPUs that tasks would wait for."""

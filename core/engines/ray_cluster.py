@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core.engines.environment import environment
+from core.engines.spills import Spills
 from core.errors import ConfigError, RetryableError, StageError
 from core.stage import Resources
 
@@ -136,9 +136,9 @@ def block_bytes(ours: bool, workers: int, memory_gb: float) -> int:
     return min(LARGEST_BLOCK, max(LEAST_BLOCK, int(share / MEMORY_SHARE)))
 
 
-def start(address: str | None, scratch: Path, workers: int, memory_gb: float) -> None:
-    """Join the cluster at `address`, or start a Ray on this machine. ConfigError where that fails, RetryableError where nobody
-    answers at `address`."""
+def start(address: str | None, spills: Spills | None, workers: int, memory_gb: float) -> None:
+    """Join the cluster at `address`, or start a Ray on this machine, with a folder of its own. ConfigError where that fails,
+    RetryableError where nobody answers at `address`."""
     quiet_logs: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     paths = os.pathsep.join(p for p in sys.path if p)  # workers import what this process can
     try:
@@ -147,12 +147,13 @@ def start(address: str | None, scratch: Path, workers: int, memory_gb: float) ->
                 _knock(address)
                 ray.init(address=address, **quiet_logs)
                 return
-            scratch.mkdir(parents=True, exist_ok=True)
+            assert spills is not None
             with environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=paths):  # no network access that nobody asked for
                 ray.init(
+                    address="local",  # left alone it would join what `ray start` has left a note of, alive or dead
                     num_cpus=workers,
                     object_store_memory=max(STORE_BYTES, int(memory_gb * 1e9 * STORE_SHARE)),
-                    object_spilling_directory=str(scratch.resolve()),
+                    object_spilling_directory=str(spills.path.resolve()),
                     include_dashboard=False,
                     **quiet_logs,
                 )

@@ -128,9 +128,8 @@ def reduced(
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
             # Two blocks, or a hot key would be made smaller for each of its slices.
-            share = gathered(_share(slices, cut, turn, passes), schema_in, cut, 2 * size, fact.told)
-            table, lost = prepared(share, cut)
-            del share
+            share = _share(slices, cut, turn, passes)
+            table, lost = prepared(gathered(share, schema_in, cut, 2 * size, fact.told), cut)
             fact.told.cut_rows += lost
             fact.told.large(table, cut, size)
             for piece in chunks(table, cut.by) if table.num_rows else ():
@@ -142,7 +141,6 @@ def reduced(
 
 
 def joined(
-    left: pa.Schema,
     right: pa.Schema,
     schema: pa.Schema,
     cut: Cut,
@@ -153,17 +151,19 @@ def joined(
     count: int,
     *slices: Any,
 ) -> Iterator[pa.Table]:
-    """Slices of the left side, `count` of them, then those of the right."""
+    """Slices of the left side, `count` of them, then those of the right. Of each share the right side is held; the left side
+    passes by in blocks, so its keys may be of any size."""
     every = opened(slices)
     fact.told = Told()
 
     def results() -> Iterator[pa.Table]:
         for turn in range(passes):
-            a = pa.concat_tables([left.empty_table(), *_share(every[:count], cut, turn, passes)])
-            b = pa.concat_tables([right.empty_table(), *_share(every[count:], cut, turn, passes)])
-            fact.told.large(b, cut, size, is_sorted=False)
-            if a.num_rows:
-                yield join_tables(a.combine_chunks(), b.combine_chunks(), cut.by, how)
+            held = pa.concat_tables([right.empty_table(), *_share(every[count:], cut, turn, passes)]).combine_chunks()
+            fact.told.large(held, cut, size, is_sorted=False)
+            for block in blocks(_share(every[:count], cut, turn, passes), size):
+                yield join_tables(block, held, cut.by, how)
+                del block  # before the next one is put together
+            del held
 
     yield from _cast(results(), schema, size)
 

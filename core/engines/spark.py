@@ -16,7 +16,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ from core.engines.contract import (
 from core.engines.skew import Skews
 from core.engines.spark_tasks import SHARE_BYTES, Said, Step
 from core.engines.spill import Cut, align_partitions, partitions_for
+from core.engines.spills import Spills
 from core.errors import StageError, StepwellError
 from core.progress import Display, quiet
 from core.stage import Resources
 
-from py4j.protocol import Py4JError  # isort: skip
 from pyspark.errors import PySparkException  # isort: skip
 from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
@@ -87,7 +87,9 @@ class SparkEngine:
         self.display = display or quiet()
         self.partition_bytes, self.batch_bytes = partition_bytes, batch_bytes
         self._ours = SparkSession.getActiveSession() is None
-        self._session = spark_session.start_session(Path(scratch), max(1, workers), memory_gb, address)
+        self._spills = Spills(Path(scratch), self.name)
+        where = Path(scratch), self._spills.path
+        self._session = spark_session.start_session(*where, max(1, workers), memory_gb, address)
         self._watch = spark_units.Watch(self._session.sparkContext)
         self._frees: list[Any] = []
         self._numbers = itertools.count()
@@ -156,7 +158,7 @@ class SparkEngine:
         cut = Cut(tuple(by), tuple(order), partitions * shares, None, combine, max_rows_per_key, self.partition_bytes)
         step = self._step(label, schema, partial(spark_tasks.reduced, fn, given, cut, share_bytes))
         cuts = [self._cut(f, cut, label, step.number, partitions) for f in sources]
-        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {shares})")
+        rows = spark_pieces.exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {shares})")
         return self._computed(SparkFrame(schema, rows, size, (step,), tuple(sources)))
 
     def join(self, left: Frame, right: Frame, on: Sequence[str], how: str = "inner", label: str = "join") -> SparkFrame:
@@ -180,7 +182,7 @@ class SparkEngine:
         cut = Cut(tuple(on), (), partitions * shares, partition_bytes=self.partition_bytes)
         step = self._step(label, schema, partial(spark_tasks.joined, a.schema, b.schema, cut, how, share_bytes))
         cuts = [self._cut(f, cut, label, step.number, partitions, side, 2) for side, f in enumerate((b, a))]
-        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {2 * shares})")
+        rows = spark_pieces.exchanged(cuts, partitions, f"int({spark_pieces.PLACE} / {2 * shares})")
         return self._computed(SparkFrame(schema, rows, size, (step,), (a, b)))
 
     def align(self, frame: Frame, target: Align) -> list[Report]:
@@ -188,7 +190,7 @@ class SparkEngine:
         partitions, shards = align_partitions(source.bytes, self.partition_bytes, target), max(1, target.shards)
         cut = Cut((), (), shards, target)
         cuts = [self._cut(source, cut, target.label, next(self._numbers), partitions)]
-        rows = _exchanged(cuts, partitions, f"int({spark_pieces.PLACE} * {partitions} / {shards})")
+        rows = spark_pieces.exchanged(cuts, partitions, spark_pieces.partition_of_shard(partitions, shards))
         end = partial(spark_tasks.aligned, source.schema, target, partitions, None)
         made: dict[int, Report] = {}
         for answer in self._answers(_mapped(rows, (), end, target.label), target.label):
@@ -226,6 +228,7 @@ class SparkEngine:
         self._watch.close()
         if self._ours:
             spark_session.end_session(self._session)
+        self._spills.remove()
 
     def _step(self, label: str, schema: pa.Schema, work: Any) -> Step:
         step = Step(next(self._numbers), label, schema, work)
@@ -279,7 +282,7 @@ class SparkEngine:
         if source.steps:
             label = source.steps[-1].label
             made = _mapped(made, source.steps, spark_tasks.kept, label)
-        got = list(spark_pieces.pieces(self._driver(made.toArrow, label).to_batches()))
+        got = self._driver(partial(spark_pieces.collected, made), label)
         self._heard([pickle.loads(content) for place, content in got if place < 0])
         tables = [spark_pieces.opened(content, source.schema) for place, content in got if place >= 0]
         return pa.concat_tables([source.schema.empty_table(), *tables])
@@ -287,8 +290,8 @@ class SparkEngine:
     def _answers(self, made: DataFrame, label: str) -> list[Said]:
         """What the tasks that make these pieces have to say."""
         with self.display.task(label, 1, 0) as advance:
-            replies = self._driver(made.filter(F.col(spark_pieces.PLACE) < 0).select(spark_pieces.ROWS).collect, label)
-            answers = [pickle.loads(reply[0]) for reply in replies]
+            replies = self._driver(partial(spark_pieces.collected, made.filter(F.col(spark_pieces.PLACE) < 0)), label)
+            answers = [pickle.loads(reply) for _, reply in replies]
             advance(0, 0, 1)
         return self._heard(answers)
 
@@ -307,31 +310,24 @@ class SparkEngine:
         """`call()`, with Spark's exceptions turned into ours."""
         try:
             return self._watch.call(call)
-        except (Py4JError, PySparkException) as e:
+        except (PySparkException, *spark_session.JAVA_ENDED) as e:
             said = str(e)
             if (ours := spark_tasks.carried(said) or self._watch.lost(label)) is not None:
                 raise ours from None
-            if (lost := spark_units.lost_unit(said, units, label)) is not None:
+            if (lost := spark_units.lost_unit(said, units, label) or spark_session.ended_early(e, label)) is not None:
                 raise lost from e
             lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(e).__name__]
             raise StageError(f"{label}: Spark gave up: {lines[0][:500]}; run with --debug for its whole message") from e
 
 
 def _free(rows: DataFrame) -> None:
-    with contextlib.suppress(Py4JError):  # Java has ended, and the rows with it
+    with contextlib.suppress(*spark_session.JAVA_ENDED):  # and the rows with it
         rows.unpersist()
 
 
 def _mapped(rows: DataFrame, steps: Sequence[Step], end: spark_tasks.End, label: str, copies: int = 1) -> DataFrame:
     """The pieces that a chain of steps makes of others."""
     return rows.mapInArrow(partial(spark_tasks.chain, tuple(steps), end, label, copies), spark_pieces.STRUCT)
-
-
-def _exchanged(cuts: Sequence[DataFrame], partitions: int, partition: str) -> DataFrame:
-    """Pieces in their partitions, in the order of their places; what tasks have to say comes first."""
-    rows = reduce(DataFrame.union, cuts)
-    where = f"if({spark_pieces.PLACE} < 0, -1 - {spark_pieces.PLACE}, {partition})"
-    return rows.repartitionById(partitions, F.expr(where)).sortWithinPartitions(spark_pieces.PLACE)
 
 
 def _steps(frame: SparkFrame) -> tuple[Step, ...]:

@@ -8,10 +8,13 @@ Below zero a place says what a task has to say: its answer (`Said`, or an error 
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows
 from pyspark.sql.types import BinaryType, IntegerType, StructField, StructType
 
 from core.engines.columns import sliced
@@ -34,6 +37,24 @@ def pieces(batches: Iterable[pa.RecordBatch]) -> Pieces:
     for batch in batches:
         for place, content in zip(batch.column(0).to_pylist(), batch.column(1), strict=True):
             yield place, content.as_py()
+
+
+def collected(made: DataFrame) -> list[tuple[int, bytes]]:
+    """(place, content) of all pieces, on the driver. By way of Arrow: `collect` takes what breaks off, because Java ends or runs
+    out of memory, for the whole."""
+    return list(pieces(made.toArrow().to_batches()))
+
+
+def exchanged(cuts: Sequence[DataFrame], partitions: int, partition: str) -> DataFrame:
+    """Pieces in their partitions, in the order of their places; what tasks have to say comes first."""
+    where = f"if({PLACE} < 0, -1 - {PLACE}, {partition})"
+    rows = reduce(DataFrame.union, cuts)
+    return rows.repartitionById(partitions, F.expr(where)).sortWithinPartitions(PLACE)
+
+
+def partition_of_shard(partitions: int, shards: int) -> str:
+    """In Spark's words what `columns.shard_partition` is: the partition that writes the shard whose number is the place."""
+    return f"int({PLACE} * {partitions}L / {shards})"
 
 
 def settle() -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from core.engines.environment import environment
-from core.errors import ConfigError, RetryableError, StepwellError
+from core.errors import ConfigError, RetryableError, StageError, StepwellError
 
 # Said at import already, of a package that nothing here uses: frames are Arrow.
 warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
 
 try:
-    from py4j.protocol import Py4JError
+    from py4j.protocol import Py4JError, Py4JNetworkError
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkException
     from pyspark.java_gateway import launch_gateway
@@ -32,6 +32,7 @@ except ImportError as e:
         f"spark: cannot be imported here ({e}); install this project with the extra `spark`, or use --engine local"
     ) from e
 
+JAVA_ENDED = (Py4JError, OSError)  # among what py4j raises where Java has ended by itself
 BATCH_PIECES = 10_000  # of one Arrow batch between Spark and Python, where they are small
 BATCH_BYTES = 16 << 20  # and the bytes where they are not
 DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
@@ -45,8 +46,9 @@ JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
 LOCAL = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
-def start_session(scratch: Path, workers: int, memory_gb: float, address: str | None) -> SparkSession:
-    """The running session, or a new one. ConfigError where there is no Java, RetryableError where the master does not answer."""
+def start_session(scratch: Path, spills: Path, workers: int, memory_gb: float, address: str | None) -> SparkSession:
+    """The running session, or a new one; `spills` is for a master of our own. ConfigError where there is no Java, RetryableError
+    where the master does not answer."""
     if (running := SparkSession.getActiveSession()) is not None:
         return running
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit started Java and this process
@@ -57,10 +59,11 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
     asked = submitted or "--master" in os.environ.get("PYSPARK_SUBMIT_ARGS", "")
     if address and not asked:
         _knock(address)
-    conf = SparkConf().setAll(list(_settings(scratch, memory_gb, asked, workers, address).items()))
+    conf = SparkConf().setAll(list(_settings(spills, memory_gb, asked, workers, address).items()))
     python = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}  # or workers start another Python
     elsewhere = asked or (address and not _is_here(address))
     place = {} if elsewhere else {"SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": _paths()}
+    gateway = None
     try:
         with environment(**python, **place), log.open("wb") as out:
             gateway = launch_gateway(conf, {"stdout": out, "stderr": out})
@@ -68,6 +71,8 @@ def start_session(scratch: Path, workers: int, memory_gb: float, address: str | 
     except Exception as e:
         if not isinstance(e, PySparkException | Py4JError | OSError):
             raise
+        if gateway is not None:
+            _end_java(gateway)  # or every later start in this process would speak to it
         reason = str(e).splitlines()[0][:300]
         raise ConfigError(
             f"spark: cannot start on {address or 'this machine'}: {reason}; its log is {log}; check Java (17 or newer) and "
@@ -81,12 +86,26 @@ def end_session(session: SparkSession) -> None:
     """Stop the session, and the Java that `start_session` started for it: it would live as long as this process."""
     context: Any = session.sparkContext
     gateway = context._gateway
-    with contextlib.suppress(Py4JError):  # Java may have ended by itself
+    with contextlib.suppress(*JAVA_ENDED):
         session.stop()
+    _end_java(gateway)
+
+
+def ended_early(error: Exception, label: str) -> StageError | None:
+    """The error for a Java that is not there any more."""
+    if not isinstance(error, Py4JNetworkError | OSError):
+        return None
+    return StageError(
+        f"{label}: Java has ended; see `spark.log` in the scratch folder, and where memory is the cause give the engine more "
+        "memory_gb, then run the same command again"
+    )
+
+
+def _end_java(gateway: Any) -> None:
     java: subprocess.Popen[bytes] | None = getattr(gateway, "proc", None)
     if java is None:
         return  # spark-submit's
-    with contextlib.suppress(Py4JError):
+    with contextlib.suppress(*JAVA_ENDED):
         gateway.shutdown()
     SparkContext._gateway = SparkContext._jvm = None
     assert java.stdin is not None
@@ -99,7 +118,7 @@ def end_session(session: SparkSession) -> None:
         java.wait()
 
 
-def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, address: str | None) -> dict[str, str]:
+def _settings(spills: Path, memory_gb: float, asked: bool, workers: int, address: str | None) -> dict[str, str]:
     settings = {
         "spark.app.name": "stepwell",
         "spark.ui.enabled": "false",
@@ -133,7 +152,7 @@ def _settings(scratch: Path, memory_gb: float, asked: bool, workers: int, addres
         **memory,
         **here,
         "spark.master": f"local[{workers},{ATTEMPTS}]",
-        "spark.local.dir": str(scratch.resolve()),
+        "spark.local.dir": str(spills.resolve()),
     }
 
 

@@ -163,7 +163,7 @@ def reduced(fn: ChunkFn, given: pa.Schema, cut: Cut, share_bytes: int, told: Tol
     """`fn` over whole keys of one partition, share by share. A key that `combine` or a cap makes small is made small as it comes
     in: a worker never holds all its rows."""
     for share in _shares(stream, given, share_bytes):
-        table, lost = prepared(gathered(share, given, cut, 2 * share_bytes, told).combine_chunks(), cut)
+        table, lost = prepared(gathered(share, given, cut, 2 * share_bytes, told), cut)
         told.cut_rows += lost
         told.large(table, cut, cut.partition_bytes)
         for piece in chunks(table, cut.by) if table.num_rows else ():

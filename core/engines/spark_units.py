@@ -20,7 +20,7 @@ import pyarrow as pa
 from core.engines.contract import Report, Unit, UnitFn
 from core.engines.guard import alone, watched
 from core.engines.pool import attempted
-from core.engines.spark_pieces import PLACE, ROWS, STRUCT, pieces, said, settle
+from core.engines.spark_pieces import PLACE, ROWS, STRUCT, collected, pieces, said, settle
 from core.errors import ConfigError, StageError, StepwellError
 from core.stage import Resources
 
@@ -73,7 +73,7 @@ def run(
     work = partial(unit_tasks, fn, [pickle.dumps(u) for u in units], label, stall_s)
     profile = task_profile(session.sparkContext, needs, label)
     made = places(session, len(units)).mapInArrow(work, STRUCT, False, profile)
-    return [pickle.loads(content) for _, content in sorted((place, content) for place, content in made.collect())]
+    return [pickle.loads(content) for _, content in sorted(collected(made))]
 
 
 def task_profile(context: SparkContext, needs: Resources | None, label: str) -> ResourceProfile | None:

@@ -4,9 +4,10 @@ Map side: a part is read in blocks, each block sorted by (partition, key, order)
 the file each partition lies. Reduce side: the slices of one partition from all runs are sorted together and handed to `fn` in
 tables that never split a key. A sidecar is written last and is the commit record, so a killed shuffle resumes per file.
 
-Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: about 3 x the larger of a block and a partition. A key with
-many rows costs no more where `combine` or a cap makes it small: that happens whenever a share of memory is full. Where nothing
-does, the key is held whole and reported.
+Cost: every row is written twice (lz4 Arrow) and sorted twice. Memory: at most 3.2 x a block, where a row is two integers: the
+rows, their order in 8 bytes each, the sorted rows. A partition that is aligned is held whole, as a block. A key with many rows
+costs no more where `combine` or a cap makes it small: that happens whenever a share of memory is full. Where nothing does, the
+key is held whole and reported.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from core.rows import dataset_of, shard_of
 from core.stores import DISK_FAULTS, replacing
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
-CHUNK_ROWS = 1 << 20  # rows that a reduce function sees at once, rounded up to whole keys: chosen, untested
+CHUNK_BYTES = (
+    8 << 20
+)  # that a reduce function sees at once, rounded up to whole keys; it holds some six times as much: chosen
 SLICE_BYTES = 4 << 20  # a reader holds one batch of every run it reads: chosen, untested
 IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
@@ -111,6 +114,8 @@ class Cut:
     partition_bytes: int = PARTITION_BYTES  # beyond which one key is skew
 
     def partition_of(self, table: pa.Table) -> np.ndarray:
+        """The partition of each row, in 16 bits where they suffice: numpy sorts those by counting."""
+        small = np.uint16 if self.partitions <= 1 << 16 else np.int64
         if self.target is not None:
             rows = table.column("row").to_numpy()
             strange = (dataset_of(rows) != self.target.dataset) | (shard_of(rows) >= self.target.shards)
@@ -119,8 +124,10 @@ class Cut:
                     f"{self.target.label}: {int(strange.sum())} rows are not of dataset number {self.target.dataset} with "
                     f"{self.target.shards} shards, such as row {int(rows[strange][0])}; filter the frame before align"
                 )
-            return shard_partition(rows, self.target.shards, self.partitions)
-        return (partition_hash(table, self.by) % np.uint64(self.partitions)).astype(np.int64)
+            return shard_partition(rows, self.target.shards, self.partitions).astype(small)
+        hashed = partition_hash(table, self.by)
+        hashed %= np.uint64(self.partitions)
+        return hashed.astype(small)
 
     def before_exchange(self) -> "Cut":
         """This cut on the map side. A cap waits for `combine` to have seen all rows, or how many it cuts would depend on
@@ -154,13 +161,12 @@ def write_exchange(path: str, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         pa.OSFile(temporary, "wb") as sink,
         pa.ipc.new_file(sink, schema, options=IPC) as out,
     ):
-        tables = blocks(batches, schema, block_bytes)
-        while (table := next(tables, None)) is not None:
-            table, lost = prepared(table, cut.before_exchange())
+        for block in blocks(batches, block_bytes):
+            table, lost = prepared(emptied(block, schema), cut.before_exchange())
             cut_rows += lost
             rows, size = rows + table.num_rows, size + table.nbytes
             pieces = split(table, cut)
-            del table  # the pieces are copies, and this block need not stay beside them
+            del table  # the last of the pieces lets go of it
             for p, first, count in _write_pieces(out, pieces, written):
                 cuts.setdefault(p, []).append((first, count))
                 written = first + count
@@ -173,7 +179,7 @@ def _write_pieces(out: Any, pieces: Iterator[tuple[int, pa.Table]], first: int) 
     """Write one run and say where in the file each partition lies: (partition, first batch, batches)."""
     places = []
     for p, piece in pieces:
-        batches = piece.combine_chunks().to_batches(max_chunksize=_slice_rows(piece))
+        batches = piece.to_batches(max_chunksize=_slice_rows(piece))
         for batch in batches:
             out.write_batch(batch)
         places.append((p, first, len(batches)))
@@ -184,11 +190,15 @@ def _write_pieces(out: Any, pieces: Iterator[tuple[int, pa.Table]], first: int) 
 def split(table: pa.Table, cut: Cut) -> Iterator[tuple[int, pa.Table]]:
     """(partition, its rows) for every partition that has any, each keeping the order of `table`."""
     partition = cut.partition_of(table)
+    rows = np.bincount(partition, minlength=cut.partitions)
+    filled = np.flatnonzero(rows)
+    if len(filled) == 1:
+        yield int(filled[0]), table
+        return
     by_partition = np.argsort(partition, kind="stable")
-    table = table.take(pa.array(by_partition))
-    borders = np.searchsorted(partition[by_partition], np.arange(cut.partitions + 1))
-    for p in np.flatnonzero(np.diff(borders)):
-        yield int(p), table.slice(int(borders[p]), int(borders[p + 1] - borders[p]))
+    borders = np.append(0, np.cumsum(rows))
+    for p in filled:
+        yield int(p), table.take(pa.array(by_partition[borders[p] : borders[p + 1]]))
 
 
 def read_partition(
@@ -202,7 +212,7 @@ def read_partition(
     passes = 1 if cut.target is not None else passes_for(parts, p, memory_bytes)
     for turn in range(passes):
         share = (pa.Table.from_batches([batch]) for batch in share_batches(parts, p, cut, turn, passes))
-        table, lost = prepared(gathered(share, schema, cut, memory_bytes, told).combine_chunks(), cut)
+        table, lost = prepared(gathered(share, schema, cut, memory_bytes, told), cut)
         told.cut_rows += lost
         if cut.target is None:
             told.large(table, cut, memory_bytes)
@@ -213,20 +223,21 @@ def read_partition(
 
 
 def gathered(tables: Iterable[pa.Table], schema: pa.Schema, cut: Cut, memory_bytes: int, told: Told) -> pa.Table:
-    """One share of a partition, unsorted; combined or capped on the way as often as it fills memory again."""
+    """One share of a partition, contiguous but unsorted; combined or capped on the way as often as it fills memory again."""
     smaller = cut.before_exchange()
     shrinks = smaller.combine is not None or smaller.max_rows_per_key is not None
-    held = [schema.empty_table()]
+    held: list[pa.RecordBatch] = []
     size, full = 0, memory_bytes
     for table in tables:
-        held.append(table)
+        held += table.to_batches()
         size += table.nbytes
+        del table
         if shrinks and size > full:
-            table, lost = prepared(pa.concat_tables(held), smaller)
+            table, lost = prepared(emptied(held, schema), smaller)
             told.cut_rows += lost
-            held, size = [table], table.nbytes
+            held, size = table.to_batches(), table.nbytes
             full = max(memory_bytes, 2 * size)  # twice: what did not shrink is not sorted again for every table
-    return pa.concat_tables(held)
+    return emptied(held, schema) if held else schema.empty_table()
 
 
 def passes_for(parts: Sequence[Part], p: int, memory_bytes: int) -> int:
@@ -248,17 +259,25 @@ def share_batches(parts: Sequence[Part], p: int, cut: Cut, turn: int, passes: in
                 yield batch
 
 
-def chunks(table: pa.Table, by: Sequence[str], rows: int = CHUNK_ROWS) -> Iterator[pa.Table]:
-    """A sorted table in pieces of at least `rows` rows that never split a key."""
-    if table.num_rows <= rows:
-        yield table
-        return
-    starts = np.append(np.flatnonzero(key_starts(table, by)), table.num_rows)
+def chunks(table: pa.Table, by: Sequence[str], size: int = CHUNK_BYTES) -> Iterator[pa.Table]:
+    """A sorted table in pieces of about `size` bytes, or a key more, that never split a key."""
+    rows = max(1, size * table.num_rows // max(1, table.nbytes))
     at = 0
     while at < table.num_rows:
-        end = int(starts[np.searchsorted(starts, min(at + rows, table.num_rows))])
+        end = _next_key(table, by, at + rows)
         yield table.slice(at, end - at)
         at = end
+
+
+def _next_key(table: pa.Table, by: Sequence[str], at: int) -> int:
+    """The first row from `at` on that begins a key; the number of rows where none does."""
+    step = 1024
+    while at < table.num_rows:
+        found = np.flatnonzero(key_starts(table.slice(at - 1, step + 1), by)[1:])
+        if len(found):
+            return at + int(found[0])
+        at, step = at + step, 2 * step
+    return table.num_rows
 
 
 def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
@@ -271,8 +290,9 @@ def prepared(table: pa.Table, cut: Cut) -> tuple[pa.Table, int]:
     return table, 0
 
 
-def blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
-    """Tables of at least `block_bytes`, the last one apart."""
+def blocks(batches: Iterable[pa.RecordBatch], block_bytes: int) -> Iterator[list[pa.RecordBatch]]:
+    """Batches of at least `block_bytes` together, the last ones apart. They come in a list so that who takes them can empty it
+    (`emptied`): what a generator yields and a loop names stays for as long as they do."""
     held: list[pa.RecordBatch] = []
     size = 0
     for batch in batches:
@@ -280,12 +300,17 @@ def blocks(batches: Iterable[pa.RecordBatch], schema: pa.Schema, block_bytes: in
         size += batch.nbytes
         del batch
         if size >= block_bytes:
-            table = pa.Table.from_batches(held, schema).combine_chunks()
+            yield held
             held, size = [], 0
-            yield table
-            del table
     if held:
-        yield pa.Table.from_batches(held, schema)
+        yield held
+
+
+def emptied(held: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    """One contiguous table of the batches, which go; handed on in a call, only the function that is called holds it."""
+    table = pa.Table.from_batches(held, schema).combine_chunks()
+    held.clear()
+    return table
 
 
 def _commit(part: Part) -> Part:

@@ -2,6 +2,7 @@
 
     rl.json                                   the settings and tasks that a resume must share
     tokenizer.json, chat_template.jinja, tokenizer_config.json     copies of the start's, the last two where it has them
+    special.json                              moe/checkpoint.py
     generations/<number>.jsonl                moe/rl/rollouts.py
     metrics.jsonl, latest, checkpoints/       as every run's (moe/checkpoint.py)
 
@@ -9,13 +10,18 @@ In: config, tasks, folder. Out: the newest checkpoint if it is this run's, or a 
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError, StageError
 from moe import checkpoint
 from moe.files import copy_file, replace_text
 from moe.metrics import METRICS
+from moe.model import Decoder
 from moe.rl.config import RLConfig, identity_digest, rl_differences
+from moe.rl.rollouts import FOLDER
 from moe.rl.tasks import Tasks
 from moe.server import chat
 
@@ -28,12 +34,12 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
         raise ConfigError(f"rl: the run's folder is a file, got {folder}, expected a folder or nothing there")
     if not (folder / checkpoint.LATEST).is_file():
         checkpoint.check_empty(folder)
-        metrics = folder / METRICS
-        if metrics.is_file() and metrics.stat().st_size:
-            raise StageError(
-                f"rl: {metrics} belongs to a run without checkpoints, got {metrics.stat().st_size} bytes, expected none; "
-                f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
-            )
+        for left in (folder / METRICS, *sorted((folder / FOLDER).glob("*.jsonl"))):
+            if left.is_file() and left.stat().st_size:
+                raise StageError(
+                    f"rl: {left} belongs to a run without checkpoints, got {left.stat().st_size} bytes, expected none; "
+                    f"put its checkpoints and {checkpoint.LATEST} back, or use a new folder"
+                )
         return None
     path = checkpoint.find(folder)
     _, state = checkpoint.read(path)
@@ -55,15 +61,29 @@ def newest(config: RLConfig, tasks: Tasks, folder: Path) -> tuple[Path, checkpoi
     return path, state
 
 
-def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path) -> None:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, is this process's alone within."""
+    with _written(folder):
+        fd = checkpoint.lock(folder)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def begin(config: RLConfig, tasks: Tasks, folder: Path, start: Path, model: Decoder) -> None:
     """Makes the folder a run's, but for its first checkpoint."""
-    copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
-    for name in (chat.FILE, chat.CONFIG):
-        if (start / name).is_file():
-            copy_file(start / name, folder / name)
     record = {"format": FORMAT, "tasks": tasks.fingerprint, "config": config.identity}
-    replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-    replace_text(folder / METRICS, "")
+    with _written(folder):
+        copy_file(tokenizer_file(start), folder / checkpoint.TOKENIZER)
+        for name in (chat.FILE, chat.CONFIG):
+            if (start / name).is_file():
+                copy_file(start / name, folder / name)
+        checkpoint.write_special(folder, model)
+        replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        replace_text(folder / METRICS, "")
 
 
 def tokenizer_file(start: Path) -> Path:
@@ -71,6 +91,16 @@ def tokenizer_file(start: Path) -> Path:
     if (start / checkpoint.TOKENIZER).is_file():
         return start / checkpoint.TOKENIZER
     return checkpoint.find(start).parent.parent / checkpoint.TOKENIZER
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StageError(
+            f"rl: the run's folder takes no file, got {error}, expected to write into {folder}; make room or choose another"
+        ) from error
 
 
 def oldest_step(folder: Path) -> int:

@@ -1,12 +1,14 @@
 """What a run of reinforcement learning would be, before it.
 
-In: the run file and its tasks. Out: lines of text. Everything that would stop the run before its first byte stops the plan too.
+In: the run file and its tasks. Out: lines of text. Everything that would stop the run before its first byte stops the plan too,
+but for the device, which may be another machine's.
 """
 
 from pathlib import Path
 
 from moe import checkpoint, flops, hub
 from moe.config import ModelConfig
+from moe.rl.folder import newest
 from moe.rl.rollouts import check_tasks
 from moe.rl.tasks import RLFile, Tasks, tokenizer_folder
 
@@ -14,6 +16,7 @@ from moe.rl.tasks import RLFile, Tasks, tokenizer_folder
 def plan_lines(file: RLFile, tasks: Tasks) -> list[str]:
     """A line for each figure; what could not run is a `ConfigError`."""
     c, model = file.config, model_config(tokenizer_folder(file))
+    newest(c, tasks, file.folder)
     check_tasks(tasks, c, model.context, model.vocab_size)
     generations = -(-c.steps // c.updates)
     asked, answers = generations * c.prompts, generations * c.prompts * c.samples

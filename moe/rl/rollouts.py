@@ -1,15 +1,17 @@
 """A generation of answers: sampled, judged, kept in a file, and turned into advantages.
 
 In: the model, tasks, a reward. Out, in `generations/<number>.jsonl`, written whole or not at all: a first line with the number,
-the hash of the weights that sampled it, and of those of the snapshot; then a line an answer, a group's `samples` together:
+how many answers follow, the hash of the weights that sampled it, and of those of the snapshot; then a line an answer, a group's
+`samples` together:
 
     task str, sample int        tokens [int], the one that ended it included         logprobs [float], the sampler's, one a token
     text str, without the end   truncated bool                                       reward float; null: the task cannot be judged
     old_logprobs [float]        by the weights at the generation's start; null before training comes to it
 
 A generation is a function of weights, seed, number and tasks: draws depend on (seed, number, place of the task, sample), and
-near ties on what stands beside an answer (moe/batching.py). Log-probabilities are of the policy that sampled, its temperature
-included. The file is read by a resume, so that neither sampling nor a verifier has to repeat itself.
+near ties on what stands beside an answer (moe/batching.py), on a GPU on the order of sums too. Log-probabilities are of the
+policy that sampled, its temperature included. The file is read by a resume, so that neither sampling nor a verifier has to
+repeat itself.
 
 Legend: G groups, N answers of a group.
 """
@@ -28,6 +30,7 @@ import xxhash
 
 from core.errors import ConfigError, InputError, StageError, StepwellError
 from core.hashing import seeded
+from moe.device import unrepeatable
 from moe.files import replace_text
 from moe.generate import stream
 from moe.model import Decoder
@@ -85,7 +88,13 @@ def sample(
     asked = [(place, task, i) for place, task in enumerate(drawn) for i in range(config.samples)]
     stop = (*tasks.stop, *config.stop)
     settings = [
-        Sampling(max_tokens=config.max_tokens, seed=_draw_seed(config.seed, number, place, i), stop=stop, logprobs=0)
+        Sampling(
+            max_tokens=config.max_tokens,
+            seed=_draw_seed(config.seed, number, place, i),
+            stop=stop,
+            stop_tokens=tasks.stop_tokens,
+            logprobs=0,
+        )
         for place, _, i in asked
     ]
     tokens: list[list[int]] = [[] for _ in asked]
@@ -93,9 +102,12 @@ def sample(
     texts, finished = [""] * len(asked), [""] * len(asked)
     training = model.training
     model.eval()
-    with tempered(model, config.temperature):
+    with tempered(model, config.temperature), unrepeatable():
         prompts = [tasks.prompts[task] for _, task, _ in asked]
         for event in stream(model, prompts, settings, tokenizer=tokenizer, slots=config.slots):
+            if event.error is not None:
+                asked_for = tasks.names[asked[event.id][1]]
+                raise _not_finite(number, f"logits without a next token in an answer to {asked_for}")
             tokens[event.id] += [*event.tokens, *([] if event.end is None else [event.end])]
             logprobs[event.id] += [one.logprob for one in event.logprobs or ()]
             texts[event.id] += event.text
@@ -105,11 +117,6 @@ def sample(
         Trajectory(task, i, tuple(t), tuple(p), text, how == "length")
         for (_, task, i), t, p, text, how in zip(asked, tokens, logprobs, texts, finished, strict=True)
     ]
-    if broken := next((t for t in made if not all(math.isfinite(p) for p in t.logprobs)), None):
-        raise StageError(
-            f"rl: generation {number} is not finite, got a log-probability of {min(broken.logprobs)} in an answer to "
-            f"{tasks.names[broken.task]}, expected numbers; the newest checkpoint stands: lower optim.lr, in a new folder"
-        )
     return Generation(number, weights, judged(made, tasks, reward))
 
 
@@ -129,8 +136,9 @@ def judged(made: Sequence[Trajectory], tasks: Tasks, reward: Reward) -> tuple[Tr
             raise
         except Exception as error:
             raise StageError(
-                f"rl: the reward of {tasks.names[one.task]} failed, got {type(error).__name__}: {error} for {one.text[:80]!r}, "
-                "expected a number, or InputError where a task cannot be judged; mend the verifier and run the same command"
+                f"rl: the reward of {tasks.names[one.task]} failed, got {type(error).__name__}: {_line(error)} for "
+                f"{one.text[:80]!r}, expected a number, or InputError where a task cannot be judged; mend the verifier and run "
+                "the same command"
             ) from error
         if found is not None and not math.isfinite(found):
             raise StageError(
@@ -199,13 +207,22 @@ def weights_hash(model: Decoder) -> str:
 
 
 def write(folder: Path, generation: Generation, names: Sequence[str]) -> None:
-    """Puts a generation into the run's folder; a disk that takes no more is a `StageError`."""
-    head = {"generation": generation.number, "weights": generation.weights, "snapshot": generation.snapshot}
-    lines = [head, *({**vars(t), "task": names[t.task], "index": t.task} for t in generation.trajectories)]
-    path = path_of(folder, generation.number)
+    """Puts a generation into the run's folder; a full disk, or a log-probability that is no number, is a `StageError`."""
+    answers, path = generation.trajectories, path_of(folder, generation.number)
+    head = {
+        "generation": generation.number,
+        "answers": len(answers),
+        "weights": generation.weights,
+        "snapshot": generation.snapshot,
+    }
+    lines = [head, *({**vars(t), "task": names[t.task], "index": t.task} for t in answers)]
+    try:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    except ValueError as error:
+        raise _not_finite(generation.number, "log-probabilities that are no numbers") from error
     try:
         path.parent.mkdir(exist_ok=True)
-        replace_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        replace_text(path, text)
     except OSError as error:
         raise StageError(
             f"rl: {path} cannot be written, got {error}; the newest checkpoint stands: make room and run the same command"
@@ -220,8 +237,8 @@ def read(folder: Path, number: int) -> Generation | None:
     try:
         head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         found = tuple(_trajectory(line) for line in lines)
-        if head["generation"] != number or not found:
-            raise ValueError(f"generation {head['generation']} of {len(found)} answers")
+        if (head["generation"], head["answers"]) != (number, len(found)):
+            raise ValueError(f"{len(found)} answers of generation {head['generation']}, which has {head['answers']}")
         return Generation(number, head["weights"], found, head["snapshot"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(
@@ -248,6 +265,7 @@ def task_problems(tasks: Tasks, config: RLConfig, context: int, vocab_size: int)
     room = context - config.max_tokens  # EOS before the prompt; the last new token is not read
     long = [i for i, prompt in enumerate(tasks.prompts) if len(prompt) > room]
     foreign = [i for i, prompt in enumerate(tasks.prompts) if any(not 0 <= t < vocab_size for t in prompt)]
+    ends = [t for t in tasks.stop_tokens if not 0 <= t < vocab_size]
     out = []
     if long:
         i = long[0]
@@ -258,6 +276,10 @@ def task_problems(tasks: Tasks, config: RLConfig, context: int, vocab_size: int)
     if foreign:
         out.append(
             f"rl: a token of {tasks.names[foreign[0]]} is outside the vocabulary, expected 0 to {vocab_size - 1}"
+        )
+    if ends:
+        out.append(
+            f"rl: the end of a chat's turn is outside the vocabulary, got {ends[0]}, expected 0 to {vocab_size - 1}"
         )
     return out
 
@@ -276,6 +298,18 @@ def _trajectory(line: dict[str, Any]) -> Trajectory:
         line["index"], line["sample"], tuple(line["tokens"]), tuple(line["logprobs"]), line["text"], line["truncated"],
         line["reward"], None if old is None else tuple(old),
     )  # fmt: skip
+
+
+def _not_finite(number: int, found: str) -> StageError:
+    return StageError(
+        f"rl: generation {number} is not finite, got {found}, expected numbers; the newest checkpoint stands: lower optim.lr, "
+        "in a new folder"
+    )
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _draw_seed(seed: int, number: int, place: int, index: int) -> int:

@@ -26,10 +26,10 @@ from core.hashing import digest, seeded
 from moe import checkpoint
 from moe.alarms import Limits
 from moe.files import read_json_lines
-from moe.generate import load_tokenizer
+from moe.generate import load_tokenizer, token_ids
 from moe.rl.config import OPTIM, RLConfig
 from moe.run_file import mapping, read_values
-from moe.server.chat import TemplateError, chat_template
+from moe.server.chat import ChatTemplate, chat_template
 from moe.solve import number
 from moe.typed import build
 
@@ -49,14 +49,15 @@ class Tasks:
     prompts: Sequence[tuple[int, ...]]
     names: Sequence[str]
     content: str
-    stop: tuple[str, ...] = ()  # that end an answer, from the chat template
+    stop: tuple[str, ...] = ()  # that end an answer, from the chat template; tokens that do, from its folder
+    stop_tokens: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def fingerprint(self) -> str:
-        return digest([[list(p) for p in self.prompts], list(self.stop), self.content])
+        return digest([[list(p) for p in self.prompts], [*self.stop, *self.stop_tokens], self.content])
 
     def drawn(self, seed: int, generation: int, prompts: int) -> list[int]:
         """The tasks of a generation: all of them in a seeded order, then all again in another one."""
@@ -122,25 +123,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def tasks_of(records: Sequence[Mapping[str, Any]], folder: Path, content: str) -> Tasks:
     """Records with a `prompt` as tasks, by the tokenizer and the chat template of a model's folder."""
     tokenizer, template = load_tokenizer(folder), chat_template(folder)
-    prompts, problems, spoken = [], [], False
+    prompts, problems = [], []
     for i, record in enumerate(records, 1):
-        prompt = record.get("prompt")
-        if isinstance(prompt, list):
-            spoken = True
-            try:
-                prompt = template(prompt)
-            except (TemplateError, TypeError) as e:
-                problems.append(f"rl: record {i}: its messages are refused, got {e}; mend the file")
-                continue
-        if not isinstance(prompt, str) or not prompt:
-            problems.append(f"rl: record {i} has no prompt, got {prompt!r}, expected a text or messages; mend the file")
+        try:
+            text = _asked(record.get("prompt"), template)
+        except (ValueError, TypeError) as e:
+            problems.append(f"rl: record {i} has no prompt, got {e}; mend the file")
             continue
-        prompts.append(tuple(tokenizer.encode(prompt, add_special_tokens=False).ids))
+        prompts.append(tuple(token_ids(tokenizer, text)))
     if problems:
         more = [f"rl: {len(problems) - 5} more records like these"] if len(problems) > 5 else []
         raise ConfigError(*problems[:5], *more)
     names = [str(record.get("id", f"record {i}")) for i, record in enumerate(records, 1)]
-    return Tasks(prompts, names, content, tuple(template.stops) if spoken else ())
+    if not any(isinstance(record.get("prompt"), list) for record in records):
+        return Tasks(prompts, names, content)
+    return Tasks(prompts, names, content, tuple(template.stops), template.ends(tokenizer))
 
 
 def answer_reward(records: Sequence[Mapping[str, Any]], match: Match) -> Reward:
@@ -160,6 +157,19 @@ def answer_reward(records: Sequence[Mapping[str, Any]], match: Match) -> Reward:
         return float(number(text) == values[task]) if match == "number" else float(text.strip() == gold[task])
 
     return reward
+
+
+def _asked(prompt: Any, template: ChatTemplate) -> str:
+    """The text of a prompt; `ValueError` or `TypeError`, the template's own among them, where it has none."""
+    if isinstance(prompt, list) and prompt:
+        for message in prompt:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise ValueError(f"{message!r:.80}, expected messages with a role and a content, both text")
+        prompt = template(prompt)
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"{prompt!r:.80}, expected a text or messages")
+    prompt.encode()  # half of a surrogate pair, which JSON can spell, is no text
+    return prompt
 
 
 @cache

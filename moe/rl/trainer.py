@@ -45,7 +45,7 @@ from moe.optim import build
 from moe.parallel import World
 from moe.rl import rollouts
 from moe.rl.config import RLConfig, identity_digest
-from moe.rl.folder import begin, newest, oldest_step, tokenizer_file
+from moe.rl.folder import begin, held, newest, oldest_step, tokenizer_file
 from moe.rl.rollouts import Generation
 from moe.rl.tasks import WATCHED, Reward, Tasks
 from moe.rl.update import PolicyUpdater
@@ -64,6 +64,7 @@ class RLSummary:
     first_reward: float
     last_reward: float
     masked_trajectory_fraction: float | None  # mean over updates
+    skipped_updates: int  # that changed no weight: all of them where every answer is cut, or every reward equal
     alarms: tuple[str, ...]
     train_s: float
 
@@ -83,7 +84,9 @@ def reinforce(
     `on_step` gets each metrics row after it is written. A config or tasks that differ from the folder's are refused, and all
     checks come before the first byte; a run that stops overwrites nothing.
     """
-    device = device_of(config.device)
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"rl: runs on one rank, got {ranks} of torchrun, expected 1; start it without torchrun")
+    device = device_of(config.device, "rl.device")
     if config.tensorboard:
         check_tensorboard()
     folder, start = Path(folder), Path(start)
@@ -91,14 +94,18 @@ def reinforce(
     if found is None and not start.is_dir():
         raise ConfigError(f"rl: nothing to start from, got {start}, expected the folder of a trained model")
     model = checkpoint.load(found[0]) if found is not None else moe.load(start)
-    rollouts.check_tasks(tasks, config, model.config.context, model.config.vocab_size)
+    if found is None and (broken := _broken(model)):
+        raise ConfigError(
+            f"rl: {start} has weights that are not finite, got {broken}, expected numbers; choose another"
+        )
+    room = model.config.context - len(model.prefix) + 1
+    rollouts.check_tasks(tasks, config, room, model.config.vocab_size)
     tokenizer = load_tokenizer(folder if found is not None else start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    fd = checkpoint.lock(folder)
-    try:
+    with held(folder):
         latest = checkpoint.find(folder) if (folder / checkpoint.LATEST).is_file() else None
         if latest != (None if found is None else found[0]):
             raise StageError(
@@ -111,9 +118,6 @@ def reinforce(
             began = time.perf_counter()
             run.to_end(on_step)
         return run.summary(time.perf_counter() - began)
-    finally:
-        if fd is not None:
-            os.close(fd)
 
 
 class _Run:
@@ -199,17 +203,10 @@ class _Run:
 
     def save(self) -> None:
         """Commits a checkpoint of the state that is there, and removes generations that none needs."""
-        weights = self.model.state_dict()
-        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-        if broken:
-            raise StageError(
-                f"rl: weights after update {self.step} are not finite, got {broken[0]} and {len(broken) - 1} more, expected "
-                f"numbers; {checkpoint.find(self.folder).name} stands, lower optim.lr and use a new folder"
-            )
         checkpoint.save(
             self.folder,
             step=self.step,
-            weights=weights,
+            weights=self.model.state_dict(),
             moments=self.optimizer.state_tensors(),
             config=self.train_config,
             mixture=identity_digest(self.config, self.tasks.fingerprint),
@@ -227,6 +224,7 @@ class _Run:
             first_reward=rows[0]["reward_mean"],
             last_reward=rows[-1]["reward_mean"],
             masked_trajectory_fraction=float(np.mean(masked)) if masked else None,
+            skipped_updates=sum(r["skipped"] for r in rows),
             alarms=tuple(sorted(self.raised)),
             train_s=train_s,
         )
@@ -278,7 +276,7 @@ class _Run:
             cut_metrics(self.folder, self.step)
             checkpoint.remove_old(self.folder, found[0].name, self.config.keep)
             return
-        begin(self.config, self.tasks, self.folder, start)
+        begin(self.config, self.tasks, self.folder, start, self.model)
         self.save()
 
     def _stop_if_doomed(self) -> None:
@@ -288,6 +286,12 @@ class _Run:
                 f"rl: update {self.step}: {alarm} in a new folder; {checkpoint.find(self.folder).name} stands, or go on here "
                 f"with {alarm.name} left out of alarms.stop"
             )
+
+
+def _broken(model: Decoder) -> str:
+    """Which weights are not finite; empty where all are."""
+    names = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    return f"{names[0]} and {len(names) - 1} more" if names else ""
 
 
 def _rewards(generation: Generation, found: rollouts.Advantages) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One update of the policy: forward and backward over trajectories, the optimiser's step, and what was measured.
 
 In: trajectories with their snapshot's log-probabilities and advantages, and the step. Out: parameters changed in place, and the
-fields of a metrics row. A row of the batch is EOS, prompt and answer, padded behind; the loss (moe/rl/loss.py) counts the
-answer's tokens, the one that ended it too. `micro_rows` changes nothing beyond rounding. An update in which no token with an
-advantage stays changes no weight: momentum alone would go on moving them.
+fields of a metrics row. A row of the batch is the model's prefix, prompt and answer, padded behind; the loss (moe/rl/loss.py)
+counts the answer's tokens, the one that ended it too. `micro_rows` changes nothing beyond rounding. An update in which no token
+with an advantage stays changes no weight: momentum alone would go on moving them.
 
 Legend: B trajectories, T positions of the longest row, A tokens of the longest answer, S real tokens of answers, D model width.
 """
@@ -42,12 +42,16 @@ class Rows:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], eos: int, device: torch.device
+        cls,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        start: Sequence[int],
+        device: torch.device,
     ) -> "Rows":
-        whole = [[eos, *p, *a[:-1]] for p, a in zip(prompts, answers, strict=True)]
+        whole = [[*start, *p, *a[:-1]] for p, a in zip(prompts, answers, strict=True)]
         inputs_BT, filled_BT = padded(whole, torch.int64)
         tokens_BA, real_BA = padded(answers, torch.int64)
-        first_B1 = torch.tensor([len(p) for p in prompts])[:, None]
+        first_B1 = torch.tensor([len(start) + len(p) - 1 for p in prompts])[:, None]
         place_BA = (first_B1 + torch.arange(tokens_BA.shape[1])).clamp(max=inputs_BT.shape[1] - 1)
         return cls(*(t.to(device) for t in (inputs_BT, filled_BT, place_BA, tokens_BA, real_BA)))
 
@@ -165,6 +169,8 @@ class PolicyUpdater:
             logp_BA, entropy_S = self._forward(rows)
             loss, found = policy_loss(logp_BA, policy, self.config)
             loss.backward()
+            if len(part) < len(trajectories):
+                self.optimizer.add_up()
             seen.add(loss, logp_BA, entropy_S, policy, found)
             self._route(seen, int(rows.filled.sum()))
         return seen
@@ -179,7 +185,7 @@ class PolicyUpdater:
 
     def _rows(self, part: Sequence[Trajectory]) -> Rows:
         prompts = [self.prompts[t.task] for t in part]
-        return Rows.of(prompts, [t.tokens for t in part], self.model.config.eos, self.device)
+        return Rows.of(prompts, [t.tokens for t in part], self.model.prefix, self.device)
 
     def _forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answers' tokens [B, A], 0 in padding, and entropies [S]."""

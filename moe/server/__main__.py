@@ -73,7 +73,7 @@ def serve(options: Options) -> None:
 
     use, tokenizer = options.use, load_tokenizer(options.folder)
     model = use.load(options.folder)
-    context = options.context or model.config.context
+    context = model.config.context if options.context is None else options.context
     with memory_named(
         f"out of memory with --slots {options.slots} x --context {context} tokens", "lower either, or --dtype bfloat16"
     ):

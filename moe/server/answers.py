@@ -135,7 +135,7 @@ def usage(choices: Sequence[Choice], per_prompt: int) -> dict[str, int]:
 
 def data(body: Mapping[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 DONE = "data: [DONE]\n\n"

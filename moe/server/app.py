@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from moe.generate import token_ids
 from moe.server.answers import Choice, Writer
 from moe.server.chat import ChatTemplate
 from moe.server.protocol import Ask, RefusedError, read, refusal
@@ -195,20 +196,16 @@ class Serving:
         ):  # a template may write what every prompt gets anyway
             prompts = [prompts[0][len(start) :]]
         for prompt in prompts:
-            self.service.batcher.check(prompt, ask.sampling)
+            self.service.batcher.check(prompt, ask.sampling, least=int(ask.writes))
         return prompts
 
     def _encoded(self, text: str) -> list[int]:
-        # A lone surrogate is legal in JSON and no text; the tokenizer would fail on it.
-        raw = text.encode("utf-8", "replace")
-        most = TOKEN_BYTES * self.service.batcher.limit
-        if len(raw) > most:
+        most, size = TOKEN_BYTES * self.service.batcher.limit, len(text.encode("utf-8", "replace"))
+        if size > most:
             raise RefusedError(
-                f"prompt: got {len(raw):,} bytes, expected at most {most:,}: it exceeds the context", "prompt"
+                f"prompt: got {size:,} bytes, expected at most {most:,}: it exceeds the context", "prompt"
             )
-        clean = raw.decode("utf-8")
-        ids: list[int] = self.tokenizer.encode(clean, add_special_tokens=False).ids
-        return ids
+        return token_ids(self.tokenizer, text)
 
 
 class Streamed(StreamingResponse):

@@ -37,7 +37,7 @@ class StoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-probabilities of a prompt's tokens, the first one's given EOS: a document starts from it."""
+    """Log-probabilities of a prompt's tokens, the first one's given what begins every prompt."""
 
     chosen: list[float]
     top: list[dict[int, float]]
@@ -226,13 +226,14 @@ class Service:
     def _scored(self, prompt: list[int], top: int) -> Scored:
         model = self.batcher.model
         device = model.lm_head.weight.device
-        tokens_T = torch.tensor([model.config.eos, *prompt], device=device)
-        x_TD = model.hidden(tokens_T[None, :-1])[0]
+        before = self.batcher.start or (model.config.eos,)
+        tokens_T = torch.tensor([*before, *prompt], device=device)
+        x_TD = model.hidden(tokens_T[None, :-1])[0, len(before) - 1 :]
         chosen: list[float] = []
         best: list[dict[int, float]] = []
         for first in range(0, len(prompt), SCORED):
             p_TV = model.lm_head(x_TD[first : first + SCORED]).float().log_softmax(-1)
-            target_T = tokens_T[first + 1 : first + 1 + len(p_TV)]
+            target_T = tokens_T[len(before) + first :][: len(p_TV)]
             chosen += p_TV.gather(1, target_T[:, None])[:, 0].tolist()
             likeliest = p_TV.topk(min(top, p_TV.shape[-1]), dim=-1) if top else None
             best += [

@@ -14,6 +14,7 @@ from core.errors import StageError
 from core.statistics import ALPHA, POWER
 from core.storage import Root
 from mixtures.compare import LEAST_DOCS, Losses, compare
+from moe.metrics import finite
 from pipelines.ablation.config import AA
 from pipelines.ablation.trials import Trial, TrialsConfig, result_name
 
@@ -49,7 +50,9 @@ def comparisons(root: Root, config: TrialsConfig, trials: Sequence[Trial]) -> di
         "alpha": ALPHA,
         "power": POWER,
         "bits_per_byte": bits,
-        "comparisons": [asdict(c) for c in compare(losses)],
+        "comparisons": [
+            finite(asdict(c)) for c in compare(losses)
+        ],  # arms without noise have infinitely many degrees of freedom
         "too_few_docs": {name: int(n) for name, n in zip(losses.domains, docs, strict=True) if n < LEAST_DOCS},
     }
 

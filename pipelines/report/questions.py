@@ -41,9 +41,8 @@ def _asked(figures: dict[str, Any]) -> list[str]:
     if figures["accuracy"] is not None:
         preferred = join([percent(figures["accuracy"], 1), " ", _interval(figures, "accuracy_low", "accuracy_high")])
         blind = percent(figures["chance"], 1)
-    bits = join(
-        [figure(figures["gold_bpb"], 4), " ", span("soft", f"± {figure(error, 4)}" if math.isfinite(error) else "")]
-    )
+    known = error is not None and math.isfinite(error)  # of one question it is null, and was infinite in older files
+    bits = join([figure(figures["gold_bpb"], 4), " ", span("soft", f"± {figure(error, 4)}" if known else "")])
     return [count(figures["questions"]), bits, preferred, blind, percent(figures["greedy_fraction"], 1)]
 
 

@@ -72,7 +72,7 @@ def evaluation(facts: Facts) -> dict[str, Any]:
 
 def bits_per_byte(evaluated: dict[str, Any]) -> float | None:
     """Over all held-out bytes."""
-    parts = [d for d in evaluated.get("held_out", {}).values() if d["bytes"] and math.isfinite(d["bpb"])]
+    parts = [d for d in evaluated.get("held_out", {}).values() if d["bytes"] and _known(d["bpb"])]
     total = sum(d["bytes"] for d in parts)
     return sum(d["bpb"] * d["bytes"] for d in parts) / total if total else None
 
@@ -238,10 +238,15 @@ def _held_out(facts: Facts, evaluated: dict[str, Any]) -> list[str]:
     rows = []
     kinds = _kinds(facts, sorted(held))
     for name, d in sorted(held.items()):
-        value = d["bpb"] if math.isfinite(d["bpb"]) else 0.0
+        value = d["bpb"] if _known(d["bpb"]) else 0.0
         note = f"{figure(d['bpb'], 3)}, {count(d['docs'])} docs"
         rows.append((name, [(kinds[name], value, f"{count(d['tokens'])} tokens, {count(d['bytes'])} bytes")], note))
     return [tag("h3", None, "Held-out bits per byte, by source"), svg.bars(rows, 640)]
+
+
+def _known(bpb: float | None) -> bool:
+    """Of documents without text it is null, and was NaN in older files."""
+    return bpb is not None and math.isfinite(bpb)
 
 
 def _continuation(sample: dict[str, Any]) -> Html:

@@ -53,7 +53,7 @@ def stage_of(name: str) -> str:
     if parts[0] == "captures":
         return {"web": "crawl", "answers": "answers"}.get(parts[1], "harvest")
     if parts[0] == "models":
-        return "evaluate" if parts[-1] == "evaluation.json" else "train" if "-" in parts[1] else parts[1]
+        return "evaluate" if parts[-1].startswith("evaluation-") else "train" if "-" in parts[1] else parts[1]
     return FOLDERS.get(parts[0]) or Path(parts[1]).stem
 
 

@@ -98,5 +98,5 @@ ROWS = {
         ("models/pretrain-*/checkpoints/step-*3/model.safetensors", "models/pretrain-*/metrics.jsonl"),
         ("steps", "train_tokens"),
     ),
-    "evaluate": Row("manifests/evaluate.json", ("models/pretrain-*/evaluation.json",), ("held_out_docs",)),
+    "evaluate": Row("manifests/evaluate.json", ("models/pretrain-*/evaluation-*.json",), ("held_out_docs",)),
 }

@@ -97,7 +97,7 @@ def test_files_that_are_missing_or_too_many(roots):
         ("datasets/web/layers/fate@final/a.parquet", "select@final"),
         ("datasets/web/manifests/duplicates@unique.json", "select@unique"),
         ("captures/changes/x.jsonl.zst", "harvest"),
-        ("models/pretrain-01/evaluation.json", "evaluate"),
+        ("models/pretrain-01/evaluation-02.json", "evaluate"),
         ("models/train_raters/cards.json", "train_raters"),
         ("indexes/decontaminate/grams.parquet", "decontaminate"),
         ("relations/minhash/edges/00000.parquet", "minhash"),

@@ -72,6 +72,14 @@ def made_rows(unit: Unit) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch({"k": keys, "filler": filler.cast(pa.large_binary())})
 
 
+def narrow_rows(unit: Unit) -> Iterator[pa.RecordBatch]:
+    """The same rows with 8 bytes beside the key: sort indices are as wide as half a row."""
+    seed, batches, rows = unit.payload
+    rng = np.random.default_rng(seed)
+    for _ in range(batches):
+        yield pa.record_batch({"k": rng.integers(0, 1 << 40, rows), "filler": np.arange(rows)})
+
+
 def key_counts(table: pa.Table) -> pa.Table:
     starts = np.append(np.flatnonzero(key_starts(table, ["k"])), table.num_rows)
     return pa.table({"k": table.column("k").take(pa.array(starts[:-1])), "n": np.diff(starts)})

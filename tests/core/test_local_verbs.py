@@ -1,5 +1,6 @@
 """The verbs of the local engine against naive oracles, whatever the workers, partitions, blocks and order of units."""
 
+import contextlib
 import itertools
 import random
 from collections import Counter, defaultdict
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.engines import spill
-from core.engines.columns import capped, key_starts, partition_hash, sorted_table
+from core.engines import columns, spill
+from core.engines.columns import capped, in_order, key_starts, partition_hash, sorted_table
 from core.engines.contract import Align, Report, Unit
 from core.engines.local import LocalEngine
 from core.errors import StageError
@@ -255,6 +256,48 @@ def test_partition_hash_is_a_function_of_the_key(values, skip):
     assert len({h for s in by_value.values() for h in s}) == len(by_value)
 
 
+@pytest.mark.parametrize("look", [1, 7, 1 << 16])
+def test_partition_hash_is_that_of_each_row(look, monkeypatch):
+    texts = [None, *("é" * (i % 60) for i in range(40))]
+    table = pa.table({"s": pa.array(texts, pa.large_string()), "k": [*range(40), None]}).slice(3)
+    alone = [partition_hash(table.slice(i, 1), ["s", "k"])[0] for i in range(table.num_rows)]
+    monkeypatch.setattr(columns, "LOOK_ROWS", look)
+    assert partition_hash(table, ["s", "k"]).tolist() == alone
+
+
+@pytest.mark.parametrize("look", [1, 3, 1 << 16])
+def test_a_table_is_in_order_where_sorting_would_move_nothing(look, monkeypatch):
+    monkeypatch.setattr(columns, "LOOK_ROWS", look)
+    keys = [("k", "ascending"), ("s", "ascending")]
+
+    @given(ROWS, st.integers(0, 60))
+    def law(rows, ascending):
+        table = table_of([*sorted(rows[:ascending], key=lambda r: (r[0] is None, r[0] or 0)), *rows[ascending:]])
+        table = pa.concat_tables([table.slice(0, ascending), table.slice(ascending)])
+        moved = pa.compute.sort_indices(table, sort_keys=keys).to_pylist() != list(range(table.num_rows))
+        assert in_order(table, ["k", "s"]) != moved
+        ordered = sorted_table(table, ["k", "s"])
+        assert in_order(ordered, ["k", "s"])
+        assert in_order(ordered, [])
+
+    law()
+    assert not in_order(pa.table({"k": [0.0, float("nan"), 1.0]}), ["k"])  # a sort puts NaN last
+    assert in_order(pa.table({"k": [1, 2], "nothing": pa.nulls(2)}), ["nothing", "k"])
+
+
+@given(st.lists(KEY, max_size=60), st.integers(1, 100), st.sampled_from([1, 3, 1 << 20]))
+def test_split_keeps_rows_and_order(keys, partitions, chunk):
+    table = table_of([(k, s, i) for i, (k, s) in enumerate(keys)])
+    table = pa.Table.from_batches(table.to_batches(chunk), SCHEMA)
+    cut = spill.Cut(("k", "s"), (), partitions)
+    found = dict(spill.split(table, cut))
+    home = (partition_hash(table, ["k", "s"]) % np.uint64(partitions)).tolist()
+    wanted = defaultdict(list)
+    for i, p in enumerate(home):
+        wanted[p].append(i)
+    assert {p: piece.column("v").to_pylist() for p, piece in found.items()} == wanted
+
+
 def test_partition_hash_spreads_integers_and_strings():
     n = 20_000
     for column in (
@@ -269,11 +312,33 @@ def test_partition_hash_spreads_integers_and_strings():
 @given(ROWS, st.integers(1, 20))
 def test_chunks_hold_whole_keys_and_all_rows(rows, size):
     table = sorted_table(table_of(rows), ["k", "s", "v"])
-    pieces = list(spill.chunks(table, ["k", "s"], size))
+    pieces = list(spill.chunks(table, ["k", "s"], -(-size * table.nbytes // max(1, len(rows)))))
     assert pa.concat_tables([*pieces, SCHEMA.empty_table()]).equals(table)
     keys = [set(zip(p.column("k").to_pylist(), p.column("s").to_pylist(), strict=True)) for p in pieces]
     assert sum(map(len, keys)) == len(set().union(*keys))
     assert all(p.num_rows >= size for p in pieces[:-1])
+
+
+def test_every_batch_of_a_frame_is_a_sign_of_life(tmp_path):
+    """Or a unit that takes longer than a silent one is given would be killed, however steadily it works."""
+    signs = Counter()
+
+    class Counts:
+        @contextlib.contextmanager
+        def task(self, label, units, size):
+            yield lambda docs, size, units: signs.update([label] if docs == units == 0 else [])
+
+    engine = LocalEngine(tmp_path, 0, display=Counts())
+    rows = [(i % 5, "a", i) for i in range(63)]
+    frame = engine.scan(rows_of, [Unit("u", table_of(rows))], SCHEMA, "scan")  # seven rows a batch
+    engine.map(frame, doubled, SCHEMA, "map")
+    engine.fold(frame, count_and_sum, add_pairs, "fold")
+    engine.shuffle(frame, ["k"], identity, SCHEMA, ["v"], label="shuffle")
+    names = engine.table(pa.table({"k": [1, 2], "name": ["x", "y"]}))
+    engine.join(frame, names, ["k"], label="join")
+    assert signs == {
+        "scan": 9, "map": 9, "fold": 9, "shuffle": 9, "shuffle: reduce": 1, "join: left": 9, "join: right": 1, "join": 1
+    }  # fmt: skip
 
 
 def test_key_starts_and_caps_by_hand():

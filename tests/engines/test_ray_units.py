@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -215,6 +217,28 @@ def test_a_hot_key_with_a_cap_is_never_held_whole():
     assert max(seen) <= 6000
 
 
+def test_the_left_side_of_a_join_passes_by_in_blocks():
+    """64 slices of 2000 rows of one key on the left: what a task allocates is some blocks, never that key."""
+    require("ray")
+    from core.engines.ray_tasks import Fact, joined
+    from core.engines.spill import Cut
+
+    left = pa.table({"k": np.full(2000, 7), "x": [f"{i:0100d}" for i in range(2000)]})
+    right = pa.table({"k": [7, 8], "y": [1, 2]})
+    schema = pa.schema([*left.schema, right.schema.field("y")])
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        made = joined(
+            right.schema, schema, Cut(("k",), (), 1), "inner", left.nbytes, Fact(), 1, 64, *[left] * 64, right
+        )
+        assert sum(table.num_rows for table in made) == 64 * 2000
+    finally:
+        pa.set_memory_pool(usual)
+    assert 0 < pool.max_memory() < 16 * left.nbytes
+
+
 def test_a_stream_that_is_tried_again_goes_on_where_it_was():
     require("ray")
     from core.engines.ray_tasks import streamed
@@ -254,15 +278,26 @@ finally:
 """
 
 
+@pytest.fixture
+def short():
+    """A folder whose name leaves room for those of Ray's sockets."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_driver_that_ends_takes_its_ray_with_it(number, tmp_path):
-    """SIGTERM ends this driver on the spot, as kill -9 would; Ctrl-C lets it say goodbye."""
+def test_a_driver_that_ends_takes_its_ray_with_it(number, short, tmp_path):
+    """SIGTERM ends this driver on the spot, as kill -9 would; Ctrl-C lets it say goodbye. It has a Ray of its own, whatever `ray
+    start` has left a note of."""
     require("ray")
     mark = f"ray-end-{number.name}-{os.getpid()}"
-    env = {**os.environ, "PYTHONPATH": str(REPO), "STEPWELL_TEST_MARK": mark}
+    (short / "ray").mkdir()
+    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    env = {**os.environ, "PYTHONPATH": str(REPO), "STEPWELL_TEST_MARK": mark, "RAY_TMPDIR": str(short)}
     driver = subprocess.Popen([sys.executable, "-c", SLEEPS, str(tmp_path)], env=env, stderr=subprocess.DEVNULL)
     try:
         wait_until(partial((tmp_path / "began").exists), driver)
+        assert driver.poll() is None
         driver.send_signal(number)
         assert driver.wait(60) != 0
         wait_until(lambda: not marked(mark))

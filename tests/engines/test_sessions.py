@@ -66,6 +66,7 @@ def test_a_run_says_what_local_says_and_leaves_nothing(name, config):
     code, out, err = pipelines("run", "all", "-c", config, "--engine", name, STEPWELL_TEST_MARK=mark)
     assert (code, err) == (0, "")
     assert [line.split(":")[0] for line in out.splitlines()] == ["extract [web]", "exact"]
+    assert {path.name for path in (config.parent / "root" / "exchange").glob("*")} <= {"spark.log"}
     waited = 0
     while (left := marked(mark)) and waited < 100:  # what was told to stop may need a moment
         time.sleep(0.1)

@@ -3,6 +3,8 @@
 import gc
 import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,18 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.annotate import AnnotateRun, annotate, rejects_name
-from core.engines.columns import blocks
+from core.engines.columns import blocks, shard_partition
 from core.engines.contract import Align, Unit
 from core.engines.local import LocalEngine
 from core.errors import ConfigError, RetryableError, StageError
 from core.hashing import table_digest
-from core.rows import pack
+from core.rows import ROW_BITS, pack
 from core.stage import Kind, Resources, Stage, StageConfig
 from core.storage import Root
+from tests.bounds import BOUND_S
 from tests.builders import make_dataset, tree_digest
 from tests.core import kernels
 from tests.engines.conftest import made, require
 from tests.engines.tasks import Raises, Rows, written
+from tests.pipelines.small_pipeline import environment
 
 pytest.importorskip("pyspark")
 from pyspark import SparkConf
@@ -33,7 +37,7 @@ from pyspark import SparkConf
 from core.engines import spark_pieces, spark_session, spark_tasks, spark_units
 from core.engines.spill import Cut, Told
 
-STALL_S = 15.0  # a child needs most of it to import what it needs on a slow machine
+STALL_S = 5.0  # for one row; who must import first is given START_S
 KEYED = pa.schema([("k", pa.int64()), ("v", pa.int64())])
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore:PySpark does not yet"), pytest.mark.timeout(600)]
@@ -170,6 +174,75 @@ def test_a_large_state_reaches_every_task(spark, tmp_path):
 
 def looked_up(state, table):
     return table.set_column(1, "v", pa.array(state[::-1][table.column("k").to_numpy()]))
+
+
+def test_the_partition_that_writes_a_shard_is_the_one_that_expects_it(spark):
+    """Of so many shards that the product is more than 32 bits hold."""
+    shards = 100_000
+    for partitions in (1, 7, shards - 1, shards):
+        place = spark_pieces.partition_of_shard(partitions, shards)
+        made = spark._session.range(0, shards, 1, 1).selectExpr(f"int(id) as {spark_pieces.PLACE}").selectExpr(place)
+        expected = shard_partition(np.arange(shards) << ROW_BITS, shards, partitions)
+        assert made.toArrow().column(0).to_pylist() == expected.tolist()
+
+
+JAVA_ENDS = """
+import os, pathlib, socket, sys, time
+import psutil
+from core.engines.contract import Report, Unit
+from core.engines.spark import SparkEngine
+from core.errors import ConfigError, StageError
+
+def large(unit, note):
+    return Report(unit.name, value=os.urandom(2 << 20))
+
+def java():
+    return [p for p in psutil.Process().children(recursive=True) if p.name() == "java"]
+
+scratch = pathlib.Path(sys.argv[1])
+try:
+    SparkEngine(scratch, 1, 1.0, address="nowhere://at.all")
+except ConfigError as e:
+    print(e)
+print(len(java()), [p.name for p in scratch.iterdir()])
+engine = SparkEngine(scratch, 1, 1.0)
+connect = socket.socket.connect
+
+def connected(self, address):
+    connect(self, address)
+    time.sleep(1.0)  # Java begins to answer, with more than a socket holds
+    for process in java():
+        process.kill()
+
+socket.socket.connect = connected
+try:
+    engine.run_units(large, [Unit(str(i)) for i in range(8)], "large")
+except StageError as e:
+    print(e)
+engine.close()
+print([p.name for p in scratch.iterdir()])
+"""
+
+
+@pytest.mark.soak
+def test_a_java_that_ends_is_one_line_and_never_half_an_answer(tmp_path, soak):
+    """Nor is one left that could not be used, or the next start in the process would speak to it."""
+    require("spark")
+    if soak <= 1:
+        pytest.skip("two Javas of its own; `make soak` runs it")
+    run = subprocess.run(
+        [sys.executable, "-c", JAVA_ENDS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        env=environment(),
+    )
+    assert run.returncode == 0, run.stderr
+    unusable, nothing, ended, files = run.stdout.splitlines()
+    assert unusable.startswith("spark: cannot start on nowhere://at.all: ")
+    assert nothing == "0 ['spark.log']"
+    assert ended.startswith("large: Java has ended; see `spark.log` in the scratch folder")
+    assert files == "['spark.log']"
 
 
 # Streams and casts: no Spark below

@@ -20,7 +20,7 @@ from tests.faults.interrupted import UNTIL_THEY_HANG
 from tests.faults.strikes import BOUND_S, GONE_S, end, ended, stacks
 from tests.pipelines.small_pipeline import REPO, environment
 
-ROUNDS, SOAK_ROUNDS = 3, 100
+ROUNDS, SOAK_ROUNDS = 3, 2  # the second times the soak
 SOON = 2_000  # instructions between two strikes, so that the second meets what the first has begun
 
 

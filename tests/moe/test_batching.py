@@ -166,7 +166,7 @@ def test_full_queue_and_cancellation(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
-        ([1] * 64, Sampling(), "exceed the context, got 64"),
+        ([1] * 64, Sampling(), r"exceed the context, got 64 \+ 1 tokens, expected 63 in the prompt; shorten"),
         ([1] * 10, Sampling(max_tokens=55), r"got 10 \+ 55 tokens, expected 1 to 54 new ones within 64; shorten"),
         ([40], Sampling(), "outside the vocabulary, expected 0 to 39"),
         ([1], Sampling(stop_tokens=(-1,)), "outside the vocabulary"),
@@ -182,6 +182,8 @@ def test_requests_that_cannot_be_served(model: Decoder, prompt: list[int], sampl
         Batcher(model, slots=1, prefix=()).submit([])
     with pytest.raises(ConfigError, match="must be positive, got 0"):
         Batcher(model, slots=0)
+    with pytest.raises(ConfigError, match="must be positive, got 1, 64, 256, 0"):
+        Batcher(model, slots=1, context=0)
 
 
 def test_answers_fill_the_context_to_its_last_place(model: Decoder) -> None:

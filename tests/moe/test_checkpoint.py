@@ -68,6 +68,34 @@ def test_a_kill_while_a_file_of_a_save_is_written(
     assert caught, "no kill fell into a save"
 
 
+def test_weights_that_are_not_finite_are_never_written(train_config: TrainConfig, tmp_path: Path) -> None:
+    """By whoever trains: the check is that of `save`."""
+    model = Decoder(train_config.model)
+
+    def save(step: int) -> None:
+        checkpoint.save(
+            tmp_path, step=step, weights=model.state_dict(), moments={}, config=train_config, mixture="", tokenizer=None
+        )
+
+    def broken() -> None:
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = torch.inf
+
+    broken()
+    with pytest.raises(
+        StageError, match=r"weights after update 0 are not finite, got lm_head\.weight .* nothing stands"
+    ):
+        save(0)
+    assert not (tmp_path / checkpoint.CHECKPOINTS).exists()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    save(1)
+    broken()
+    with pytest.raises(StageError, match="step-00000001 stands"):
+        save(2)
+    assert [p.name for p in (tmp_path / checkpoint.CHECKPOINTS).iterdir()] == ["step-00000001"]
+
+
 def _killed_when(file: Path, config: TrainConfig, source: ArrayTokenSource, folder: Path) -> None:
     """Trains in a forked child that is killed when `file` is there."""
     child = os.fork()

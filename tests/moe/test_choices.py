@@ -56,6 +56,13 @@ def test_spaces_that_end_a_context_count_as_bits_and_bytes() -> None:
     assert moved.bits == plain.bits
 
 
+def test_what_is_no_text_reads_as_a_question_mark() -> None:
+    """JSON may bring half of a surrogate pair, on which a tokenizer fails."""
+    tokenizer = tokenizer_of(WORDS)
+    broken, clean = (Question(f"What {mark}", (f" is {mark}", " red"), 0) for mark in ("\ud800", "?"))
+    assert answer(uniform(tokenizer), tokenizer, [broken]) == answer(uniform(tokenizer), tokenizer, [clean])
+
+
 def test_pairs_join_to_the_whole() -> None:
     tokenizer = tokenizer_of(WORDS)
     for context, text in [("What is red?", " an apple"), ("What is red? ", "an apple"), ("", "apple"), ("gra", "ss")]:

@@ -26,18 +26,18 @@ def folder(train_config: TrainConfig, source: ArrayTokenSource, tmp_path: Path) 
 
 
 def test_windows_by_hand() -> None:
-    parts = list(windows(np.array([1, 2, 3, 4, 5, 6, 7, 0]), context=4, eos=0))
+    parts = list(windows(np.array([1, 2, 3, 4, 5, 6, 7, 0]), context=4, before=[0]))
     assert [w.inputs.tolist() for w in parts] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
     assert [w.targets.tolist() for w in parts] == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
     assert [w.scored for w in parts] == [0, 2, 2]
-    assert list(windows(np.array([], dtype=np.int32), context=4, eos=0)) == []
+    assert list(windows(np.array([], dtype=np.int32), context=4, before=[0])) == []
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 7, 8, 23])
 @pytest.mark.parametrize("context", [1, 2, 4, 5])
 def test_windows_score_each_token_once(length: int, context: int) -> None:
     tokens = np.arange(length)
-    scored = np.concatenate([w.targets[w.scored :] for w in windows(tokens, context, eos=0)])
+    scored = np.concatenate([w.targets[w.scored :] for w in windows(tokens, context, before=[0])])
     assert scored.tolist() == tokens.tolist()
 
 
@@ -47,7 +47,7 @@ def test_bits_per_byte_equal_a_plain_sum(folder: Path, source: ArrayTokenSource)
     bits, count = dict.fromkeys(source.domains, 0.0), Counter[str]()
     for i in range(len(source)):
         name, tokens = source.domains[source.domain(i)], source.tokens(i)
-        for w in windows(tokens, model.config.context, source.eos):
+        for w in windows(tokens, model.config.context, [source.eos]):
             with torch.inference_mode():
                 log_p = model(torch.tensor(w.inputs[None].astype(np.int64)))[0].log_softmax(-1)
             bits[name] -= sum(float(log_p[t, w.targets[t]]) for t in range(w.scored, len(w.targets))) / math.log(2)

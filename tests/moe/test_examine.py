@@ -56,9 +56,20 @@ def test_a_model_beside_itself_differs_by_nothing(
     assert found["less_than_other"]["accuracy"]["effect"] == 0
 
 
-@pytest.mark.parametrize("options", [["--limit", "0"], ["--limit", "-1"], ["--against", "b", "--limit", "1"]])
+def test_one_question_has_no_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And its figures are JSON, which has no infinity."""
+    arc = write(tmp_path / "arc.jsonl", ARC)
+    assert examine.main([str(folder), "--questions", str(arc), "--limit", "1"]) == 0
+    told, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last, parse_constant=pytest.fail)["arc.jsonl"]["gold_bpb_error"] is None
+    assert "error" not in told
+
+
+@pytest.mark.parametrize(
+    "options", [["--limit", "0"], ["--limit", "-1"], ["--against", "b", "--limit", "1"], ["--shots", "-1"]]
+)
 def test_a_limit_leaves_something_to_ask(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         examine.main(["a", "--questions", "q.jsonl", *options])
     assert stopped.value.code == 2
-    assert "--limit is too small" in capsys.readouterr().err
+    assert f"{options[-2]} is too small" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from core.errors import ConfigError
-from moe import attention, flops, optim
+from moe import attention, flops, kernels, optim
 from moe.cache import Cache
 from moe.config import ModelConfig, OptimConfig, RopeScaling, TrainConfig, differences, from_json, to_json
 from moe.experts import halves
@@ -275,3 +276,18 @@ def test_config_errors_come_together() -> None:
     values["model"]["depth"] = 3
     with pytest.raises(ConfigError, match=r"(?s)model.depth: unknown key.*model.eos: missing"):
         from_json(values)
+
+
+def test_attention_asks_anew_with_every_move_whether_kernels_run(model_config: ModelConfig) -> None:
+    """No GPU here has to be, so a stand-in is taken away."""
+    attention = Decoder(model_config).model["layers"].get_submodule("0").self_attn
+    assert not attention.kernels
+    for move in (lambda m: m.to(torch.bfloat16), lambda m: m.cpu(), lambda m: m.double()):
+        attention.kernels = True
+        assert not move(attention).kernels
+
+
+def test_one_place_knows_where_triton_runs() -> None:
+    folder = Path(kernels.__file__).parent
+    asking = ('find_spec("triton")', "get_device_capability")
+    assert [p.name for p in folder.rglob("*.py") if any(a in p.read_text() for a in asking)] == ["kernels.py"]

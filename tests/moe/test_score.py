@@ -13,18 +13,18 @@ from moe.score import Span, continuation, score, score_continuations
 
 
 def test_a_continuation_is_cut_from_the_front() -> None:
-    span = continuation([5, 6, 7], [8, 9], eos=0, longest=10)
+    span = continuation([0, 5, 6, 7], [8, 9], longest=10)
     assert (span.inputs.tolist(), span.targets.tolist(), span.scored) == ([0, 5, 6, 7, 8], [5, 6, 7, 8, 9], 3)
-    short = continuation([5, 6, 7], [8, 9], eos=0, longest=3)
+    short = continuation([0, 5, 6, 7], [8, 9], longest=3)
     assert (short.inputs.tolist(), short.targets.tolist(), short.scored) == ([6, 7, 8], [7, 8, 9], 1)
-    whole = continuation([5], [7, 8, 9], eos=0, longest=3)
+    whole = continuation([0, 5], [7, 8, 9], longest=3)
     assert (whole.inputs.tolist(), whole.targets.tolist(), whole.scored) == ([5, 7, 8], [7, 8, 9], 0)
 
 
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3, 4]])
 def test_a_continuation_must_fit(tokens: list[int]) -> None:
     with pytest.raises(ValueError, match="expected 1 to 3"):
-        continuation([], tokens, eos=0, longest=3)
+        continuation([0], tokens, longest=3)
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 9, 12, 29])
@@ -68,6 +68,6 @@ def test_a_greedy_continuation_is_told(model_config: ModelConfig) -> None:
     with torch.inference_mode():
         for _ in range(6):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    right = continuation(tokens[1:3], tokens[3:], 0, 64)
-    wrong = continuation(tokens[1:3], [*tokens[3:-1], (tokens[-1] + 1) % 64], 0, 64)
+    right = continuation(tokens[:3], tokens[3:], 64)
+    wrong = continuation(tokens[:3], [*tokens[3:-1], (tokens[-1] + 1) % 64], 64)
     assert [s.greedy for s in score(model, [right, wrong])] == [True, False]

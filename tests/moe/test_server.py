@@ -184,6 +184,16 @@ def test_an_echo_scores_the_prompt(client: OpenAI, model: Decoder, tokenizer: An
     assert found.logprobs.text_offset == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
 
 
+def test_a_text_as_long_as_the_context_is_scored(client: OpenAI) -> None:
+    """Its last token is not read; a new one would have no place behind it."""
+    asked: dict[str, Any] = {"model": NAME, "echo": True, "logprobs": 0, "max_tokens": 0}
+    found = client.completions.create(**asked, prompt=[5] * 512).choices[0].logprobs
+    assert found is not None
+    assert len(found.token_logprobs or []) == 512
+    with pytest.raises(openai.BadRequestError, match=r"got 513 \+ 0 tokens, expected 512 in the prompt"):
+        client.completions.create(**asked, prompt=[5] * 513)
+
+
 def test_choices_of_an_echoed_prompt_share_its_score(
     model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,7 +259,9 @@ def test_generate_continues_a_prompt_and_evaluate_measured_both_sources(made):
     ran = pipelines("generate", "--checkpoint", made.root / trained, "--prompt", "The teacher", "--max-tokens", "8")
     assert ran.code == 0
     assert ran.out.strip()
-    figures = json.loads((made.root / trained / "evaluation.json").read_text())
+    found = manifests(made.root)["manifests/evaluate.json"]["outputs"]["evaluation"]["file"]
+    assert Path(found).parent == Path(trained)
+    figures = json.loads((made.root / found).read_text())
     assert set(figures["held_out"]) == {"web", "reference"}
     assert all(part["bpb"] > 0 for part in figures["held_out"].values())
     assert figures["samples"][0]["prompt"] == "The miller"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 import mixtures.reader
 from core.errors import ConfigError
+from core.hashing import digest
 from core.job import Job
 from core.manifest import Identity, Manifest, write_manifest
 from core.storage import Root
@@ -50,10 +51,16 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 
 def evaluated(root: Root, config: EvaluateStageConfig) -> dict[str, Any]:
-    job = Job(EVALUATE, "evaluate", config, root, engine=None, datasets=(), identity="0" * 32)  # type: ignore[arg-type]
-    outcome = EVALUATE.fn(job)
-    found: dict[str, Any] = root.read_json(outcome.outputs["evaluation"]["file"])
+    found: dict[str, Any] = root.read_json(file_of(root, config))
     return found
+
+
+def file_of(root: Root, config: EvaluateStageConfig) -> str:
+    """Where the stage leaves what it found; the identity of its job is that of the config, as the runner makes it."""
+    identity = digest(config.model_dump(mode="json"))
+    job = Job(EVALUATE, "evaluate", config, root, engine=None, datasets=(), identity=identity)  # type: ignore[arg-type]
+    name: str = EVALUATE.fn(job).outputs["evaluation"]["file"]
+    return name
 
 
 def test_nothing_is_asked_by_default(root: Root) -> None:
@@ -81,6 +88,29 @@ def test_figures_by_name_beside_another_model(root: Root, tmp_path: Path) -> Non
     assert paired["low"] < paired["effect"] < paired["high"]
     assert paired["least_effect"] > 0
     assert beside["problems"]["gsm"]["less_than_other"]["effect"] == 0
+
+
+def test_what_was_found_before_is_never_written_over(root: Root, tmp_path: Path) -> None:
+    """One model asked twice, by two instances or by one whose knobs changed: other questions, then another model beside it."""
+    arc = write(tmp_path / "arc.jsonl", ARC)
+    few = EvaluateStageConfig(questions={"arc": QuestionSet(path=arc, limit=2)})
+    many = EvaluateStageConfig(questions={"arc": QuestionSet(path=arc)})
+    beside = many.model_copy(update={"against": "train@anneal"})
+    files = [file_of(root, config) for config in (few, many, beside)]
+    assert len(set(files)) == 3
+    assert {Path(name).parent for name in files} == {Path("models/first")}
+    found = [root.read_json(name)["questions"]["arc"] for name in files]
+    assert [f["questions"] for f in found] == [2, 4, 4]
+    assert ["less_than_other" in f for f in found] == [False, False, True]
+    assert file_of(root, many) == files[1], "asked again, the same file"
+
+
+def test_domains_without_text_have_no_bits_per_byte(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = ArrayTokenSource([torch.tensor([0]).numpy()], vocab_size=9, eos=0, text_bytes=[0], domains=("web",))
+    monkeypatch.setattr(mixtures.reader, "MixtureSource", lambda root, phase: empty)
+    written = root.read_bytes(file_of(root, EvaluateStageConfig())).decode()
+    found = json.loads(written, parse_constant=pytest.fail)
+    assert found["held_out"] == {"web": {"bpb": None, "bytes": 0, "docs": 1, "tokens": 1}}
 
 
 def test_files_enter_the_identity_by_content_and_reading(tmp_path: Path) -> None:

@@ -340,6 +340,7 @@ def test_questions_and_problems(trained: tuple[Pipeline, Root]) -> None:
     arc = {"questions": 400, "gold_bpb": 1.23456, "gold_bpb_error": 0.0123, "greedy_fraction": 0.01, "chance": 0.25}
     arc |= {"accuracy": 0.3, "accuracy_low": 0.26, "accuracy_high": 0.35, "accuracy_per_byte": 0.31}
     single = arc | {"accuracy": None, "accuracy_low": None, "accuracy_high": None, "chance": None}
+    single["gold_bpb_error"] = None
     paired = {"effect": -0.0312, "low": -0.05, "high": -0.0124, "least_effect": 0.0275}
     gsm = {"questions": 50, "right": 5, "low": 0.04, "high": 0.21, "without_number": 7}
     found = {"held_out": {}, "samples": [], "against": "train@anneal", "problems": {"gsm8k": gsm}}

@@ -188,5 +188,5 @@ def check_server(s3: Any, model: str) -> None:
     """The store's own view: ordinary objects under their names, and nothing staged."""
     keys = s3.server.keys(s3.bucket)
     assert f"root/{model}/checkpoints/step-00000060/model.safetensors" in keys
-    assert f"root/{model}/evaluation.json" in keys
+    assert sum(key.startswith(f"root/{model}/evaluation-") for key in keys) == 1
     assert [key for key in keys if ".staged" in key or key.endswith((".lock", ".tmp", "-wal"))] == []
