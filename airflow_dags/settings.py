@@ -38,9 +38,8 @@ class TaskSettings:
     pool_slots: int | None = None
     priority: int | None = None  # Airflow's priority_weight: who takes the next free place
     queue: str | None = None
-    shard_groups: int = (
-        0  # a task for each of at most so many parts of a step, where its stage allows that; 0: one for all
-    )
+    # a task for each of at most so many parts of a step, where its stage allows that; 0: one for all
+    shard_groups: int = 0
 
     def arguments(self) -> dict[str, Any]:
         """As arguments of an operator."""

@@ -48,10 +48,8 @@ SUFFIXES = (
     ".gz",
     "",
 )
-LEAST_BYTES, MOST_BYTES = (
-    200,
-    128 << 10,
-)  # of a file: nothing or a generated table is outside; pages and books are within
+# of a file: nothing or a generated table is outside; pages and books are within
+LEAST_BYTES, MOST_BYTES = 200, 128 << 10
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,8 @@ class Raw:
     url: str | None = None
     content_type: str | None = None
     fetched_at: datetime | None = None
-    headers: Mapping[str, str] = field(
-        default_factory=dict
-    )  # lower-case names; `warc-...` names from the record itself
+    # lower-case names; `warc-...` names from the record itself
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

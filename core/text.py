@@ -138,10 +138,8 @@ def words(text: CodePoints, raw: Pieces) -> Pieces:
     flags, start, end = text.flags, raw.start.copy(), raw.end.copy()
     bare = np.concatenate([[False], (flags & (SYMBOL | SPACE)) == 0])
     edge = np.flatnonzero(bare[1:] != bare[:-1])
-    low, high = (
-        np.append(edge[0::2], len(flags)),
-        np.append(edge[1::2], 0),
-    )  # runs of neither symbol nor space, and a guard
+    # runs of neither symbol nor space, and a guard
+    low, high = np.append(edge[0::2], len(flags)), np.append(edge[1::2], 0)
     dressed = np.flatnonzero(((flags[start] | flags[end - 1]) & SYMBOL) != 0)
     s, e = start[dressed], end[dressed]
     s = np.maximum(s, low[np.searchsorted(high[:-1], s, side="right")])

@@ -36,10 +36,8 @@ def _mix_word(h):  # type: ignore[no-untyped-def]
 def _words(data, start, end, classes, out):  # type: ignore[no-untyped-def]
     """Hashes of the words of `data[start:end]` into `out`; returns their number."""
     n = _ZERO
-    i, stop = (
-        np.uint64(start),
-        np.uint64(end),
-    )  # unsigned: a signed index is tested for Python's negative ones at every byte
+    # unsigned: a signed index is tested for Python's negative ones at every byte
+    i, stop = np.uint64(start), np.uint64(end)
     while i < stop:
         size, kind = _class_at(data, i, classes)
         h = _ZERO

@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 MAX_EDGES = 4_000_000
-GIANT_FRACTION = (
-    0.01  # of all nodes; a component above it is reported as suspicious. Chosen: marin's false merges were 1 to 97%.
-)
+# of all nodes; a component above it is reported as suspicious. Chosen: marin's false merges were 1 to 97%.
+GIANT_FRACTION = 0.01
 
 
 class Components(NamedTuple):

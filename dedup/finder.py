@@ -30,9 +30,8 @@ from dedup.words import Windows, Words, masked, original_bytes, words_of
 METHODS = ("plain", "masked", "short", "held_out")
 HELD_OUT = "held_out"  # stands in the column `benchmark` for held-out text
 PIECE_BYTES = 2 << 20  # of text: some 400,000 words, whose columns take 30 MB
-MOST_FOUND = (
-    1000  # items listed of one document; a whole benchmark on one page is listed up to here, and counted in full
-)
+# items listed of one document; a whole benchmark on one page is listed up to here, and counted in full
+MOST_FOUND = 1000
 
 FOUND = pa.struct(
     [

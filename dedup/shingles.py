@@ -32,9 +32,8 @@ SHINGLE_MIX = np.uint64(0xB37D0F5942E8C16B)
 
 _ASCII_CLASSES = CLASSES[:256].tobytes()
 
-BLOCK_BYTES = (
-    1 << 15
-)  # of text in a numpy block: 38 MB/s; 64 KiB 31, 256 KiB 11 (measured: temporaries leave the cache)
+# of text in a numpy block: 38 MB/s; 64 KiB 31, 256 KiB 11 (measured: temporaries leave the cache)
+BLOCK_BYTES = 1 << 15
 
 
 class Shingles(NamedTuple):

@@ -39,9 +39,8 @@ PATTERN = r"{numbers}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n
 LONG_WORD = re.compile(r"\w{256,}")  # base64 and keys: no word, and each costs a scan per merge. Chosen, untested
 SAMPLE = pa.schema([pa.field("text", TEXT)])
 SAMPLE_BATCH_BYTES = 16 << 20
-SALT = pa.scalar(
-    "tokenizer", TEXT
-)  # `split` holds out the lowest seeded(seed, doc_id): unsalted, too few would be drawn
+# `split` holds out the lowest seeded(seed, doc_id): unsalted, too few would be drawn
+SALT = pa.scalar("tokenizer", TEXT)
 
 
 class TokenizerConfig(StageConfig):

@@ -285,7 +285,7 @@ TRAIN = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=3,  # 2: losses are kept by document; 3: windowed layers
+    version=4,  # 2: losses by document; 3: windowed layers; 4: a file for each evaluation, null for what is unknown
     kind=Kind.EXPORT,
     config=EvaluateStageConfig,
     fn=evaluate,

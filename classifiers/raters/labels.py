@@ -124,9 +124,8 @@ def _teaching(urls: Sequence[str | None]) -> np.ndarray:
     out = np.full(len(urls), -1, dtype=np.int8)
     for i, url in enumerate(urls):
         host, _, path = (url or "").partition("://")[2].lower().partition("/")
-        words = set(
-            _WORDS.findall(f"{host.rpartition('.')[0]}/{path}")
-        )  # the top level, such as .example or .news, is no mark
+        # the top level, such as .example or .news, is no mark
+        words = set(_WORDS.findall(f"{host.rpartition('.')[0]}/{path}"))
         teaches, does_not = not words.isdisjoint(teaching), not words.isdisjoint(other)
         if teaches != does_not:
             out[i] = teaches

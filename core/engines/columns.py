@@ -14,9 +14,8 @@ from core.rows import ROW_BITS, SHARD_MASK
 
 LOOK_ROWS = 1 << 16  # of a table that is asked whether it is in order, and of one whose keys are hashed: chosen
 KEY_CHARS = 80  # of a text in the report of a large key: one line
-HEAD_BYTES = (
-    64  # bytes of a string key that enter its partition hash, besides the last 8 and the length: chosen, untested
-)
+# bytes of a string key that enter its partition hash, besides the last 8 and the length: chosen, untested
+HEAD_BYTES = 64
 
 
 def sorted_table(table: pa.Table, keys: Sequence[str]) -> pa.Table:

@@ -53,9 +53,8 @@ from core.progress import Display, quiet
 from core.stage import Resources
 
 WORKER_BYTES = 100_000_000  # of a worker that holds no row: Python, Arrow and NumPy; measured 94 MB, models come on top
-MEMORY_SHARE = (
-    4  # blocks that a verb holds at its peak: measured 3.2 of narrow rows (see `core.engines.spill`), 0.8 to spare
-)
+# blocks that a verb holds at its peak: measured 3.2 of narrow rows (see `core.engines.spill`), 0.8 to spare
+MEMORY_SHARE = 4
 
 T = TypeVar("T")
 

@@ -14,9 +14,8 @@ from core.errors import StageError, StepwellError
 
 STREAM = "streaming"  # Ray's word for a task that gives as many objects as it likes, one by one
 IN_FLIGHT = 4  # tasks asked for per worker: enough to hide scheduling, few enough to bound what waits for one; untested
-RETRIES = (
-    3  # of a task whose worker or node was lost, and of making lost tables again; our own exceptions are not retried
-)
+# of a task whose worker or node was lost, and of making lost tables again; our own exceptions are not retried
+RETRIES = 3
 
 
 def called(

@@ -38,7 +38,7 @@ except ImportError as e:
 STORE_SHARE = 0.3  # of memory_gb for the object store, Ray's own default share
 STORE_BYTES = 80 << 20  # Ray refuses a store below 75 MB
 KNOCK_S = 10.0  # for a cluster's head to take a connection: chosen, untested
-MEMORY_SHARE = 6  # a task holds this many times a block, as on `local`
+MEMORY_SHARE = 6  # a task holds this many times a block: as `local` had it before its blocks were held once; chosen
 LEAST_BLOCK, LARGEST_BLOCK = 1 << 20, 512 << 20  # smaller is all overhead, larger only crowds the object store
 LOOK_S = 5.0  # between two looks at the nodes: chosen, untested
 LOST_S = 120.0  # for a node that a run cannot do without to come back: chosen, untested

@@ -18,9 +18,8 @@ from core.engines.ray_cluster import Place, Room, ray
 from core.engines.ray_tasks import Actor, run_unit
 from core.errors import StageError, StepwellError
 
-DEATHS = (
-    3  # of the workers of one unit; rows that kill are found in the second try, so a third is a node's or the memory's
-)
+# of the workers of one unit; rows that kill are found in the second try, so a third is a node's or the memory's
+DEATHS = 3
 QUEUED = 2  # tasks asked for per place: the second one's worker is ready when the first ends; untested
 FALSE_STARTS = 3  # actors in a row that ended before they began
 WAKE_S = 2.0  # the longest time without a look at signals and nodes: chosen, untested

@@ -24,9 +24,8 @@ PIECES = pa.schema([(PLACE, pa.int32()), (ROWS, pa.binary())])
 STRUCT = StructType(
     [StructField(PLACE, IntegerType()), StructField(ROWS, BinaryType())]
 )  # the same as Spark's own type
-PIECE_BYTES = (
-    4 << 20
-)  # of rows in a piece: chosen, so that Java's arrays stay small and a piece's own cost does not count
+# of rows in a piece: chosen, so that Java's arrays stay small and a piece's own cost does not count
+PIECE_BYTES = 4 << 20
 
 Pieces = Iterator[tuple[int, bytes]]
 _settled = 0  # modules that were imported when this process last settled

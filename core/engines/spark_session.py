@@ -36,9 +36,8 @@ JAVA_ENDED = (Py4JError, OSError)  # among what py4j raises where Java has ended
 BATCH_PIECES = 10_000  # of one Arrow batch between Spark and Python, where they are small
 BATCH_BYTES = 16 << 20  # and the bytes where they are not
 DRIVER_SHARE = 0.5  # of memory_gb for Java; the Python workers live beside it
-ATTEMPTS = (
-    4  # of a task whose worker died; Spark's own default on clusters, its default of 1 on `local` finds no killer
-)
+# of a task whose worker died; Spark's own default on clusters, its default of 1 on `local` finds no killer
+ATTEMPTS = 4
 END_S = 20.0  # for Java to end by itself
 KNOCK_S = 5.0  # for a master to take a connection: chosen, untested
 # Java moves pieces here and has no loop of its own that is worth C2: without it, start-up and the first frame take half the CPU.

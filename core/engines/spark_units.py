@@ -32,9 +32,8 @@ from pyspark.sql import DataFrame, SparkSession  # isort: skip
 from pyspark.sql import functions as F  # noqa: N812 - the name every Spark reader knows  # isort: skip
 
 TASK = re.compile(r"Task (\d+) in stage")  # what Spark calls the task it gave up on: here, the unit's number
-EXECUTORS_S = (
-    180.0  # a cluster without an executor for so long is given up: chosen, untested; YARN queues may need more
-)
+# a cluster without an executor for so long is given up: chosen, untested; YARN queues may need more
+EXECUTORS_S = 180.0
 POLL_S = 2.0
 
 

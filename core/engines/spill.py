@@ -27,9 +27,8 @@ from core.rows import dataset_of, shard_of
 from core.stores import DISK_FAULTS, replacing
 
 SLICE_ROWS = 65_536  # rows of one record batch within a run, fewer where rows are wide
-CHUNK_BYTES = (
-    8 << 20
-)  # that a reduce function sees at once, rounded up to whole keys; it holds some six times as much: chosen
+# that a reduce function sees at once, rounded up to whole keys; it holds some six times as much: chosen
+CHUNK_BYTES = 8 << 20
 SLICE_BYTES = 4 << 20  # a reader holds one batch of every run it reads: chosen, untested
 IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 

@@ -13,9 +13,8 @@ from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
 HEAD_BYTES = 4096  # the WHATWG sniffing standard reads 1,445 bytes; pages with long comments first need more
 DETECT_BYTES = 1 << 17
-BAD_SHARE = (
-    0.01  # a declared encoding that loses more than this share of its characters is not believed; chosen, untested
-)
+# a declared encoding that loses more than this share of its characters is not believed; chosen, untested
+BAD_SHARE = 0.01
 
 MAGIC = (
     (b"\x89PNG\r\n", "image/png"),

@@ -30,9 +30,8 @@ ENUMERATION = re.compile(
 _MONTH = "|".join(sorted((n.capitalize() for n in MONTH_OF), key=len, reverse=True))
 DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?(?:\s+of)?\s+)?(?P<month>{_MONTH})\b\.?(?:\s+\d{{1,4}})?")
 ISO_DATE = re.compile(r"\b\d{4}-(?P<month>\d{2})-\d{2}\b|\b\d{1,2}[./](?P<other>\d{1,2})[./]\d{2,4}\b")
-SENTENCE_WORD = (
-    6  # code points by which two content words are compared: `invented` and `invention` agree. Chosen, untested
-)
+# code points by which two content words are compared: `invented` and `invention` agree. Chosen, untested
+SENTENCE_WORD = 6
 CONTENT_CHARS = 4  # shorter words are grammar
 
 

@@ -166,9 +166,8 @@ def passages_of(column: pa.Array, config: PassagesConfig) -> tuple[Passages, pa.
     data = [memoryview(column[i].as_buffer()) for i in range(len(column))]
     pieces = [bytes(data[d][s:e]) for d, s, e in zip(found.document, found.start, found.end, strict=True)]
     texts = pa.array(pieces, pa.large_binary()).cast(TEXT)
-    by_passage = raw._replace(
-        start=raw.start, end=raw.end, first=_borders(found, len(raw.start))
-    )  # names by passage: odd ranges lie between passages
+    # names by passage: odd ranges lie between passages
+    by_passage = raw._replace(start=raw.start, end=raw.end, first=_borders(found, len(raw.start)))
     named = [set(names) for names in runs_of(text, by_passage)[::2]]
     return found, texts, named, scores(found, texts, text, raw)
 

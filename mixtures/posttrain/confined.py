@@ -76,9 +76,8 @@ LOAD, AND, RETURN, IF_EQUAL, IF_ABOVE, IF_SET = (
 )  # BPF: operation, jump if so, if not, value
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_RIGHTS = 1 | 4 | 8  # execute, read file, read folder
-WRITE_RIGHTS = (
-    READ_RIGHTS | 2 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14
-)  # write, remove, make folders and files, truncate
+# write, remove, make folders and files, truncate
+WRITE_RIGHTS = READ_RIGHTS | 2 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 

@@ -31,9 +31,8 @@ class RLConfig:
     samples: int = 8  # the report: 16
     minibatches: int = 1  # updates on parts of a generation; the report: 4
     epochs: int = 1  # passes over a generation
-    staleness: int = (
-        0  # generations that sampling runs ahead of training; the report's async agents bear about 20 updates
-    )
+    # generations that sampling runs ahead of training; the report's async agents bear about 20 updates
+    staleness: int = 0
     max_tokens: int = 64  # of an answer, its end included; the report: 128k
     temperature: float = 1.0  # the report; above and below it the policy that is trained is the tempered one
     stop: tuple[str, ...] = ()  # strings that end an answer, as EOS does
@@ -44,9 +43,8 @@ class RLConfig:
     trajectory_ratio: tuple[float, float] = (0.996, 1.001)
     ratio_of: Literal["snapshot", "current"] = "snapshot"  # whose numerator: weights at the generation's start, or now
     ppo_clip: float = 0.2  # released code
-    advantage_scale: Literal["none", "deviation"] = (
-        "deviation"  # reward less the group's mean, as it is or over its deviation
-    )
+    # reward less the group's mean, as it is or over its deviation
+    advantage_scale: Literal["none", "deviation"] = "deviation"
     equal_groups: Literal["drop", "keep"] = "drop"  # a group of equal rewards: out of the loss's mean, or zeros in it
     # An answer that `max_tokens` cuts: the report's R := V(s_T) is the group's mean here, so that it teaches nothing.
     truncated: Literal["baseline", "reward"] = "baseline"
@@ -56,12 +54,10 @@ class RLConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: of weights in use; the optimiser's stay float32
     device: str = field(default="auto", metadata=EXECUTION)
     deterministic: bool = field(default=True, metadata=EXECUTION)
-    micro_rows: int | None = field(
-        default=None, metadata=EXECUTION
-    )  # trajectories taken at once; None: all of an update
-    slots: int = field(
-        default=64, metadata=EXECUTION
-    )  # answers written side by side; another number may turn a near tie
+    # trajectories taken at once; None: all of an update
+    micro_rows: int | None = field(default=None, metadata=EXECUTION)
+    # answers written side by side; another number may turn a near tie
+    slots: int = field(default=64, metadata=EXECUTION)
     threads: int | None = field(default=None, metadata=EXECUTION)
     checkpoint_steps: int = field(default=1, metadata=EXECUTION)
     keep: int = field(default=2, metadata=EXECUTION)  # newest checkpoints that stay, and the generations that they need

@@ -37,9 +37,8 @@ from moe.typed import build
 Reward = Callable[[int, str], float]
 Match = Literal["exact", "number"]
 OWN = ("folder", "start", "tasks", "match", "alarms")  # keys that are no fields of RLConfig
-WATCHED = (
-    "expert_blow_up",
-)  # that stop a run by default: a policy's likelihood of its own answers may well fall for a while
+# that stop a run by default: a policy's likelihood of its own answers may well fall for a while
+WATCHED = ("expert_blow_up",)
 
 
 @dataclass(frozen=True)

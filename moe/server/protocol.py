@@ -19,11 +19,8 @@ from moe.server.chat import TemplateError
 from moe.server.service import StoppedError
 
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = (
-    16,
-    128,
-    128,
-)  # chosen; OpenAI: 4 stops, 128 choices. Choices are of all prompts together
+# chosen; OpenAI: 4 stops, 128 choices. Choices are of all prompts together
+MAX_STOPS, MAX_CHOICES, MAX_PROMPTS = 16, 128, 128
 MAX_STOP_CHARS = 256  # chosen
 COMPLETION_TOKENS = 16  # OpenAI's max_tokens of a completion that says none
 MAX_LOGPROBS = {False: 20, True: 20}  # OpenAI: 5 of completions, 20 of chats

@@ -63,7 +63,7 @@ def _share_bars(facts: Facts, i: int, c: dict[str, Any], made: int) -> list[Any]
 
 
 def evaluation(facts: Facts) -> dict[str, Any]:
-    """`evaluation.json` of the trained model, or nothing."""
+    """What `evaluate` found of the trained model, or nothing."""
     done = facts.of("evaluate")
     name = done.manifest.outputs["evaluation"]["file"] if done else ""
     found: dict[str, Any] = facts.root.read_json(name) if name and facts.root.exists(name) else {}

@@ -15,9 +15,8 @@ from mixtures.tokenize import STAGE
 from tests.mixtures.conftest import House, documents, sentence
 
 ITEM = "The old lighthouse keeper counted ships before breakfast for 14 days and wrote each name into a blue book yesterday"
-HALVES = ITEM.replace(
-    " for 14 days", " </p><p class=advert> for 14 days"
-)  # markup breaks every run of 13 words: 9 and 11
+# markup breaks every run of 13 words: 9 and 11
+HALVES = ITEM.replace(" for 14 days", " </p><p class=advert> for 14 days")
 # The quotation, the same torn in two by markup, and clean text.
 TEXTS = [f"Quoted: {ITEM}.", f"Torn: {HALVES}.", *(sentence(i, 30) for i in range(6))]
 

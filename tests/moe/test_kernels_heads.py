@@ -63,9 +63,8 @@ def test_the_triton_body_computes_the_same(shape, angles, gates, padding, dtype,
     from moe import kernels_heads_triton
 
     tensors = made(shape, angles, gates, padding, rows=3, places=150, segments=segments, dtype=dtype)
-    near = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 4e-2}
-    )  # sums of four terms, each rounded at 2^-8
+    # sums of four terms, each rounded at 2^-8
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 4e-2}
     got = kernels_heads_triton.heads(*tensors, list(shape), gates, EPS)
     want = kernels_heads.heads_reference(*tensors, list(shape), gates, EPS)
     for a, b in zip(got, want, strict=True):
