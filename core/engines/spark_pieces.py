@@ -1,8 +1,8 @@
 """Rows as Spark carries them: a *piece* is one Arrow record batch in a binary value, beside the number of its place.
 
 Spark moves, sorts, keeps and spills pieces of some MB without looking into them. Rows of its own it would take apart value by
-value at every step between Java and Python, which cost minhash five times the work itself. So any Arrow type travels as it is, but
-for dictionaries.
+value at every step between Java and Python, which cost minhash five times the work itself. So any Arrow type but a dictionary
+travels as it is.
 
 Below zero a place says what a task has to say: its answer (`Said`, or an error of ours) for partition -1 - place.
 """
