@@ -6,14 +6,16 @@ Below STEPWELL_CACHE (default: `stepwell` in the user's cache folder, XDG_CACHE_
     fetched/<xx>/<content>/    immutable files, such as token shards, by the hash of their content
 
 Mirrors stay until their stage or a person removes them. Fetched files may be removed at any time, and are, those used longest
-ago first, while the disk would be left with less than a tenth of it free.
+ago first, while the disk would be left with less than a tenth of it free: a path of one is good until the next is fetched. Who
+opens it at once asks `opened`, who hands its path on asks `held`.
 """
 
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -64,6 +66,19 @@ def opened(root: Root, names: Sequence[str], content: str, read: Callable[[list[
         with contextlib.suppress(FileNotFoundError):
             return read(fetched(root, names, content))
     return read(fetched(root, names, content))
+
+
+@contextlib.contextmanager
+def held(root: Root, name: str) -> Iterator[Path]:
+    """A small file on this machine, which stays for the block: below a local root itself, else a copy in the system's temporary
+    folder. FileNotFoundError where the store has none."""
+    if root.is_local:
+        yield root.local_path(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+        path = Path(folder) / name.rsplit("/", 1)[-1]
+        fetch(root, name, path, None)
+        yield path
 
 
 def fetch(root: Root, name: str, path: Path, stored: Stored | None) -> None:

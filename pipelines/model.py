@@ -11,7 +11,7 @@ A pipeline may train through phases: `train@anneal: {phase: anneal, after: train
 (`model: {context: 1024, rope_theta: 1.0e+6}`) and more MTP heads than the one before (moe/start.py).
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import xxhash
 from pydantic import Field, model_validator
 
-from core.cache import fetched
+from core.cache import held
 from core.errors import ConfigError
 from core.job import Job, Outcome
 from core.manifest import read_manifest
@@ -152,13 +152,12 @@ def train(job: Job) -> Outcome:
     source.check()
     folder = f"models/{config.phase}-{job.identity[:12]}"
     start = model_folder(job.root, config.after) if config.after else None
-    tokenizer = fetched(job.root, ["models/tokenizer/tokenizer.json"], source.tokenizer)[0]
-    plan = train_plan(config, source, tokenizer, weights_digest(start) if start else None)
     limits = build(Limits, config.alarms, "alarms")
-    with (
-        workspace(job.root, folder, apart=[EVALUATIONS]) as place,
-        live(plan.steps, label=job.instance) if job.display.live else nullcontext() as show,
-    ):
+    with ExitStack() as stack:
+        tokenizer = stack.enter_context(held(job.root, "models/tokenizer/tokenizer.json"))
+        plan = train_plan(config, source, tokenizer, weights_digest(start) if start else None)
+        place = stack.enter_context(workspace(job.root, folder, apart=[EVALUATIONS]))
+        show = stack.enter_context(live(plan.steps, label=job.instance)) if job.display.live else None
 
         def on_step(row: dict[str, Any]) -> None:
             if show is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from core import cache
-from core.cache import TRIES, cache_folder, fetched, make_room, opened
+from core.cache import TRIES, cache_folder, fetched, held, make_room, opened
 from core.errors import StageError
 from core.storage import Root
 from core.workspace import INDEX, STAGED, mirrored, workspace
@@ -345,6 +345,22 @@ def test_fetched_files_come_once_and_make_room(caches, root, tmp_path):
         make_room(1 << 60, "models/x")
     assert not paths[0].exists()
     assert fetched(Root(str(tmp_path)), ["a/b"], "abcdef") == [tmp_path / "a/b"]
+
+
+def test_a_held_file_stays_where_everything_else_makes_room(caches, root, tmp_path, monkeypatch):
+    for name in ("tokenizer.json", "s0.bin", "s1.bin"):
+        root.write_bytes(f"tokens/{name}", name.encode())
+    monkeypatch.setattr(cache, "KEPT_FREE_FRACTION", 1.0)
+    with held(root, "tokens/tokenizer.json") as path:
+        first = fetched(root, ["tokens/s0.bin"], "abcdef")[0]
+        fetched(root, ["tokens/s1.bin"], "fedcba")
+        assert not first.exists()
+        assert (path.name, path.read_bytes()) == ("tokenizer.json", b"tokenizer.json")
+    assert not path.parent.exists()
+    with pytest.raises(FileNotFoundError), held(root, "tokens/none"):
+        pass
+    with held(Root(str(tmp_path)), "a/b") as path:
+        assert path == tmp_path / "a/b"
 
 
 @pytest.mark.parametrize("evictions", [TRIES - 1, TRIES])
