@@ -2,7 +2,7 @@
 
 In: a dataclass, a mapping of what a person or a file gave, the name to call it by. Out: the dataclass, nested ones made too and
 lists made tuples, or one `ConfigError` of all problems: unknown and missing keys, values of the wrong kind, words that a
-`Literal` does not have. Known annotations: bool, int, float (takes whole numbers, not NaN), str, `Literal`, tuples of these,
+`Literal` does not have. Known annotations: bool, int, float (takes whole numbers; finite), str, `Literal`, tuples of these,
 nested dataclasses, and any of them with `| None`. What a config says of its values itself (`__post_init__`) comes with the rest
 where its kinds are right.
 """
@@ -64,7 +64,7 @@ def _fits(hint: Any, value: Any) -> bool:
             return all(_fits(parts[0], v) for v in value)
         return len(value) == len(parts) and all(map(_fits, parts, value))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 

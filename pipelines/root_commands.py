@@ -89,16 +89,27 @@ def verify(
 ) -> None:
     """Score responses to RL records: maths by value, code by its tests in a sandbox, one after the other.
 
-    A line that cannot be judged gets an `error` in the place of rewards.
+    A line that cannot be judged gets an `error` in the place of rewards; where none can be, the exit code is 1.
 
     Example: `pipelines verify sampled.jsonl > rewards.jsonl`
     """
+    import json
+
+    from core.errors import InputError
     from mixtures.posttrain.verify import verify_lines, walls
 
     for warning in walls():
         typer.echo(f"warning: {warning}", err=True)
-    for line in verify_lines(file):
-        typer.echo(line)
+    lines = judged = 0
+    for found in verify_lines(file):
+        lines, judged = lines + 1, judged + ("error" not in found)
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    if not judged:
+        raise InputError(
+            f"verify: nothing to judge, got {lines} lines in {file}, expected records of `rl` with responses"
+        )
+    if judged < lines:
+        typer.echo(f"warning: {lines - judged} of {lines} lines could not be judged; their `error` says why", err=True)
 
 
 def forget(

@@ -1,5 +1,7 @@
-"""YAML with line numbers: plain data, and for every path in it the line where it stands. Duplicate keys are errors."""
+"""YAML with line numbers: plain data, and for every path in it the line where it stands. Duplicate keys are errors, as are
+infinity and NaN, which JSON has no words for."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -62,6 +64,11 @@ def _build(node: yaml.Node, path: Path, lines: Lines) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*path, i), lines) for i, child in enumerate(node.value)]
     value = yaml.SafeLoader("").construct_object(node)
+    if isinstance(value, float) and not math.isfinite(value):
+        line = node.start_mark.line + 1
+        lines.problems.append(
+            f"{lines.name}:{line}: must be a finite number, got {node.value}; where there is no limit, leave it out"
+        )
     return _from_environment(value, node, lines) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Rewards of responses to RL records, one JSON line each: what `pipelines verify` prints.
+"""Rewards of responses to RL records, one value a line: what `pipelines verify` prints as JSON.
 
 In: a JSONL file of records as `rl` writes them, each with a `response` (text) or `responses` (a list of texts). Out, for each
 line: `id`, `verifier`, `rewards` (0 to 1, one a response) and `detail` (what decided). A line that is no such record gives
@@ -18,8 +18,8 @@ from mixtures.posttrain.verify_maths import maths_reward
 TIMEOUT_S = 10.0
 
 
-def verify_lines(path: Path) -> Iterator[str]:
-    """A line of rewards for each line of the file. ConfigError where it cannot be read."""
+def verify_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What each line of the file is worth. ConfigError where it cannot be read."""
     try:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError as e:
@@ -27,7 +27,7 @@ def verify_lines(path: Path) -> Iterator[str]:
     with file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield json.dumps(_verified(line, number), ensure_ascii=False)
+                yield _verified(line, number)
 
 
 def walls() -> list[str]:

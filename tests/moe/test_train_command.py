@@ -259,6 +259,7 @@ def test_json_is_read_without_yaml(file: Path) -> None:
         ("shuffle=False", "train.shuffle: must be true or false, got 'False'"),
         ('optim.lr="3e-3"', r"optim.lr: must be a number, got '3e-3'; write 0.003, which YAML reads as a number"),
         ("optim.weight_decay=NaN", "optim.weight_decay: must be a number, got nan"),
+        ("optim.grad_clip=Infinity", "optim.grad_clip: must be a number, got inf"),
         ("threads=true", "train.threads: must be a whole number or null, got True"),
         (
             "row_growth=[[2, 8, 3]]",

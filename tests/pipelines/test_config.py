@@ -74,6 +74,7 @@ def test_a_good_config(tmp_path):
         ("workers: 2", "workers: two", 2, "got 'two'"),
         ("workers: 2", "workers: -1", 2, "greater than or equal to 0, got '-1'"),
         ("name: local", "name: sparc", 2, "got 'sparc'"),
+        ("memory_gb: 1.5", "memory_gb: .inf", 2, "must be a finite number, got .inf"),
         ("memory_gb", "memry_gb", 2, "unknown key 'memry_gb', did you mean 'memory_gb'?"),
         ("kind: files, path: ./pages", "kind: file, path: ./pages", 4, "'file'"),
         ("kind: files, path: ./pages", "path: ./pages", 4, "kind"),

@@ -272,6 +272,25 @@ def test_records_without_usable_tests_are_refused(tests: list[Any]) -> None:
         code_reward("x = 1", tests)
 
 
+def verify(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", "verify", str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        timeout=BOUND_S,
+    )
+
+
+@pytest.mark.parametrize(("text", "lines"), [("", 0), ('{"id": "a", "verifier": "maths", "answer": "1"}\n[1]\n', 2)])
+def test_the_command_fails_where_nothing_can_be_judged(tmp_path: Path, text: str, lines: int) -> None:
+    path = tmp_path / "sampled.jsonl"
+    path.write_text(text, "utf-8")
+    done = verify(path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, lines)
+    assert f"verify: nothing to judge, got {lines} lines in {path}" in done.stderr
+
+
 def test_the_command_scores_a_file(tmp_path: Path) -> None:
     records = [
         {"id": "a", "verifier": "maths", "answer": "1/2", "responses": [r"\boxed{0.5}", "0.5"]},
@@ -286,14 +305,9 @@ def test_the_command_scores_a_file(tmp_path: Path) -> None:
     ]
     path = tmp_path / "sampled.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in records) + "\n[1]\n{torn", "utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "verify", str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        timeout=BOUND_S,
-    )
+    done = verify(path)
     assert done.returncode == 0, done.stderr
+    assert "4 of 6 lines could not be judged" in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[0] == {"id": "a", "verifier": "maths", "rewards": [1.0, 0.0], "detail": ["equal", "no marked answer"]}
     assert lines[1]["rewards"] == [0.5]
