@@ -74,16 +74,16 @@ class Batcher:
     """`slots` requests at once over one model, `queue` more waiting.
 
     `context` None: the model's. `tokenizer` (a `tokenizers.Tokenizer`) is needed for texts and stop strings. `prefix`
-    precedes every prompt: None is the model's, EOS unless its folder says otherwise. `speculate` uses the model's MTP
-    heads, where it has any and while it pays by `pace`; `lag`, steps that may be under way unread, is 1 on a GPU.
-    `capture`, `compiled` and `fused` are those of `Decode`.
+    precedes every prompt: None is the model's, EOS unless its folder says otherwise. `speculate` is how many tokens a round
+    may draft, one by each of the model's MTP heads, while that pays by `pace`; `lag`, steps that may be under way unread,
+    is 1 on a GPU. `capture`, `compiled` and `fused` are those of `Decode`.
     """
 
     model: Decoder
     tokenizer: Any = None
     slots: int = field(kw_only=True)
     context: int | None = field(default=None, kw_only=True)
-    speculate: bool = field(default=False, kw_only=True)
+    speculate: int = field(default=0, kw_only=True)
     queue: int = field(default=64, kw_only=True)
     chunk: int = field(default=CHUNK, kw_only=True)
     prefix: tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -102,8 +102,10 @@ class Batcher:
             raise ConfigError(
                 f"batcher: slots, queue, chunk and context must be positive, got {', '.join(map(str, sizes))}"
             )
+        if self.speculate < 0:
+            raise ConfigError(f"batcher: speculate must not be negative, got {self.speculate}; 0 drafts nothing")
         self.start = self.model.prefix if self.prefix is None else self.prefix
-        self.drafts = config.mtp_heads if self.speculate else 0
+        self.drafts = min(self.speculate, config.mtp_heads)
         if self.drafts and self.pace is None:
             self.pace = Pace(self.drafts)
         self.acceptance = Acceptance.none(self.drafts)

@@ -54,7 +54,7 @@ def generate_text(folder: Path, prompt: str, sampling: Sampling | None = None, u
 
 
 def generate(
-    model: Decoder, prompt: Sequence[int], sampling: Sampling | None = None, *, speculate: bool = False
+    model: Decoder, prompt: Sequence[int], sampling: Sampling | None = None, *, speculate: int = 0
 ) -> Iterator[int]:
     """Yields new tokens until one that ends the answer. What begins a prompt, it and new tokens must fit the context."""
     events = _whole(stream(model, [prompt], sampling, speculate=speculate))
@@ -67,7 +67,7 @@ def generate_batch(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     tokenizer: Any = None,
-    speculate: bool = False,
+    speculate: int = 0,
     slots: int = SLOTS,
     fused: bool | None = None,
 ) -> list[Answer]:
@@ -88,7 +88,7 @@ def stream(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     tokenizer: Any = None,
-    speculate: bool = False,
+    speculate: int = 0,
     compiled: bool = False,
     slots: int = SLOTS,
     fused: bool | None = None,
@@ -226,8 +226,11 @@ def write(folder: Path, prompt: str, sampling: Sampling, use: Use) -> None:
         sys.stdout.write(last.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    if last is not None and last.acceptance is not None:
-        sys.stderr.write(f"{last.acceptance.length:.2f} tokens a round over {last.acceptance.rounds} rounds\n")
+    if last is not None and (drafts := last.acceptance) is not None:
+        stood = ", ".join(f"{share:.0%}" for share in drafts.fractions)
+        sys.stderr.write(
+            f"{drafts.length:.2f} tokens a round over {drafts.rounds} rounds; drafts that stood: {stood}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ STORED = {"BF16": "bfloat16"}  # as safetensors call it; everything else is read
 HELP = {
     "device": "cpu, cuda or cuda:N; auto: a GPU if there is one",
     "dtype": "auto, float32 or bfloat16; auto: bfloat16 on a GPU, on a CPU what the folder holds",
-    "speculate": "draft with the model's MTP heads, while that pays",
+    "speculate": "draft up to so many tokens a round, one by each MTP head, while that pays; 0: none",
     "compiled": "layers by torch.compile: the first answers wait for it, later ones come sooner",
     "fused": "decode by fused kernels; without either: where they can (a GPU with Triton)",
     "max_tokens": "new tokens at most",
@@ -40,13 +40,15 @@ class Use:
 
     device: str = "auto"
     dtype: str = "auto"
-    speculate: bool = False
+    speculate: int = 0
     compiled: bool = False
     fused: bool | None = None  # None: where the kernels can
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype: unknown, got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.speculate < 0:
+            raise ConfigError(f"--speculate: must not be negative, got {self.speculate}; 0 drafts nothing")
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Use":
@@ -80,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[Name]) -> None:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
         else:
             choices = DTYPES if name == "dtype" else None
-            parser.add_argument(f"--{name}", default=default, choices=choices, help=HELP[name])
+            parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=HELP[name])
 
 
 def stored_dtype(folder: Path) -> str:

@@ -12,7 +12,7 @@ from moe.use import HELP, Use
 
 Device = Annotated[str, typer.Option(help=HELP["device"])]
 Dtype = Annotated[str, typer.Option(help=HELP["dtype"])]
-Speculate = Annotated[bool, typer.Option("--speculate/--no-speculate", help=HELP["speculate"])]
+Speculate = Annotated[int, typer.Option(min=0, help=HELP["speculate"])]
 Compiled = Annotated[bool, typer.Option("--compiled/--no-compiled", help=HELP["compiled"])]
 Fused = Annotated[bool | None, typer.Option("--fused/--no-fused", help=HELP["fused"])]
 

@@ -1,7 +1,7 @@
 """Models trained on a GPU over a root's shards: arms that differ in one thing, over seeds; and one longer run with its samples.
 
     python -m benchmarks.gpu.study ROOT --part arms [--seeds 3] [--steps 300] [--processes 4]
-    python -m benchmarks.gpu.study ROOT --part run  [--steps 800]
+    python -m benchmarks.gpu.study ROOT --part run  [--steps 800] [--preset 1b]
 
 ROOT is a pipeline's root (its mixtures `pretrain` and `held_out`, their token shards and tokenizer). Every arm sees the same
 rows in the same order from the same seeds, at equal tokens. `dense` has the base's operations a token (all five layers 672
@@ -11,7 +11,8 @@ untuned, which favours the base. Held-out bits per byte are compared by `mixture
 second source of noise; with the baseline trained again on another order as the A/A arm, which gives the least effect that this
 study could have found. Lines are written as runs finish and the comparison after every seed, so a call that is cut off keeps
 them.
-The longer run trains one MTP head, then three, and drafts with them; not compiled, as compiling took 80 s of each of its runs.
+The longer run trains one MTP head, then three, and drafts with the first, the first two and all; not compiled, as compiling
+took 80 s of each of its runs.
 """
 
 import argparse
@@ -156,7 +157,7 @@ def _bpb(run: Run, *, tuning: bool) -> float:
 
 
 def long_run(args: argparse.Namespace, results: Results) -> None:
-    """The preset `150m` with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
+    """One shape with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
     import moe
     from moe.checkpoint import weights_digest
     from moe.evaluate import evaluate
@@ -164,11 +165,11 @@ def long_run(args: argparse.Namespace, results: Results) -> None:
 
     source, held_out = MixtureSource(args.root, "pretrain"), MixtureSource(args.root, "held_out")
     shape = dataclasses.replace(
-        preset("150m", vocab_size=source.vocab_size, eos=source.eos), context=CONTEXT, window=256, mtp_heads=1
+        preset(args.preset, vocab_size=source.vocab_size, eos=source.eos), context=CONTEXT, window=256, mtp_heads=1
     )
     common: dict[str, Any] = {
         "rows": ROWS, "shuffle": True, "repeat": True, "precision": "bfloat16", "device": DEVICE,
-        "deterministic": False, "checkpoint_steps": 200, "keep": 1,
+        "deterministic": False, "checkpoint_steps": args.steps, "keep": 1,
     }  # fmt: skip
     first, second = Path(args.folder, "one-head"), Path(args.folder, "three-heads")
     whole = train(TrainConfig(model=shape, optim=OptimConfig(lr=1e-3), steps=args.steps, **common), source, first)
@@ -187,7 +188,9 @@ def long_run(args: argparse.Namespace, results: Results) -> None:
         )  # fmt: skip
     model = moe.load(second).to(DEVICE)
     held = evaluate(model, held_out)
-    results.add("long_held_out", parameters=whole.parameters, active=whole.active_parameters, **held)
+    results.add(
+        "long_held_out", preset=args.preset, parameters=whole.parameters, active=whole.active_parameters, **held
+    )
     _drafts(args, model.bfloat16(), held_out, results)
 
 
@@ -196,27 +199,38 @@ def _last(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drafts(args: argparse.Namespace, model: Any, held_out: MixtureSource, results: Results) -> None:
-    """Greedy continuations of held-out documents by domain, drafted and plain; and samples of a few prompts."""
+    """Greedy continuations of held-out documents by domain, plain and with one draft a round or more, which stay on where they
+    lose; and samples of a few prompts."""
     from tokenizers import Tokenizer
 
     from moe.batching import Batcher
     from moe.generate import generate_batch
     from moe.sampling import Sampling
+    from moe.speculative import Pace
 
     greedy = Sampling(temperature=0.0, max_tokens=128)
-    plain, drafted = (Batcher(model, slots=1, speculate=s) for s in (False, True))
+    batchers = [
+        Batcher(model, slots=1, speculate=drafts, pace=Pace(drafts, window=10**6))
+        for drafts in range(1 + model.config.mtp_heads)
+    ]
     for d, domain in enumerate(held_out.domains):
         docs = [i for i in range(len(held_out)) if held_out.domain(i) == d and held_out.length(i) > 200][:8]
         prompts = [held_out.tokens(i)[:128].tolist() for i in docs]
         # In turn; the first prompt's, which capture graphs and measure what a round costs, do not count.
-        both = [[_answered(batcher, p, greedy) for batcher in (plain, drafted)] for p in [*prompts[:1], *prompts]][1:]
-        rates = [sum(a[i][0] for a in both) / sum(a[i][1] for a in both) for i in (0, 1)] if both else []
-        made = [a[1][2] for a in both if a[1][2] is not None]
-        if rates and made:
+        asked = [*prompts[:1], *prompts]
+        answers = [[_answered(batcher, prompt, greedy) for batcher in batchers] for prompt in asked][1:]
+        by_batcher = list(zip(*answers, strict=True))
+        rates = [sum(a[0] for a in own) / sum(a[1] for a in own) for own in by_batcher]
+        for drafts, own in enumerate(by_batcher[1:], 1):
+            made = [a[2] for a in own if a[2] is not None]
+            if not made:
+                results.add(f"drafts_{domain}_{drafts}", error="a round costs more than all its drafts could save")
+                continue
             results.add(
-                f"drafts_{domain}", prompts=len(prompts), plain_tokens_per_s=rates[0], drafted_tokens_per_s=rates[1],
-                speed_up=rates[1] / rates[0], tokens_a_round=float(np.mean([m.length for m in made])),
-                accepted=np.mean([m.fractions for m in made], axis=0).round(4).tolist(),
+                f"drafts_{domain}_{drafts}", preset=args.preset, domain=domain, drafts=drafts, prompts=len(prompts),
+                plain_tokens_per_s=rates[0], drafted_tokens_per_s=rates[drafts], speed_up=rates[drafts] / rates[0],
+                tokens_a_round=1 + sum(sum(m.accepted) for m in made) / sum(m.rounds for m in made),
+                accepted=(np.sum([m.accepted for m in made], axis=0) / sum(m.rounds for m in made)).round(4).tolist(),
                 rounds=sum(m.rounds for m in made),
             )  # fmt: skip
     tokenizer = Tokenizer.from_file(str(Path(args.root, "models/tokenizer/tokenizer.json")))
@@ -245,6 +259,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("arms", "run"), required=True, help="see above")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default 3)")
     parser.add_argument("--steps", type=int, default=300, help="updates of a run (default 300)")
+    parser.add_argument("--preset", default="150m", help="shape of the longer run (default 150m)")
     parser.add_argument("--processes", type=int, default=4, help="runs at once on the GPU")
     parser.add_argument("--folder", default="study", help="where runs keep their checkpoints")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of study_arms.jsonl or study_run.jsonl")

@@ -69,6 +69,20 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
         ),
     ),
     (
+        "Greedy continuations of held-out documents with drafts (`study --part run`), beside plain decoding in turn",
+        r"^drafts_",
+        (
+            ("preset", "preset", str),
+            ("domain", "domain", str),
+            ("drafts a round", "drafts", str),
+            ("plain tokens/s", "plain_tokens_per_s", lambda v: f"{v:,.0f}"),
+            ("drafted tokens/s", "drafted_tokens_per_s", lambda v: f"{v:,.0f}"),
+            ("speed-up", "speed_up", lambda v: f"{v:.2f}"),
+            ("tokens a round", "tokens_a_round", lambda v: f"{v:.2f}"),
+            ("each draft stood", "accepted", lambda v: ", ".join(f"{share:.0%}" for share in v)),
+        ),
+    ),
+    (
         "Two ranks beside one (`ranks`): preset `1b`, 8 rows a rank, Muon and all",
         r"^throughput",
         (

@@ -118,7 +118,7 @@ def test_one_batch_of_speculating_requests_beside_sampled_ones(model: Decoder) -
     ]
     runs = []
     for order in (asked, asked[::-1], asked):
-        batcher = Batcher(model, slots=3, speculate=True, pace=_pace(), chunk=4, lag=1)
+        batcher = Batcher(model, slots=3, speculate=2, pace=_pace(), chunk=4, lag=1)
         ids = [batcher.submit(*request) for request in order]
         events = _drain(batcher)
         assert batcher.acceptance.rounds > 0
@@ -187,7 +187,7 @@ def test_requests_that_cannot_be_served(model: Decoder, prompt: list[int], sampl
 
 
 def test_answers_fill_the_context_to_its_last_place(model: Decoder) -> None:
-    for speculate in (False, True):
+    for speculate in (0, 2):
         batcher = Batcher(model, slots=2, speculate=speculate, pace=_pace() if speculate else None, context=20)
         events = _drain_one(batcher, [7, 8, 9], Sampling(temperature=0))[0]
         assert (len(_tokens(events)), events[-1].finished) == (17, "length")
@@ -218,8 +218,8 @@ def test_threads_submit_and_cancel_while_one_steps(model: Decoder) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("speculate", [False, True])
-def test_log_probabilities_are_the_models_own(model: Decoder, speculate: bool) -> None:
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_log_probabilities_are_the_models_own(model: Decoder, speculate: int) -> None:
     batcher = Batcher(model, slots=2, speculate=speculate, pace=_pace() if speculate else None)
     prompt = [4, 5]
     batcher.submit([9], Sampling(max_tokens=10))
@@ -246,8 +246,8 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("speculate", [False, True])
-def test_stop_strings_across_tokens(model: Decoder, tokenizer: Tokenizer, speculate: bool) -> None:
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_stop_strings_across_tokens(model: Decoder, tokenizer: Tokenizer, speculate: int) -> None:
     def run(sampling: Sampling) -> list[Event]:
         batcher = Batcher(model, tokenizer, slots=1, speculate=speculate, pace=_pace() if speculate else None)
         return _drain_one(batcher, [1, 2], sampling)[0]
@@ -306,10 +306,10 @@ def broken(model: Decoder) -> Decoder:
     return lost
 
 
-@pytest.mark.parametrize(("speculate", "lag"), [(False, 0), (False, 1), (True, 1)])
+@pytest.mark.parametrize(("speculate", "lag"), [(0, 0), (0, 1), (2, 1)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_end_their_request_alone(
-    model: Decoder, broken: Decoder, speculate: bool, lag: int, temperature: float
+    model: Decoder, broken: Decoder, speculate: int, lag: int, temperature: float
 ) -> None:
     batcher = Batcher(
         broken, slots=2, speculate=speculate, pace=_pace() if speculate else None, lag=lag, chunk=4

@@ -72,7 +72,7 @@ def test_many_prompts_are_answered_in_their_order() -> None:
         assert (answer.text, answer.logprobs) == ("", None)
     events = list(stream(model, prompts, each, slots=3))
     assert [tuple(t for e in events if e.id == i for t in e.tokens) for i in range(4)] == [a.tokens for a in answers]
-    drafted = list(generate(model, [5], Sampling(max_tokens=6, temperature=0), speculate=True))
+    drafted = list(generate(model, [5], Sampling(max_tokens=6, temperature=0), speculate=3))
     assert drafted == list(answers[0].tokens)
     scored = generate_batch(model, [[5]], Sampling(temperature=0, max_tokens=6, logprobs=1))[0]
     assert scored.logprobs is not None

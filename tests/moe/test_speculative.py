@@ -48,7 +48,7 @@ def _run(
     model: Decoder, prompts: list[list[int]], sampling: Sampling, pace: Pace | None, **settings: int
 ) -> list[list]:
     batcher = Batcher(
-        model, slots=settings.pop("slots", 3), speculate=pace is not None, pace=pace, queue=5000, **settings
+        model, slots=settings.pop("slots", 3), speculate=pace.drafts if pace else 0, pace=pace, queue=5000, **settings
     )
     for seed, prompt in enumerate(prompts):
         batcher.submit(prompt, dataclasses.replace(sampling, seed=seed))
@@ -75,14 +75,16 @@ def _reference_drafts(model: Decoder, tokens: list[int], drafts: int) -> list[in
     return known[len(tokens) :]
 
 
-@pytest.mark.parametrize(("heads", "chunk"), [(1, 64), (2, 3), (3, 64), (3, 3)])
-def test_drafts_equal_those_of_uncached_heads_after_any_rejections(heads: int, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "drafts", "chunk"), [(1, 1, 64), (2, 2, 3), (3, 3, 64), (3, 3, 3), (3, 1, 3), (3, 2, 64)]
+)
+def test_drafts_equal_those_of_uncached_heads_after_any_rejections(heads: int, drafts: int, chunk: int) -> None:
     """Over several turns of the heads' rings, prompts of 1 to 14 tokens, read whole or by three."""
     for seed, length in enumerate((1, 3, 14)):
         model = _model(seed, heads=heads, dtype=torch.float64)
         tokens = [EOS, *[1 + i * (seed + 3) % 4 for i in range(length - 1)]]
-        answer = _greedy(model, tokens, 24 + heads)
-        decode = Decode(model, rows=2, context=64, drafts=heads)
+        answer = _greedy(model, tokens, 24 + drafts)
+        decode = Decode(model, rows=2, context=64, drafts=drafts)
         row = 1  # beside an empty one
         decode.admit(row, tokens, Sampling(temperature=0))
         for at in range(0, length, chunk):
@@ -90,11 +92,11 @@ def test_drafts_equal_those_of_uncached_heads_after_any_rejections(heads: int, c
             ahead = tokens[at + chunk] if at + chunk < length else None
             decode.prefill([row], [part], [ahead], length, "greedy")
         made = [int(decode.out_BT[row, 0])]
-        for right in itertools.cycle((0, 0, heads, 1, heads, heads, 0, heads - 1)):
-            assert decode.draft_BK[row].tolist() == _reference_drafts(model, tokens + made, heads)
+        for right in itertools.cycle((0, 0, drafts, 1, drafts, drafts, 0, drafts - 1)):
+            assert decode.draft_BK[row].tolist() == _reference_drafts(model, tokens + made, drafts)
             # How many drafts stand is the test's choice: rejections at every position, one behind the other.
-            decode.draft_BK[row] = torch.tensor(answer[len(made) :][:heads])
-            if right < heads:
+            decode.draft_BK[row] = torch.tensor(answer[len(made) :][:drafts])
+            if right < drafts:
                 decode.draft_BK[row, right] = (decode.draft_BK[row, right] + 1) % 5
             decode.step("round", 2, "greedy")
             assert int(decode.kept_B[row]) == right + 1
@@ -122,13 +124,14 @@ def _greedy(model: Decoder, tokens: list[int], count: int) -> list[int]:
 def test_greedy_answers_are_those_of_plain_decoding(data: st.DataObject) -> None:
     """fp32; random models, windows and prompts of mixed lengths, in batches that change."""
     heads, window = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 4, 7]))
+    drafts = data.draw(st.integers(1, heads))
     model = _model(data.draw(st.integers(0, 10**6)), vocab=3, window=window, heads=heads)
     prompts = data.draw(st.lists(st.lists(st.integers(0, 2), max_size=20), min_size=1, max_size=5))
     penalty = data.draw(st.sampled_from([1.0, 1.3]))
     sampling = Sampling(temperature=0, max_tokens=20, repetition_penalty=penalty)
     chunk, lag = data.draw(st.sampled_from([4, 64])), data.draw(st.integers(0, 1))
     plain = _run(model, prompts, sampling, None)
-    drafted = _run(model, prompts, sampling, _free(heads), chunk=chunk, lag=lag)
+    drafted = _run(model, prompts, sampling, _free(drafts), chunk=chunk, lag=lag)
     assert _tokens(drafted) == _tokens(plain)
     assert [e[-1].finished for e in drafted] == [e[-1].finished for e in plain]
 

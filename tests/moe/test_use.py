@@ -52,11 +52,13 @@ def test_every_command_line_has_the_same_options(capsys: pytest.CaptureFixture[s
     parser = argparse.ArgumentParser()
     add_options(parser, ("device", "dtype", "speculate", "compiled"))
     assert Use.of(parser.parse_args([])) == Use()
-    said = ["--device", "cuda:1", "--dtype", "bfloat16", "--speculate", "--compiled"]
-    assert Use.of(parser.parse_args(said)) == Use("cuda:1", "bfloat16", True, True)
-    assert Use.of(parser.parse_args([*said, "--no-speculate"])).speculate is False
+    said = ["--device", "cuda:1", "--dtype", "bfloat16", "--speculate", "2", "--compiled"]
+    assert Use.of(parser.parse_args(said)) == Use("cuda:1", "bfloat16", 2, True)
+    assert Use.of(parser.parse_args([*said, "--no-compiled"])).compiled is False
     with pytest.raises(ConfigError, match="--dtype: unknown, got 'float8'"):
         Use(dtype="float8")
+    with pytest.raises(ConfigError, match="--speculate: must not be negative, got -1"):
+        Use(speculate=-1)
     for main, options in ((generate.main, said), (server.main, said), (examine.main, said[:4])):
         with pytest.raises(SystemExit):
             main(["--help"])
@@ -72,12 +74,12 @@ def test_options_reach_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     seen: list[object] = []
     monkeypatch.setattr(generate, "write", lambda *given: seen.append(given))
     monkeypatch.setattr(server, "serve", seen.append)
-    options = ["--device", "cpu", "--dtype", "float32", "--speculate", "--compiled"]
+    options = ["--device", "cpu", "--dtype", "float32", "--speculate", "3", "--compiled"]
     ran = CliRunner().invoke(
         app, ["generate", "--checkpoint", str(folder), "--prompt", "x", "--top-k", "3", "--stop", "a", *options]
     )
     assert ran.exit_code == 0, ran.output
-    use = Use("cpu", "float32", True, True)
+    use = Use("cpu", "float32", 3, True)
     sampling = Sampling(max_tokens=64, temperature=0.8, top_p=0.95, top_k=3, stop=("a",))
     assert CliRunner().invoke(app, ["serve", str(folder), "--slots", "2", *options]).exit_code == 0
     assert server.main([str(folder), "--slots", "2", *options]) == 0
