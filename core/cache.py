@@ -13,7 +13,6 @@ opens it at once asks `opened`, who hands its path on asks `held`.
 import contextlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from core.storage import Root
 from core.stores import disk_faults
 
 CACHE_ENV = "STEPWELL_CACHE"
-PART = ".part-"  # how the names of half-fetched files begin
+PART = ".part-"  # how the names of half-fetched files and of held ones' folders begin
 LEAST_FREE_BYTES = 1 << 30  # of the cache's disk, which others use too: chosen, untested
 TRIES = 3  # to open what others may remove: they remove what was used longest ago first, so the second should do
 KEPT_FREE_FRACTION = 0.1  # of it, below which fetched files make room: chosen, untested
@@ -70,15 +69,18 @@ def opened(root: Root, names: Sequence[str], content: str, read: Callable[[list[
 
 @contextlib.contextmanager
 def held(root: Root, name: str) -> Iterator[Path]:
-    """A small file on this machine, which stays for the block: below a local root itself, else a copy in the system's temporary
-    folder. FileNotFoundError where the store has none."""
+    """A small file on this machine, which stays for the block: below a local root itself, else a copy that is in nobody's way.
+    FileNotFoundError where the store has none."""
     if root.is_local:
         yield root.local_path(name)
         return
-    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
-        path = Path(folder) / name.rsplit("/", 1)[-1]
+    folder = cache_folder() / f"{PART}{uuid.uuid4().hex[:8]}"
+    path = folder / name.rsplit("/", 1)[-1]
+    try:
         fetch(root, name, path, None)
         yield path
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(root: Root, name: str, path: Path, stored: Stored | None) -> None:

@@ -66,10 +66,10 @@ def save(
     not finite, or a disk that takes no more, are a `StageError`, and the checkpoint before this one stays in force.
     """
     name = _name(step)
-    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+    if broken := not_finite(weights):
         raise StageError(
-            f"checkpoint: weights after update {step} are not finite, got {broken[0]} and {len(broken) - 1} more, expected "
-            f"numbers; {_stands(folder)}, lower optim.lr and use a new folder"
+            f"checkpoint: weights after update {step} are not finite, got {broken}, expected numbers; {_stands(folder)}, lower "
+            "optim.lr and use a new folder"
         )
     temporary = folder / CHECKPOINTS / (name + TEMPORARY)
     # The tokenizer's path is this machine's; its content is what the run was given.
@@ -85,6 +85,12 @@ def save(
             f"{shutil.disk_usage(folder).free / GIB:.1f} GiB; make room and run the same command"
         ) from error
     return final
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str:
+    """Which weights hold a number that is not finite, in words; empty where none does."""
+    names = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    return f"{names[0]} and {len(names) - 1} more" if names else ""
 
 
 def _write(

@@ -94,7 +94,7 @@ def reinforce(
     if found is None and not start.is_dir():
         raise ConfigError(f"rl: nothing to start from, got {start}, expected the folder of a trained model")
     model = checkpoint.load(found[0]) if found is not None else moe.load(start)
-    if found is None and (broken := _broken(model)):
+    if found is None and (broken := checkpoint.not_finite(model.state_dict())):
         raise ConfigError(
             f"rl: {start} has weights that are not finite, got {broken}, expected numbers; choose another"
         )
@@ -286,12 +286,6 @@ class _Run:
                 f"rl: update {self.step}: {alarm} in a new folder; {checkpoint.find(self.folder).name} stands, or go on here "
                 f"with {alarm.name} left out of alarms.stop"
             )
-
-
-def _broken(model: Decoder) -> str:
-    """Which weights are not finite; empty where all are."""
-    names = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    return f"{names[0]} and {len(names) - 1} more" if names else ""
 
 
 def _rewards(generation: Generation, found: rollouts.Advantages) -> dict[str, Any]:

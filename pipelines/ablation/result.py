@@ -50,9 +50,8 @@ def comparisons(root: Root, config: TrialsConfig, trials: Sequence[Trial]) -> di
         "alpha": ALPHA,
         "power": POWER,
         "bits_per_byte": bits,
-        "comparisons": [
-            finite(asdict(c)) for c in compare(losses)
-        ],  # arms without noise have infinitely many degrees of freedom
+        # arms without noise have infinitely many degrees of freedom
+        "comparisons": [finite(asdict(c)) for c in compare(losses)],
         "too_few_docs": {name: int(n) for name, n in zip(losses.domains, docs, strict=True) if n < LEAST_DOCS},
     }
 
