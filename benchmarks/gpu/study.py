@@ -1,4 +1,4 @@
-"""Models trained on a GPU over a root's shards: arms that differ in one thing, over seeds; and one longer run with its samples.
+"""Models trained on a GPU over a root's shards: arms that differ in one thing, over seeds; and one longer run.
 
     python -m benchmarks.gpu.study ROOT --part arms [--seeds 3] [--steps 300] [--processes 4]
     python -m benchmarks.gpu.study ROOT --part run  [--steps 800] [--preset 1b]
@@ -11,8 +11,9 @@ untuned, which favours the base. Held-out bits per byte are compared by `mixture
 second source of noise; with the baseline trained again on another order as the A/A arm, which gives the least effect that this
 study could have found. Lines are written as runs finish and the comparison after every seed, so a call that is cut off keeps
 them.
-The longer run trains one MTP head, then three, and drafts with the first, the first two and all; not compiled, as compiling
-took 80 s of each of its runs.
+The longer run trains one MTP head, then all three from where that one ended, and leaves FOLDER/one-head and FOLDER/three-heads,
+with the root's tokenizer: what `benchmarks.gpu.drafts` and `benchmarks.gpu.serving` measure. Not compiled, as compiling took
+80 s of each run.
 """
 
 import argparse
@@ -54,7 +55,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of (3e-4, 1e-3, 3e-3) the best lay at the up
 RATES_SEED = 90
 Run = dict[str, Any]
 DEVICE = os.environ.get("STUDY_DEVICE", "cuda")  # cpu: to see that it runs
-PROMPTS = ("The function returns", "In the nineteenth century", "def ", "Usage: ")
+TOKENIZER = "models/tokenizer/tokenizer.json"  # below a root
 
 
 def plan(source: MixtureSource, steps: int, seed: int, arm: Mapping[str, Any], lr: float) -> TrainConfig:
@@ -157,7 +158,7 @@ def _bpb(run: Run, *, tuning: bool) -> float:
 
 
 def long_run(args: argparse.Namespace, results: Results) -> None:
-    """One shape with one MTP head, then with three; curves, experts, held-out figures, samples, drafts."""
+    """One shape with one MTP head, then with three; curves, experts, held-out figures."""
     import moe
     from moe.checkpoint import weights_digest
     from moe.evaluate import evaluate
@@ -170,87 +171,32 @@ def long_run(args: argparse.Namespace, results: Results) -> None:
     common: dict[str, Any] = {
         "rows": ROWS, "shuffle": True, "repeat": True, "precision": "bfloat16", "device": DEVICE,
         "deterministic": False, "checkpoint_steps": args.steps, "keep": 1,
+        "micro_rows": ROWS // 2,  # `1b` without compiled layers has to fit into 80 GB
+        "tokenizer": str(Path(args.root, TOKENIZER)),
     }  # fmt: skip
     first, second = Path(args.folder, "one-head"), Path(args.folder, "three-heads")
-    whole = train(TrainConfig(model=shape, optim=OptimConfig(lr=1e-3), steps=args.steps, **common), source, first)
+    whole = train(TrainConfig(model=shape, optim=OptimConfig(lr=3e-3), steps=args.steps, **common), source, first)
     three = dataclasses.replace(shape, mtp_heads=3)
-    tail = OptimConfig(lr=3e-4, warmup_steps=10, bias_rate=0.0)
+    tail = OptimConfig(lr=1e-3, warmup_steps=10, bias_rate=0.0)
     config = TrainConfig(model=three, optim=tail, steps=max(1, args.steps // 4), init=weights_digest(first), **common)
     train(config, source, second, start=first)
     for name, folder in (("one_head", first), ("three_heads", second)):
         rows = read_metrics(folder)
         steady = [r["tokens_per_s"] for r in rows[20:]] or [rows[-1]["tokens_per_s"]]
         curve = [(r["step"], round(r["loss"], 4)) for r in rows[:: max(1, len(rows) // 20)]]
-        experts = next((r["experts"] for r in reversed(rows) if "experts" in r), {})
+        experts: dict[str, Any] = next((r["experts"] for r in reversed(rows) if "experts" in r), {})
         results.add(
-            f"long_{name}", tokens_per_s=statistics.median(steady), curve=curve, last=_last(rows[-1]),
-            experts={k: v for k, v in experts.items() if k != "load"},
+            f"long_{name}", preset=args.preset, steps=len(rows), tokens_per_s=statistics.median(steady), curve=curve,
+            last=_last(rows[-1]), experts={k: v for k, v in experts.items() if k != "load"},
         )  # fmt: skip
-    model = moe.load(second).to(DEVICE)
-    held = evaluate(model, held_out)
+    held = evaluate(moe.load(second).to(DEVICE), held_out)
     results.add(
-        "long_held_out", preset=args.preset, parameters=whole.parameters, active=whole.active_parameters, **held
+        "long_held_out", preset=args.preset, parameters=whole.parameters, active=whole.active_parameters, domains=held
     )
-    _drafts(args, model.bfloat16(), held_out, results)
 
 
 def _last(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k != "experts"}
-
-
-def _drafts(args: argparse.Namespace, model: Any, held_out: MixtureSource, results: Results) -> None:
-    """Greedy continuations of held-out documents by domain, plain and with one draft a round or more, which stay on where they
-    lose; and samples of a few prompts."""
-    from tokenizers import Tokenizer
-
-    from moe.batching import Batcher
-    from moe.generate import generate_batch
-    from moe.sampling import Sampling
-    from moe.speculative import Pace
-
-    greedy = Sampling(temperature=0.0, max_tokens=128)
-    batchers = [
-        Batcher(model, slots=1, speculate=drafts, pace=Pace(drafts, window=10**6))
-        for drafts in range(1 + model.config.mtp_heads)
-    ]
-    for d, domain in enumerate(held_out.domains):
-        docs = [i for i in range(len(held_out)) if held_out.domain(i) == d and held_out.length(i) > 200][:8]
-        prompts = [held_out.tokens(i)[:128].tolist() for i in docs]
-        # In turn; the first prompt's, which capture graphs and measure what a round costs, do not count.
-        asked = [*prompts[:1], *prompts]
-        answers = [[_answered(batcher, prompt, greedy) for batcher in batchers] for prompt in asked][1:]
-        by_batcher = list(zip(*answers, strict=True))
-        rates = [sum(a[0] for a in own) / sum(a[1] for a in own) for own in by_batcher]
-        for drafts, own in enumerate(by_batcher[1:], 1):
-            made = [a[2] for a in own if a[2] is not None]
-            if not made:
-                results.add(f"drafts_{domain}_{drafts}", error="a round costs more than all its drafts could save")
-                continue
-            results.add(
-                f"drafts_{domain}_{drafts}", preset=args.preset, domain=domain, drafts=drafts, prompts=len(prompts),
-                plain_tokens_per_s=rates[0], drafted_tokens_per_s=rates[drafts], speed_up=rates[drafts] / rates[0],
-                tokens_a_round=1 + sum(sum(m.accepted) for m in made) / sum(m.rounds for m in made),
-                accepted=(np.sum([m.accepted for m in made], axis=0) / sum(m.rounds for m in made)).round(4).tolist(),
-                rounds=sum(m.rounds for m in made),
-            )  # fmt: skip
-    tokenizer = Tokenizer.from_file(str(Path(args.root, "models/tokenizer/tokenizer.json")))
-    ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in PROMPTS]
-    sampled = generate_batch(model, ids, Sampling(temperature=0.8, top_p=0.95, max_tokens=48), tokenizer=tokenizer)
-    results.add("samples", texts={p: a.text for p, a in zip(PROMPTS, sampled, strict=True)})
-
-
-def _answered(batcher: Any, prompt: Sequence[int], sampling: Any) -> tuple[int, float, Any]:
-    """Tokens behind the first ones, the seconds that they took, and how drafts fared, of one request alone."""
-    batcher.submit(prompt, sampling)
-    made, began, acceptance = 0, 0.0, None
-    while not batcher.idle:
-        for event in batcher.step():
-            if began == 0.0 and event.tokens:
-                began = time.perf_counter()
-            else:
-                made += len(event.tokens)
-            acceptance = event.acceptance or acceptance
-    return made, time.perf_counter() - began, acceptance
 
 
 def main() -> None:

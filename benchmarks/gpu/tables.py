@@ -17,6 +17,18 @@ from typing import Any
 from benchmarks.result import DOCS
 
 Line = Mapping[str, Any]
+
+
+def over_layers(pick: Callable[[list[float]], float], statistic: str, form: str) -> Callable[[Line], str]:
+    """Shows one statistic of the experts (moe/balance.py), picked from the routed layers' numbers; null is none."""
+
+    def show(experts: Line) -> str:
+        values = [v for v in experts.get(statistic, []) if v is not None]
+        return format(pick(values), form) if values else ""
+
+    return show
+
+
 PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], ...] = (
     (
         "Training steps (`train_step`): tokens a second, model FLOPs over 989 TFLOP/s, peak memory",
@@ -69,17 +81,70 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
         ),
     ),
     (
-        "Greedy continuations of held-out documents with drafts (`study --part run`), beside plain decoding in turn",
-        r"^drafts_",
+        "The longer run (`study --part run`): 32 rows of 1,024 tokens an update; first one MTP head, then three from there",
+        r"^long_(one|three)_heads?$",
+        (
+            ("run", "what", str),
+            ("preset", "preset", str),
+            ("updates", "steps", str),
+            ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
+            ("first loss", "curve", lambda v: f"{v[0][1]:.3f}"),
+            ("last loss", "last", lambda v: f"{v['loss']:.3f}"),
+            (
+                "last loss of each MTP head",
+                "last",
+                lambda v: ", ".join(f"{loss:.3f}" for loss in v.get("mtp_loss", [])),
+            ),
+            ("dead experts, worst layer", "experts", over_layers(max, "dead_fraction", ".1%")),
+            ("load entropy, worst layer", "experts", over_layers(min, "load_entropy", ".3f")),
+            ("RMS of the loudest expert over the median", "experts", over_layers(max, "rms_max_median", ".2f")),
+            ("of the quietest", "experts", over_layers(min, "rms_min_median", ".2f")),
+        ),
+    ),
+    (
+        "Held-out bits per byte of the longer run (`study --part run`), with three MTP heads",
+        r"^long_held_out$",
         (
             ("preset", "preset", str),
+            ("parameters", "parameters", lambda v: f"{v / 1e6:,.0f} M"),
+            ("active", "active", lambda v: f"{v / 1e6:,.0f} M"),
+            (
+                "by domain (documents)",
+                "domains",
+                lambda v: ", ".join(f"{n}: {d['bpb']:.3f} ({d['docs']})" for n, d in v.items() if d["bpb"] is not None),
+            ),
+        ),
+    ),
+    (
+        "Continuations of held-out documents with drafts (`drafts`) beside plain decoding in turn, greedy and sampled",
+        r"^drafts_",
+        (
+            ("parameters", "parameters", lambda v: f"{v / 1e6:,.0f} M"),
             ("domain", "domain", str),
+            ("temperature", "temperature", lambda v: f"{v:g}"),
             ("drafts a round", "drafts", str),
             ("plain tokens/s", "plain_tokens_per_s", lambda v: f"{v:,.0f}"),
             ("drafted tokens/s", "drafted_tokens_per_s", lambda v: f"{v:,.0f}"),
             ("speed-up", "speed_up", lambda v: f"{v:.2f}"),
             ("tokens a round", "tokens_a_round", lambda v: f"{v:.2f}"),
             ("each draft stood", "accepted", lambda v: ", ".join(f"{share:.0%}" for share in v)),
+        ),
+    ),
+    (
+        "The server under streams of OpenAI's client (`serving`), 32 slots, prompts of 100 tokens, up to 128 new ones at "
+        "temperature 0.8; gaps are between parts of a stream",
+        r"^serving_\d",
+        (
+            ("clients", "clients", str),
+            ("drafts at most", "speculate", str),
+            ("answers", "requests", str),
+            ("tokens/s", "tokens_per_s", lambda v: f"{v:,.0f}"),
+            ("first token ms", "first_ms", lambda v: f"{v:.0f}"),
+            ("95%", "first_p95_ms", lambda v: f"{v:.0f}"),
+            ("ms a token", "token_ms", lambda v: f"{v:.2f}"),
+            ("gap ms", "gap_ms", lambda v: f"{v:.2f}"),
+            ("95%", "gap_p95_ms", lambda v: f"{v:.2f}"),
+            ("busiest client's core", "client_cpu_fraction", lambda v: f"{v:.0%}"),
         ),
     ),
     (
@@ -136,7 +201,7 @@ def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
     """Markdown of every table that has rows, where each was measured, and what failed."""
     out: list[str] = []
     for title, names, columns in PLAN:
-        rows = [found[name] for name in sorted(found) if re.search(names, name)]
+        rows = [found[name] for name in sorted(found, key=_order) if re.search(names, name)]
         wrong = [f"`{n}` ({failed[n]['error'].splitlines()[0][:80]})" for n in sorted(failed) if re.search(names, n)]
         if not rows and not wrong:
             continue
@@ -148,6 +213,11 @@ def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
         out += [*([""] if rows else []), f"Failed at the last call: {'; '.join(wrong)}."] if wrong else []
         out.append("")
     return "\n".join(out)
+
+
+def _order(name: str) -> list[tuple[str, int]]:
+    """By letters, and by number where a name has one: serving_8 before serving_32."""
+    return [(letters, int(number or 0)) for letters, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def main() -> None:
