@@ -1,6 +1,6 @@
-"""Benchmarks of `moe` on one GPU: training steps, the MoE layer and attention, decoding, parity; on two, scaling.
+"""Benchmarks of `moe` on one GPU: training, the MoE layer and attention, decoding, drafts, the server, parity; on two, scaling.
 
 `python -m benchmarks.gpu.NAME --out FOLDER` writes FOLDER/NAME.jsonl, one line a contender, each with date, machine, torch
-version and command. They need a CUDA device, torch with Triton, and for the contenders named `hf_` transformers; no other
-package.
+version and command. They need a CUDA device, torch with Triton, for the contenders named `hf_` transformers, and for `serving`
+the server's extra and openai; no other package.
 """

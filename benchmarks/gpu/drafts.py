@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.drafts ROOT RUN_FOLDER [--out OUT]
 
 ROOT is a pipeline's root (its mixture `held_out` and its tokenizer), RUN_FOLDER a run of training with MTP heads, such as
-`study --part run` leaves. Up to eight documents a domain of more than 200 tokens are continued behind their first 128 by up to 128
-new ones, one request at a time in bf16, by Batchers that take turns; a domain without such documents has no line. Out, for each
-domain and number of drafts:
+`study --part run` leaves. Up to eight documents a domain of more than 200 tokens are continued behind their first 128 by up to
+128 new ones, one request at a time in bf16, by Batchers that take turns; a domain without such documents has no line. Out, for
+each domain and number of drafts:
 
     drafts_<domain>_<drafts>            at temperature 0. Small models repeat themselves there, which flatters drafts
     drafts_<domain>_<drafts>_sampled    at temperature 1, where plain and drafted answers are different texts
