@@ -33,7 +33,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing.pool import Pool
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ SLOTS, PROCESSES = 32, 4
 PROMPT, NEW, LONG = 100, 128, 768
 LEAVERS, LEFT_AFTER, BEYOND = 8, 5, 16
 READY_S, IDLE_S, LEAVE_S = 120, 30, 30
+LEAD_S = 0.5  # from handing out work to its begin, in which each process finds the server
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ class Work:
     most: int | None = None  # answers a client; None: until the end
     new: int = NEW
     leave_after: int | None = None  # parts
+
+
+def ready(all_of_them: Barrier) -> None:
+    """A client process begins: the import takes seconds, and one that came late would take no part."""
+    import openai  # noqa: F401
+
+    all_of_them.wait(READY_S)
 
 
 def answers(work: Work) -> tuple[list[Answer], float]:
@@ -189,7 +199,7 @@ class Load:
 
     def once(self, clients: int, **more: Any) -> list[Answer]:
         """One answer of each client, all asked at once."""
-        work = self.work(clients, begin=time.monotonic() + 0.3, most=1, **more)
+        work = self.work(clients, begin=time.monotonic() + LEAD_S, most=1, **more)
         return [answer for own, _ in self.pool.map(answers, work, 1) for answer in own]
 
     def steady(self, clients: int, seconds: float) -> dict[str, Any]:
@@ -198,7 +208,7 @@ class Load:
         told = sum(answer.tokens or 0 for answer in self.once(clients))
         if told != (counted := self.server.written() - before):
             raise StageError(f"serving: clients and server count differently, got {counted} tokens, expected {told}")
-        begin = time.monotonic() + 0.3
+        begin = time.monotonic() + LEAD_S
         found = self.pool.map_async(answers, self.work(clients, begin=begin, end=begin + seconds), 1)
         (first, began), (last, ended) = (self._written_at(when) for when in (begin, begin + seconds))
         by_process = found.get()
@@ -225,7 +235,7 @@ class Load:
 
     def crowd(self, room: int) -> dict[str, Any]:
         """The figures of `serving_full`: all ask at once, and leave after two seconds."""
-        got = self.once(room + BEYOND, new=LONG, end=time.monotonic() + 2.3)
+        got = self.once(room + BEYOND, new=LONG, end=time.monotonic() + LEAD_S + 2)
         refused = [a.retry_after for a in got if a.retry_after is not None]
         self.server.idle()
         return {"requests": len(got), "room": room, "refused": len(refused), "retry_after": sorted(set(refused))}
@@ -260,23 +270,24 @@ def measure(args: argparse.Namespace, results: "Results", folder: Path) -> None:
     words = [token for token in range(tokenizer.get_vocab_size()) if token not in special]
     options = {"--port": 0, "--device": args.device, "--slots": SLOTS, "--queue": queue, "--speculate": args.speculate}
     command = [sys.executable, "-m", "moe.server", str(args.run), *(str(v) for pair in options.items() for v in pair)]
-    server = Server(command, folder / "server.log")
-    try:
-        start_s = server.start()
-        with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+    server, context = Server(command, folder / "server.log"), multiprocessing.get_context("spawn")
+    begun = context.Barrier(PROCESSES + 1)
+    with context.Pool(PROCESSES, ready, (begun,)) as pool:
+        try:
+            start_s = server.start()
+            begun.wait(READY_S)
             load = Load(server, pool, words)
-            load.once(1)  # what the first request of a process and of the server costs is nobody's figure
             for clients in args.clients:
                 name = f"serving_{clients}" + (f"_drafts{args.speculate}" if args.speculate else "")
                 figures = load.steady(clients, args.seconds)
                 results.add(name, clients=clients, speculate=args.speculate, **figures)
             results.add("serving_cancel", **load.leavers())
             results.add("serving_full", **load.crowd(SLOTS + queue))
-    except BaseException:
-        print(*server.log.read_text().splitlines()[-40:], sep="\n", file=sys.stderr)
-        raise
-    finally:
-        leave_s = server.stop()
+        except BaseException:
+            print(*server.log.read_text().splitlines()[-40:], sep="\n", file=sys.stderr)
+            raise
+        finally:
+            leave_s = server.stop()
     results.add("serving_server", start_s=start_s, leave_s=leave_s, status=server.process.returncode)
 
 
@@ -293,8 +304,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="of the server (default cuda)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of serving.jsonl, to which lines are added")
     args = parser.parse_args()
-    from benchmarks.gpu.timing import Results  # torch, which the clients' processes need not load
+    if missing := [name for name in ("openai", "starlette", "uvicorn", "httpx") if find_spec(name) is None]:
+        parser.error(f"not installed: {', '.join(missing)}")
+    import torch  # which the clients' processes need not load
 
+    from benchmarks.gpu.timing import Results
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     with tempfile.TemporaryDirectory() as folder:
         measure(args, Results("serving", args.out), Path(folder))
 

@@ -13,10 +13,11 @@ import pytest
 from benchmarks import corpus, overhead, redecide, spill, store
 from benchmarks.__main__ import BENCHMARKS, chosen, found
 from benchmarks.__main__ import main as run_benchmarks
-from benchmarks.gpu import tables
+from benchmarks.gpu import serving, tables
 from benchmarks.measure import Sample, interleaved, median_cpu_s, timed
 from benchmarks.result import DOCS, Check, Result, Table, keep, kept, write_docs
 from core.engines.contract import Unit
+from core.errors import StageError
 from core.hashing import table_digest
 from core.schema import DOCUMENTS
 from core.storage import Root
@@ -283,3 +284,24 @@ def test_lines_of_a_gpu_fill_their_tables_and_a_folder_without_any_leaves_the_pa
     assert "| rounds_1 | 0.500 | 0.750 |  |  |  |" in text
     assert "Failed at the last call: `rounds_3` (RuntimeError: no memory)." in text
     assert "old" not in text
+
+
+def test_rows_come_in_the_order_of_their_numbers() -> None:
+    names = ["serving_32", "serving_8_drafts3", "serving_8"]
+    assert sorted(names, key=tables._order) == ["serving_8", "serving_8_drafts3", "serving_32"]
+
+
+def test_times_of_streams_count_tokens_not_parts() -> None:
+    """Two answers that ended, one in parts of several tokens, and one that its client left."""
+    got = [
+        serving.Answer([0.1, 0.2, 0.4], 3),
+        serving.Answer([0.2, 0.5], 7),
+        serving.Answer([0.3]),
+        serving.Answer([], retry_after="1"),
+    ]
+    found = serving.summary(got)
+    assert (found["requests"], found["cancelled"], found["answer_tokens"]) == (2, 2, 5)
+    assert found["token_ms"] == pytest.approx((150 + 50) / 2)
+    assert (found["first_ms"], found["gap_ms"]) == (pytest.approx(200), pytest.approx(200))
+    with pytest.raises(StageError, match="got 0 answers that ended"):
+        serving.summary([serving.Answer([0.1, 0.2])])
