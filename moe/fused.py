@@ -1,4 +1,4 @@
-"""The model's layers for few new tokens, by the kernels of moe/kernels_decode.py and moe/kernels_attend.py.
+"""The model's layers for few new tokens, by the kernels of moe/kernels_decode.py, kernels_attend.py and kernels_routed.py.
 
 In: a decoder, a cache whose rows were prefilled by the model itself or by steps like these, and the next tokens. Out: the
 residual stream and fp32 logits of each. The same function as `Decoder.states(tokens, cache=cache.feed(B, counts_B))` and
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from moe import kernels_attend, kernels_decode, kernels_rounds
+from moe import kernels_attend, kernels_decode, kernels_rounds, kernels_routed
 from moe.cache import Cache
 from moe.layers import Layer, Tables
 from moe.model import Decoder
@@ -137,7 +137,7 @@ def _dense(layer: Layer, x_MD: Tensor) -> Tensor:
 
 def _routed(layer: Layer, x_MD: Tensor) -> Tensor:
     norm, moe, shared = layer.post_attention_layernorm, layer.moe, layer.share_expert
-    h_MD, chosen_MK, weight_MK = kernels_decode.route(
+    h_MD, chosen_MK, weight_MK = kernels_routed.route(
         x_MD,
         moe.gate.weight,
         moe.router_bias,
@@ -146,7 +146,7 @@ def _routed(layer: Layer, x_MD: Tensor) -> Tensor:
         eps=norm.eps,
         routed_scale=moe.routed_scale,
     )
-    return kernels_decode.experts(
+    return kernels_routed.experts(
         h_MD,
         chosen_MK,
         weight_MK,

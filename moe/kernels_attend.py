@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels_chain import chained, release, wait
+
 KEYS = 64  # slots scored at a time; fp32, which is there for exact comparisons, takes fewer
 EXACT_KEYS = 16
 CHUNKS = 64  # at most so many programs a key head; longer buffers have longer chunks
+FEW = 16  # chunks that are read before it is known which ones count
 
 
 @triton.jit
@@ -43,7 +46,10 @@ def _rotate_store_kernel(
     C: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)
     inside = c < C
@@ -102,7 +108,10 @@ def _score_kernel(
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = m // T
     count = tl.load(counts + row)
@@ -160,16 +169,24 @@ def _gather_kernel(
     GATE: tl.constexpr,
     BINS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FEW: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, head = tl.program_id(0), tl.program_id(1)
     s, c = tl.arange(0, BINS), tl.arange(0, WIDTH)
     at = (m * H + head) * S + s
     peaks = tl.load(top + at, mask=s < S, other=float("-inf"))
+    masses = tl.load(mass + at, mask=s < S, other=0.0)
+    places, inside = part + at[:, None] * C + c[None, :], (c < C)[None, :]
+    if BINS <= FEW:  # all at once, those without a key too, which are zeros
+        sums = tl.load(places, mask=inside & (s < S)[:, None], other=0.0)
     peak = tl.max(peaks, axis=0)
     weight = tl.where(peaks == float("-inf"), 0.0, tl.exp(peaks - tl.where(peak == float("-inf"), 0.0, peak)))
-    total = tl.sum(weight * tl.load(mass + at, mask=s < S, other=0.0), axis=0)
-    inside = (weight > 0)[:, None] & (c < C)[None, :]
-    sums = tl.load(part + at[:, None] * C + c[None, :], mask=inside, other=0.0)
+    if BINS > FEW:
+        sums = tl.load(places, mask=inside & (weight > 0)[:, None], other=0.0)
+    total = tl.sum(weight * masses, axis=0)
     out = tl.sum(sums * weight[:, None], axis=0) / tl.maximum(total, 1e-30)
     if GATE:
         gate = tl.load(joined + m * N + (H + 2 * G) * C + head).to(tl.float32)
@@ -208,7 +225,7 @@ def attend(
     strides = keys.stride(0), keys.stride(1)
     _rotate_store_kernel[(M, H + 2 * G)](
         joined_MN, *gains, *tables, q_MHC, keys, values, lengths_B, starts_B, counts_B, extra, capacity, eps, *strides,
-        slots, tokens, N, H, G, C, half, width, num_warps=1,
+        slots, tokens, N, H, G, C, half, width, **chained(q_MHC), num_warps=1,
     )  # fmt: skip
     chunk = KEYS * triton.cdiv(slots, KEYS * CHUNKS)
     block = KEYS if joined_MN.element_size() == 2 else EXACT_KEYS
@@ -217,11 +234,12 @@ def attend(
     top, mass = part.new_empty(M, H, chunks), part.new_empty(M, H, chunks)
     _score_kernel[(M, G, chunks)](
         q_MHC, keys, values, lengths_B, starts_B, counts_B, part, top, mass, extra, capacity, C**-0.5, *strides, slots,
-        tokens, H, G, C, window or 0, chunks, chunk, block, queries, width, num_warps=8, num_stages=2,
+        tokens, H, G, C, window or 0, chunks, chunk, block, queries, width, **chained(q_MHC), num_warps=8, num_stages=2,
     )  # fmt: skip
     y_MX = joined_MN.new_empty(M, H * C)
     gated = N > (H + 2 * G) * C
     _gather_kernel[(M, H)](
-        part, top, mass, joined_MN, y_MX, N, H, G, C, chunks, gated, triton.next_power_of_2(chunks), width, num_warps=4
-    )
+        part, top, mass, joined_MN, y_MX, N, H, G, C, chunks, gated, triton.next_power_of_2(chunks), width, FEW,
+        **chained(q_MHC), num_warps=4,
+    )  # fmt: skip
     return y_MX

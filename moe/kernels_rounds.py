@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels_chain import chained, release, wait
+
 BEST_BLOCK = 1024
 
 
@@ -25,7 +27,10 @@ def _embed_kernel(
     T: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, d = tl.program_id(0), tl.arange(0, BLOCK)
     row, t = m // T, m % T
     read = tl.load(token + row)
@@ -52,7 +57,10 @@ def _feed_kernel(
     HEAD: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, d = tl.program_id(0), tl.arange(0, BLOCK)
     inside = d < D
     row, t = m // T, m % T
@@ -82,8 +90,16 @@ def _feed_kernel(
 
 @triton.jit
 def _best_kernel(
-    logits: tl.tensor, value: tl.tensor, index: tl.tensor, V: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr
+    logits: tl.tensor,
+    value: tl.tensor,
+    index: tl.tensor,
+    V: tl.tensor,
+    parts: tl.tensor,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, part = tl.program_id(0), tl.program_id(1)
     v = part * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + m * V + v, mask=v < V, other=float("-inf"))
@@ -103,7 +119,10 @@ def _best_of_kernel(
     V: tl.tensor,
     BUSY: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     m, part = tl.program_id(0), tl.arange(0, BLOCK)
     x = tl.load(value + m * parts + part, mask=part < parts, other=float("-inf"))
     v = tl.load(index + m * parts + part, mask=part < parts, other=V)
@@ -131,7 +150,10 @@ def _settle_kernel(
     T: tl.constexpr,
     VERIFY: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    release(CHAINED)
+    wait(CHAINED)
     row, t = tl.program_id(0), tl.arange(0, BLOCK)
     tokens = tl.load(new + row * T + t, mask=t < T, other=0)
     if VERIFY:
@@ -156,7 +178,7 @@ def embed(token_B: Tensor, drafts_BK: Tensor | None, table_VD: Tensor) -> Tensor
     x_MD = table_VD.new_empty(rows * tokens, width)
     _embed_kernel[(rows * tokens,)](
         token_B, drafts_BK, table_VD, x_MD, drafts_BK.stride(0), tokens, width, triton.next_power_of_2(width),
-        num_warps=4,
+        **chained(x_MD), num_warps=4,
     )  # fmt: skip
     return x_MD
 
@@ -182,7 +204,7 @@ def feed(
     x_MX = state_MD.new_empty(rows * tokens, 2 * width)
     _feed_kernel[(rows * tokens,)](
         out_BT, drafts_BK, kept_B, table_VD, state_MD, carry_BD, *gains, x_MX, out_BT.stride(0), drafts_BK.stride(0),
-        eps, tokens, head, width, triton.next_power_of_2(width), num_warps=4,
+        eps, tokens, head, width, triton.next_power_of_2(width), **chained(x_MX), num_warps=4,
     )  # fmt: skip
     return x_MX
 
@@ -195,10 +217,10 @@ def greedy(logits_MV: Tensor, token_M: Tensor | None = None, kept_M: Tensor | No
     index = torch.empty(tokens, parts, dtype=torch.int32, device=logits_MV.device)
     if token_M is None:
         token_M = torch.empty(tokens, dtype=torch.int64, device=logits_MV.device)
-    _best_kernel[(tokens, parts)](logits_MV, value, index, vocab, parts, BEST_BLOCK, num_warps=4)
+    _best_kernel[(tokens, parts)](logits_MV, value, index, vocab, parts, BEST_BLOCK, **chained(logits_MV), num_warps=4)
     _best_of_kernel[(tokens,)](
         value, index, token_M, token_M if kept_M is None else kept_M, token_M.stride(0), parts, vocab, kept_M is not None,
-        triton.next_power_of_2(parts), num_warps=4,
+        triton.next_power_of_2(parts), **chained(logits_MV), num_warps=4,
     )  # fmt: skip
     return token_M
 
@@ -219,5 +241,6 @@ def settle(
     drafts = new_BT if drafts_BK is None else drafts_BK
     _settle_kernel[(rows,)](
         new_BT, drafts, active_B if gained_B is None else gained_B, active_B, token_B, out_BT, kept_B, made_B, lengths_B,
-        out_BT.stride(0), drafts.stride(0), tokens, gained_B is None, max(2, triton.next_power_of_2(tokens)), num_warps=1,
+        out_BT.stride(0), drafts.stride(0), tokens, gained_B is None, max(2, triton.next_power_of_2(tokens)),
+        **chained(new_BT), num_warps=1,
     )  # fmt: skip

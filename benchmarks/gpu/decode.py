@@ -11,7 +11,7 @@ Greedy, 256 new tokens behind a prompt of 128; what a time covers differs, and s
                                  compiles by itself; compiled before, one token subtracted likewise
 
 Steps run by the fused kernels (moe/fused.py), as they do for whoever sets nothing; `layers` in a name: by the model's own layers,
-`compiled`: those by torch.compile.
+`compiled`: those by torch.compile; `unchained`: no kernel begins before the last one has ended (moe/kernels_chain.py).
 
 `rounds_*`: one step that verifies K drafts and makes new ones, as a graph; with random weights drafts are hardly ever right, so
 the speed-up at an acceptance length A is A x plain ms / round ms, which is shown for A from 1 to K + 1. `several_*`: the
@@ -75,9 +75,11 @@ def error(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def plain(config: ModelConfig, rows: int = 1, context: int = 4096, fused: bool = True) -> dict[str, Any]:
+def plain(
+    config: ModelConfig, rows: int = 1, context: int = 4096, fused: bool = True, chained: bool = True
+) -> dict[str, Any]:
     """Greedy decoding by one graph a token."""
-    state = _state(config, rows=rows, context=context, fused=fused)
+    state = _state(config, rows=rows, context=context, fused=fused, chained=chained)
     ms = _step_ms(state, "plain", NEW)
     return {
         "covers": "replayed steps, no prefill",
@@ -105,17 +107,22 @@ def several(config: ModelConfig, tokens: int) -> dict[str, Any]:
         return {"tokens": tokens, "ms": timing.median_ms(replay, 50)}
 
 
-def rounds(config: ModelConfig, drafts: int, fused: bool = True) -> dict[str, Any]:
+def rounds(config: ModelConfig, drafts: int, fused: bool = True, chained: bool = True) -> dict[str, Any]:
     """moe/decode.py's greedy steps: plain, and verifying `drafts` drafts."""
-    state = _state(dataclasses.replace(config, mtp_heads=drafts), context=2048, drafts=drafts, fused=fused)
+    shape = dataclasses.replace(config, mtp_heads=drafts)
+    state = _state(shape, context=2048, drafts=drafts, fused=fused, chained=chained)
     figures: dict[str, Any] = {f"{kind}_ms": _step_ms(state, kind, 100) for kind in KINDS}
     ratio = figures["plain_ms"] / figures["round_ms"]
     figures |= {f"speedup_at_{a}": a * ratio for a in range(1, drafts + 2)}
     return figures | {"kernels": timing.kernels(lambda: state.step("round", 1, "greedy"), 10, 24), **_memory()}
 
 
-def _state(config: ModelConfig, *, rows: int = 1, context: int, drafts: int = 0, fused: bool) -> Decode:
+def _state(config: ModelConfig, *, rows: int = 1, context: int, drafts: int = 0, fused: bool, chained: bool) -> Decode:
     """Rows behind a prompt, ready for steps."""
+    if fused:
+        from moe import kernels_chain
+
+        kernels_chain.CHAINS = chained
     torch.manual_seed(0)
     state = Decode(timing.drawn(config).eval(), rows=rows, context=context, drafts=drafts, fused=fused)
     prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
@@ -226,6 +233,7 @@ def main() -> None:
         "plain_steps_v32k": lambda: plain(small),
         "plain_steps_v129k": lambda: plain(large),
         "plain_steps_rows8_v32k": lambda: plain(small, rows=8),
+        "plain_steps_unchained_v32k": lambda: plain(small, chained=False),
         "plain_steps_layers_v32k": lambda: plain(small, fused=False),
         "plain_generate_batch_v32k": lambda: generated(small),
         "plain_batcher_v32k": lambda: batched(small),
@@ -235,6 +243,8 @@ def main() -> None:
         "several_4": lambda: several(small, 4),
         "rounds_1": lambda: rounds(small, 1),
         "rounds_3": lambda: rounds(small, 3),
+        "rounds_1_unchained": lambda: rounds(small, 1, chained=False),
+        "rounds_3_unchained": lambda: rounds(small, 3, chained=False),
         "rounds_layers_1": lambda: rounds(small, 1, fused=False),
         "rounds_layers_3": lambda: rounds(small, 3, fused=False),
         "plain_hf_generate_static": lambda: hf_static(qwen_shape(32_768)),

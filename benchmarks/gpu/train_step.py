@@ -3,7 +3,8 @@
 Two shapes, T = 4096 and 8 rows unless memory asks for fewer: `qwen` (d 1024, 16 layers of full attention, 16 heads of 64,
 32 experts of 512, top-4, no shared expert, no gate) and `step`, the preset `1b` (17 layers, S3F1, window 512, 8 and 12 heads
 of 128, head gate, shared expert). All contenders: bf16 weights and states, fused AdamW, tokens at random, a real
-next-token loss. Ours and Qwen3-MoE have their own loss code; Step's class has none, and the one given to it is compiled.
+next-token loss. Ours and Qwen3-MoE have their own loss code; Step's class has none, and the one given to it is compiled, in
+`loss_eager` left as it is.
 `muon` is a step of a real run: fp32 masters and momenta, Muon. The routers' statistics are off, as they are in all but every
 tenth update of a run; `watched` has them on.
 
@@ -110,10 +111,11 @@ def hf_qwen(config: ModelConfig, tokens_BT: Tensor) -> Step:
     return step
 
 
-def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
+def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool, loss: str = "compiled") -> Step:
     """Hugging Face's Step class: as shipped, or with grouped_mm, flex attention and compiled layers.
 
-    It comes without LM head and loss; both are ours and compiled, so that no lead is theirs.
+    It comes without LM head and loss. Both are added here: compiled, so that no lead of ours is theirs, or `eager`, as its users
+    have them.
     """
     from transformers.models.step3p7 import modeling_step3p7 as hf
     from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
@@ -141,12 +143,13 @@ def hf_step(config: ModelConfig, tokens_BT: Tensor, *, patched: bool) -> Step:
             layer.compile()
     update, target_S = _adamw(nn.ModuleList([model, head])), tokens_BT.roll(-1, 1).flatten()
 
-    @torch.compile(dynamic=False)
     def loss_of(states: Tensor) -> Tensor:
         return nn.functional.cross_entropy(head(states).flatten(0, 1).float(), target_S)
 
+    measured = torch.compile(loss_of, dynamic=False) if loss == "compiled" else loss_of
+
     def step() -> Tensor:
-        loss = loss_of(model(input_ids=tokens_BT).last_hidden_state)
+        loss = measured(model(input_ids=tokens_BT).last_hidden_state)
         loss.backward()
         update()
         return loss.detach()
@@ -227,6 +230,7 @@ def contenders() -> dict[str, tuple[Callable[[Tensor], Step], ModelConfig, int, 
         "hf_qwen_grouped_layers_compiled": (lambda t: hf_qwen(qwen, t), qwen, 8, False),
         "hf_step_shipped": (lambda t: hf_step(small, t, patched=False), small, 4, True),
         "hf_step_patched_flex_compiled": (lambda t: hf_step(small, t, patched=True), small, 8, True),
+        "hf_step_patched_flex_loss_eager": (lambda t: hf_step(small, t, patched=True, loss="eager"), small, 8, True),
     }
 
 

@@ -3,6 +3,7 @@
 Without a GPU they run by Triton's interpreter where TRITON_INTERPRET=1 is set, and are skipped otherwise.
 """
 
+import dataclasses
 import itertools
 import os
 
@@ -16,6 +17,7 @@ from moe.batching import Batcher
 from moe.config import ModelConfig
 from moe.decode import Decode
 from moe.model import Decoder
+from moe.presets import preset
 from moe.sampling import Sampling
 from moe.speculative import Pace
 
@@ -174,6 +176,29 @@ def test_rounds_give_the_bits_of_plain_steps() -> None:
             rounds.draft_BK[0] = torch.tensor(tokens[:2])
             assert torch.equal(rounds.step("round", 2, "greedy")[0], torch.stack(singles))
             assert rounds.out_BT[0].tolist() == tokens
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_chained_launches_give_the_bits_of_others(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of graphs of a model large enough that a kernel which did not wait would read what is not there yet."""
+    from moe import kernels_chain
+
+    config = dataclasses.replace(preset("30m", vocab_size=512, eos=EOS), context=512, window=64, mtp_heads=2)
+    model = Decoder(config, seed=1).to(DEVICE, torch.bfloat16).eval()
+    found = []
+    for chains in (False, True):
+        monkeypatch.setattr(kernels_chain, "CHAINS", chains)
+        decode = Decode(model, rows=rows, context=500, drafts=2, fused=True)
+        prompts = [[EOS, *range(1 + row, 20 + row)] for row in range(rows)]
+        for row, prompt in enumerate(prompts):
+            decode.admit(row, prompt, GREEDY)
+        decode.prefill(range(rows), prompts, [None] * rows, 20, "greedy")
+        steps = [decode.step(kind, rows, "greedy").clone() for kind in ("plain", "round", "round") * 40]
+        found.append([*steps, decode.token_B.clone(), decode.trunk.lengths_B.clone(), decode.draft_BK.clone()])
+    assert int(found[0][-2][0]) > 100
+    for unchained, chained in zip(*found, strict=True):
+        assert torch.equal(unchained, chained)
 
 
 @KERNELS
