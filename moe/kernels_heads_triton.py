@@ -16,7 +16,9 @@ from torch import Tensor
 ROWS = 16  # tokens of a tile: 16 x 128 widths are 16 values a thread of four warps
 COLUMNS = 128  # of values and gates at once
 PARTS, SUMS = 64, 8  # programs and widths whose gains' gradients are added at once
-RUN = 16  # tiles of a backward program; its gains' gradients are one row of partial sums
+# A program of the backward takes RUN tiles, whose gains' gradients are one row of partial sums, and loads STAGES - 1 of them
+# ahead, into shared memory. The fastest of eight settings on an H100 (docs/decisions.md, 69).
+RUN, STAGES = 16, 3
 
 
 @triton.jit
@@ -111,6 +113,7 @@ def _backward_kernel(
     A: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
+    STAGES: tl.constexpr,
     ANGLES: tl.constexpr,
     REST: tl.constexpr,
 ) -> None:
@@ -121,9 +124,10 @@ def _backward_kernel(
     i, r = tl.arange(0, ANGLES)[None, :], tl.arange(0, REST)[None, :]
     gain_a = 1 + tl.load(gain + i, mask=i < A, other=0.0).to(tl.float32)
     gain_b = 1 + tl.load(gain + A + i, mask=i < A, other=0.0).to(tl.float32)
-    total_a, total_b = tl.zeros([ANGLES], tl.float32), tl.zeros([ANGLES], tl.float32)
-    total_c = tl.zeros([REST], tl.float32)
-    for tile in range(RUN):
+    # As tiles until the end: within the loop each sum over tokens would go through shuffles and shared memory.
+    total_a, total_b = tl.zeros([ROWS, ANGLES], tl.float32), tl.zeros([ROWS, ANGLES], tl.float32)
+    total_c = tl.zeros([ROWS, REST], tl.float32)
+    for tile in tl.range(0, RUN, num_stages=STAGES):
         row = (part * RUN + tile) * ROWS + tl.arange(0, ROWS)
         there, wide = (row < S)[:, None], row.to(tl.int64)[:, None]
         turns = there & (i < A)
@@ -145,13 +149,13 @@ def _backward_kernel(
         a, b = a * scale, b * scale
         # Turned back; from here on these are gradients of the normed widths, before and then behind their gain.
         da, db = da * cosine + db * sine, db * cosine - da * sine
-        total_a += tl.sum(da * a, axis=0)
-        total_b += tl.sum(db * b, axis=0)
+        total_a += da * a
+        total_b += db * b
         da, db = da * gain_a, db * gain_b
         along = tl.sum(da * a, axis=1) + tl.sum(db * b, axis=1)
         if C > 2 * A:
             c *= scale
-            total_c += tl.sum(dc * c, axis=0)
+            total_c += dc * c
             dc *= 1 + tl.load(gain + 2 * A + r, mask=r < C - 2 * A, other=0.0).to(tl.float32)
             along += tl.sum(dc * c, axis=1)
         mean = along[:, None] / C
@@ -161,6 +165,7 @@ def _backward_kernel(
         if C > 2 * A:
             tl.store(out + 2 * A + r, (scale * (dc - c * mean)).to(dx.dtype.element_ty), mask=rests)
     dgain += (part * (H + G) + head) * C
+    total_a, total_b, total_c = tl.sum(total_a, axis=0), tl.sum(total_b, axis=0), tl.sum(total_c, axis=0)
     tl.store(dgain + tl.arange(0, ANGLES), total_a, mask=tl.arange(0, ANGLES) < A)
     tl.store(dgain + A + tl.arange(0, ANGLES), total_b, mask=tl.arange(0, ANGLES) < A)
     if C > 2 * A:
@@ -262,7 +267,7 @@ def heads_backward(
     a, rows, *widths = _tiles(C, angles)
     _backward_kernel[(parts, H + G)](
         dq, dk, x_BTN, gain_q_C, gain_k_C, *_tables(cos, sin), dx_BTN, dgain, tokens, T, N, cos.shape[0] * T,
-        *dq.stride()[:3], *dk.stride()[:3], eps, H, G, C, a, rows, RUN, *widths, num_warps=4,
+        *dq.stride()[:3], *dk.stride()[:3], eps, H, G, C, a, rows, RUN, STAGES, *widths, num_warps=4,
     )  # fmt: skip
     begin = (H + G) * C
     _rest_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(N - begin, COLUMNS))](

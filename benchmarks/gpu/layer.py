@@ -24,7 +24,7 @@ TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
 
 def moe_layer(config: ModelConfig) -> dict[str, Any]:
     """Milliseconds of the compiled layer and of its six grouped products alone, both as called and as a graph."""
-    graph_ms = timing.median_ms(_graph(_both(config)[0]))
+    graph_ms = timing.median_ms(timing.graphed(_both(config)[0]))
     body, run, moe, x = _both(config)
     ms, forward = timing.median_ms(body), timing.median_ms(lambda: run(x))
     before = torch.cuda.memory_allocated()
@@ -81,7 +81,7 @@ def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     for name, (body, size) in moved.items():
-        ms = timing.median_ms(_graph(body))
+        ms = timing.median_ms(timing.graphed(body))
         figures[name] = [ms, size / ms / 1e6]
     return figures
 
@@ -89,25 +89,6 @@ def glue(experts: int, top_k: int, inner: int) -> dict[str, Any]:
 def kernels_of(config: ModelConfig) -> list[tuple[str, float, int]]:
     """The kernels of the compiled layer, forward and backward: name, milliseconds, launches."""
     return timing.kernels(_both(config)[0])
-
-
-def _graph(body: Callable[[], Any]) -> Callable[[], None]:
-    """The body as a graph: what it takes where launches do not wait for Python, as between the layers of a model."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            body()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = body()
-
-    def replay() -> None:
-        graph.replay()
-        assert kept is not None
-
-    return replay
 
 
 def _products(config: ModelConfig, moe: MoE, load_E: Tensor) -> tuple[float, float]:
@@ -122,7 +103,7 @@ def _products(config: ModelConfig, moe: MoE, load_E: Tensor) -> tuple[float, flo
         pairs = ((x, w13.mT), (a, w2.mT), (h, w13), (x, w2), (h.T, x), (x.T, a))
         return [functional.grouped_mm(left, right, offs=ends) for left, right in pairs]
 
-    return timing.median_ms(run), timing.median_ms(_graph(run))
+    return timing.median_ms(run), timing.median_ms(timing.graphed(run))
 
 
 def race(heads: int, groups: int, width: int, window: int | None, backend: str, **options: Any) -> dict[str, Any]:

@@ -140,21 +140,11 @@ def graph(config: ModelConfig, tokens: int = 4096) -> dict[str, Any]:
         y = moe(x)
         return (y, *torch.autograd.grad(y, wanted, dy))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            body()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        result = body()
-    equal = []
+    replay, equal = timing.graphed(body), []
     for _ in range(3):
         with torch.no_grad():
             x.normal_()
-        captured.replay()
-        got = [t.clone() for t in result]
+        got = [t.clone() for t in replay()]
         equal.append(all(torch.equal(a, b) for a, b in zip(got, body(), strict=True)))
     return {"equal": equal}
 

@@ -77,3 +77,24 @@ def test_the_triton_body_computes_the_same(shape, angles, gates, padding, dtype,
     torch.testing.assert_close(got[0], want[0], **near)
     for a, b in zip(got[1:], want[1:], strict=True):  # sums over 450 tokens and all heads
         torch.testing.assert_close(a, b, rtol=near["rtol"], atol=near["atol"] * 10 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize(("run", "stages"), [(4, 1), (3, 2)])
+@pytest.mark.parametrize(("shape", "angles", "gates", "padding"), SHAPES[:2])
+def test_gradients_do_not_depend_on_how_the_backward_is_cut(shape, angles, gates, padding, run, stages, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
+    from moe import kernels_heads_triton
+
+    (H, G, C) = shape
+    tensors = made(shape, angles, gates, padding, places=50)
+    grads = [torch.randn(2, 50, *n, device=DEVICE) for n in ((H, C), (G, C), (G, C), (gates,))]
+    monkeypatch.setattr(kernels_heads_triton, "RUN", run)
+    monkeypatch.setattr(kernels_heads_triton, "STAGES", stages)
+    got = kernels_heads_triton.heads_backward(grads, *tensors, list(shape), EPS)
+    want = kernels_heads.heads_backward_reference(grads, *tensors, list(shape), EPS)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    again = kernels_heads_triton.heads_backward(grads, *tensors, list(shape), EPS)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
