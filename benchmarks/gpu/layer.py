@@ -20,6 +20,7 @@ from moe.config import ModelConfig
 from moe.experts import MoE, sort_by_expert
 
 TOKENS, ROWS, CONTEXT = 32_768, 8, 4096
+LAYOUTS = {"flex": attention.Flex, "varlen": attention.Varlen}
 
 
 def moe_layer(config: ModelConfig) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def race(heads: int, groups: int, width: int, window: int | None, backend: str, 
         for h in (heads, groups, groups, heads)
     )
     spans = attention.Spans(None, (ROWS, CONTEXT), window or CONTEXT, q.device)
-    layout: Any = {"sdpa": attention.Sdpa, "flex": attention.Flex, "varlen": attention.Varlen}[backend](spans)
+    layout: Any = attention.Sdpa(spans, q.dtype) if backend == "sdpa" else LAYOUTS[backend](spans)
     full = window is None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,11 +137,11 @@ def race(heads: int, groups: int, width: int, window: int | None, backend: str, 
     ms = timing.median_ms(both)
     return {
         "forward_ms": forward, "ms": ms, "forward_tflops": flops / forward / 1e9, "tflops": 3.5 * flops / ms / 1e9,
-        "error": _error(heads, groups, width, window, run, q, k, v),
+        "deviation": _deviation(heads, groups, width, window, run, q, k, v),
     }  # fmt: skip
 
 
-def _error(
+def _deviation(
     heads: int, groups: int, width: int, window: int | None, run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> float:
     got = run(q, k, v)[:1, :, :1024]

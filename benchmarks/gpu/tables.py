@@ -57,6 +57,18 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
         ),
     ),
     (
+        "Attention kernels (`layer --part attention`), 8 rows of 4,096: 8 heads of 128 over the whole row, 12 over a window of "
+        "512; deviation of the outputs from fp32",
+        r"^attention_",
+        (
+            ("kernel", "what", str),
+            ("forward ms", "forward_ms", lambda v: f"{v:.2f}"),
+            ("both ms", "ms", lambda v: f"{v:.2f}"),
+            ("TFLOP/s of both", "tflops", lambda v: f"{v:.0f}"),
+            ("deviation", "deviation", lambda v: f"{v:.1e}"),
+        ),
+    ),
+    (
         "Greedy decoding without drafts (`decode`), preset `1b` beside Qwen3-MoE; what each time covers stands in its row",
         r"^plain_",
         (
