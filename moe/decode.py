@@ -29,8 +29,9 @@ from moe.cache import Cache, Feed, LayerStep, Step
 from moe.graphs import Replay
 from moe.layers import Layer, Tables
 from moe.model import Decoder
+from moe.prompts import Prompts
 from moe.sampling import CHOOSE, DRAFT, DRAWS, Mode, Sampling, Settings, choose, distribution, draws
-from moe.speculative import Drafter, Rows, RunLayer, row_at, verify, verify_greedy
+from moe.speculative import Drafter, Rows, RunLayer, verify, verify_greedy
 
 if TYPE_CHECKING:
     from moe.fused_steps import FusedSteps
@@ -83,6 +84,7 @@ class Decode:
         self.capture = capture and self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
         self.fused = self._fused(fused)
+        self.prompts = Prompts(self)
 
     def _fused(self, wanted: bool | None) -> "FusedSteps | None":
         problem = unserved(self.model)
@@ -124,20 +126,7 @@ class Decode:
         Where it ends the row becomes active, and its first token is in `out_BT`. Returns logits [B, 1, V]. `reach`: a
         bound on the rows' lengths afterwards.
         """
-        rows_B, last_B = self._tensor(index), self._tensor([a is None for a in ahead])
-        counts_B, most = self._tensor([len(c) for c in chunks]), max(len(c) for c in chunks)
-        tokens_BT = self._tensor([[*c, *[0] * (most - len(c))] for c in chunks])
-        x_BTD = self._states(tokens_BT, self.trunk.feed(rows_B, counts_B, reach), _run_layer)
-        logits_B1V = self.model.lm_head(self.model.norm(row_at(x_BTD, counts_B - 1))).unsqueeze(1)
-        token_B = self.next_token(logits_B1V[:, 0], rows_B, mode)
-        following_B = torch.where(last_B, token_B, self._tensor([a or 0 for a in ahead]))
-        self.active_B[rows_B] = last_B.long()
-        self._gain(rows_B, token_B.unsqueeze(1), last_B.long(), mode)
-        if self.drafter is not None:
-            next_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1))
-            next_BT = next_BT.scatter(1, (counts_B - 1)[:, None], following_B[:, None])
-            self._draft(x_BTD, next_BT, counts_B, rows_B, mode, _run_layer)
-        return logits_B1V
+        return self.prompts.read(index, chunks, ahead, reach, mode)
 
     @torch.inference_mode()
     def step(self, kind: Kind, rows: int, mode: Mode) -> Tensor:
@@ -196,9 +185,9 @@ class Decode:
     def plain(self, rows: int, mode: Mode) -> Tensor:
         """The body of a plain step by the model's layers; returns logits [B, 1, V]."""
         active_B = self.active_B[:rows]
-        x_B1D = self._states(self.token_B[:rows, None], self.trunk.feed(rows, active_B), self.run)
+        x_B1D = self.states(self.token_B[:rows, None], self.trunk.feed(rows, active_B), self.run)
         logits_B1V = self.model.lm_head(self.model.norm(x_B1D))
-        self._gain(rows, self.next_token(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
+        self.gain(rows, self.next_token(logits_B1V[:, 0], rows, mode).unsqueeze(1), active_B, mode)
         return logits_B1V
 
     def round(self, rows: int, mode: Mode) -> Tensor:
@@ -206,7 +195,7 @@ class Decode:
         active_B, tokens = self.active_B[:rows], self.drafts + 1
         drafts_BK = self.draft_BK[:rows]
         tokens_BT = torch.cat((self.token_B[:rows, None], drafts_BK), 1)
-        x_BTD = self._states(tokens_BT, self.trunk.feed(rows, active_B * tokens), self.run)
+        x_BTD = self.states(tokens_BT, self.trunk.feed(rows, active_B * tokens), self.run)
         logits_BTV = self.model.lm_head(self.model.norm(x_BTD))
         if mode == "greedy":
             gained_B, out_BT = verify_greedy(logits_BTV.argmax(-1), drafts_BK)
@@ -214,8 +203,8 @@ class Decode:
             gained_B, out_BT = self.verified(logits_BTV, rows, mode)
         kept_B = gained_B * active_B
         self.trunk.rollback(tokens * active_B - kept_B, rows)
-        self._gain(rows, out_BT, kept_B, mode)
-        self._draft(x_BTD, out_BT, kept_B, rows, mode, self.run)
+        self.gain(rows, out_BT, kept_B, mode)
+        self.draft(x_BTD, out_BT, kept_B, rows, mode, self.run)
         return logits_BTV
 
     def verified(self, logits_BTV: Tensor, rows: int, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -226,15 +215,24 @@ class Decode:
         draw_BTW = self.draw_BNW[self.trunk.rows_B[:rows, None], at_BT.clamp(max=self.draw_BNW.shape[1] - 1)]
         return verify(torch.stack(p_TBV, 1), drafts_BK, self.q_BKV[:rows], draw_BTW)
 
-    def _states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer) -> Tensor:
-        """`Decoder.states`, layer by layer through `run`."""
+    def states(self, tokens_BT: Tensor, feed: Feed, run: RunLayer | None = None) -> Tensor:
+        """`Decoder.states`, layer by layer through `run`; None: as they are."""
+        run = run or _run_layer
         begin = _begin if run is _run_layer else self.begin
         x_BTD, step, tables = begin(self.model, feed, tokens_BT)
         for number, layer in enumerate(self.model.model["layers"].children()):
             x_BTD = run(cast(Layer, layer), x_BTD, tables, step.of(number, self.model.config.full(number)))
         return x_BTD
 
-    def _draft(self, x_BTD: Tensor, next_BT: Tensor, counts_B: Tensor, rows: Rows, mode: Mode, run: RunLayer) -> None:
+    def draft(
+        self,
+        x_BTD: Tensor,
+        next_BT: Tensor,
+        counts_B: Tensor,
+        rows: Rows,
+        mode: Mode,
+        run: RunLayer | None = None,
+    ) -> None:
         """Drafts behind the rows' last tokens, into `draft_BK` and, for sampling, `q_BKV`; idle rows keep theirs."""
         assert self.drafter is not None
         view, busy_B1 = _view(rows), counts_B[:, None] > 0
@@ -242,7 +240,7 @@ class Decode:
         def pick(head: int, logits_BV: Tensor, before_BH: Tensor) -> Tensor:
             return self.draft_token(head, logits_BV, before_BH, counts_B, rows, mode)
 
-        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick, run)
+        drafts_BK = self.drafter.draft(x_BTD, next_BT, counts_B, rows, pick, run or _run_layer)
         self.draft_BK[view] = torch.where(busy_B1, drafts_BK, self.draft_BK[view])
 
     def draft_token(
@@ -274,7 +272,7 @@ class Decode:
         at_B = (self.made_B[index_B] + ahead).clamp(max=self.draw_BNW.shape[1] - 1)
         return self.draw_BNW[index_B, at_B, column]
 
-    def _gain(self, rows: Rows, out_BT: Tensor, kept_B: Tensor, mode: Mode) -> None:
+    def gain(self, rows: Rows, out_BT: Tensor, kept_B: Tensor, mode: Mode) -> None:
         """Notes the first `kept_B` of each row's tokens; the last of them is read next."""
         view, tokens = _view(rows), out_BT.shape[1]
         busy_B = kept_B > 0
@@ -297,9 +295,6 @@ class Decode:
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def _tensor(self, values: Sequence) -> Tensor:
-        return torch.tensor(values, device=self.device)
 
 
 def _run_layer(layer: Layer, x_BTD: Tensor, tables: dict[bool, Tables], layout: LayerStep) -> Tensor:

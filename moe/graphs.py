@@ -30,12 +30,15 @@ class Replay:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
-    def prepare(self) -> None:
-        """Captures. The body runs a few times first, so its effects must be harmless at that moment."""
+    def prepare(self, runs: int = WARM_UP) -> None:
+        """Captures. The body runs a few times first, so its effects must be harmless at that moment.
+
+        One run is enough for a body that ran before.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(runs):
                 self.body()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

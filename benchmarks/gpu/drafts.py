@@ -5,10 +5,10 @@
 ROOT is a pipeline's root (its mixture `held_out` and its tokenizer), RUN_FOLDER a run of training with MTP heads, such as
 `study --part run` leaves. Up to eight documents a domain of more than 200 tokens are continued behind their first 128 by up to
 128 new ones, one request at a time in bf16, by Batchers that take turns; a domain without such documents has no line. Out, for
-each domain and number of drafts:
+each domain and number of drafts, with the model's parameters in millions:
 
-    drafts_<domain>_<drafts>            at temperature 0. Small models repeat themselves there, which flatters drafts
-    drafts_<domain>_<drafts>_sampled    at temperature 1, where plain and drafted answers are different texts
+    drafts_<parameters>m_<domain>_<drafts>            at temperature 0. Small models repeat themselves, which flatters drafts
+    drafts_<parameters>m_<domain>_<drafts>_sampled    at temperature 1, where plain and drafted answers are different texts
 
 Rates count the tokens behind each answer's first and the time that they took. Drafts stay on where they lose, so `speed_up` may
 lie below 1. The line `samples` has continuations of a few prompts.
@@ -75,10 +75,10 @@ def _race(
     ]
     # The first prompt goes twice: its first answers, which capture graphs and measure what a round costs, do not count.
     answers = [[_answered(b, prompt, sampling) for b in batchers] for prompt, sampling in [asked[0], *asked]][1:]
-    by_batcher = list(zip(*answers, strict=True))
+    by_batcher, parameters = list(zip(*answers, strict=True)), sum(p.numel() for p in batchers[0].model.parameters())
     rates = [_rate(own) for own in by_batcher]
     for count, own in enumerate(by_batcher[1:], 1):
-        name = f"drafts_{domain}_{count}{end}"
+        name = f"drafts_{parameters // 10**6}m_{domain}_{count}{end}"
         made = [a[2] for a in own if a[2] is not None]
         if not made or not rates[0]:
             why = "a round costs more than all its drafts could save" if rates[0] else "every answer ended at once"
@@ -87,7 +87,7 @@ def _race(
         rounds = sum(m.rounds for m in made)
         results.add(
             name, domain=domain, drafts=count, temperature=temperature, prompts=len(prompts),
-            parameters=sum(p.numel() for p in batchers[0].model.parameters()),
+            parameters=parameters,
             plain_tokens_per_s=rates[0], drafted_tokens_per_s=rates[count], speed_up=rates[count] / rates[0],
             tokens_a_round=1 + sum(sum(m.accepted) for m in made) / rounds,
             accepted=(np.sum([m.accepted for m in made], axis=0) / rounds).round(4).tolist(), rounds=rounds,

@@ -2,8 +2,12 @@
 
 `python -m benchmarks.gpu.ranks --out FOLDER` starts torchrun for 1 rank and for 2; each rank takes 8 rows of 4,096 tokens
 of the preset `1b`, so twice the ranks should do nearly twice the tokens. Then, small and in fp32, three updates on the same
-rows: one rank, two with whole experts, two that share the experts (EP = 2); by AdamW, which rounds each number for itself, the
-losses must agree to 1e-5, by Muon they part where its fp16 products round by their shapes.
+rows: one rank, two with whole experts, two that share the experts (EP = 2). Ranks add the same numbers in another order; what
+the optimiser makes of the last bits differs, so there are three:
+
+    losses_linear   AdamW with an eps of 1, which is nearly momentum alone: losses must agree to 1e-5
+    losses_adamw    its own eps: the first updates are signs of gradients, also of those that are nothing but rounding
+    losses_muon     fp16 products, which round by their shapes
 """
 
 import dataclasses
@@ -12,7 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,7 +30,12 @@ from moe.model import Decoder
 from moe.parallel import World
 
 ROWS, UPDATES = 8, 3
-LOSSES = ("losses_adamw", "losses_muon")
+# Optimiser and rate of each.
+LOSSES = {
+    "losses_linear": (OptimConfig(optimizer="adamw", eps=1.0, weight_decay=0.0), 2.0),
+    "losses_adamw": (OptimConfig(optimizer="adamw"), 1e-3),
+    "losses_muon": (OptimConfig(), 1e-3),
+}
 
 
 def throughput(world: World) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def throughput(world: World) -> dict[str, Any]:
     return {"ranks": world.size, "ms": ms, "tokens_per_s": world.size * len(target_S) / ms * 1000}
 
 
-def losses(world: World, expert_ranks: int, optimizer: Literal["adamw", "muon"]) -> dict[str, Any]:
+def losses(world: World, expert_ranks: int, config: OptimConfig, lr: float) -> dict[str, Any]:
     """Loss of each update in fp32, on the same four rows whatever the ranks."""
     shape = dataclasses.replace(
         step_shape(512), layers=5, context=512, window=128, attention_backend="sdpa", experts_backend="loop"
@@ -61,7 +70,7 @@ def losses(world: World, expert_ranks: int, optimizer: Literal["adamw", "muon"])
     model = Decoder(shape, seed=0).to(world.device).train()
     if expert_ranks > 1:
         split_experts(model, world)
-    update = optim.build(model, OptimConfig(optimizer=optimizer), world)
+    update = optim.build(model, config, world)
     rows = torch.randint(1, 512, (4, 513), generator=torch.Generator().manual_seed(0)).to(world.device)
     mine = rows.chunk(world.size)[world.rank]
     values = []
@@ -70,7 +79,7 @@ def losses(world: World, expert_ranks: int, optimizer: Literal["adamw", "muon"])
         target_S = mine[:, 1:].flatten()
         loss, _ = next_token_loss(x_SD, model.lm_head.weight, target_S, total=4 * 512)
         loss.backward()
-        update.step(1e-3)
+        update.step(lr)
         update.zero_grad()
         values.append(float(world.sum(loss.detach())))
     return {"ranks": world.size, "expert_ranks": expert_ranks, "losses": values}
@@ -83,7 +92,7 @@ def rank(part: str, out: Path, expert_ranks: int) -> None:
         if part == "throughput":
             figures = throughput(world)
         else:
-            figures = losses(world, expert_ranks, "adamw" if part == "losses_adamw" else "muon")
+            figures = losses(world, expert_ranks, *LOSSES[part])
         if world.rank == 0:
             timing.Results("ranks", out).add(part, **figures)
     finally:

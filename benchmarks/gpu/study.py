@@ -186,12 +186,16 @@ def long_run(args: argparse.Namespace, results: Results) -> None:
         curve = [(r["step"], round(r["loss"], 4)) for r in rows[:: max(1, len(rows) // 20)]]
         experts: dict[str, Any] = next((r["experts"] for r in reversed(rows) if "experts" in r), {})
         results.add(
-            f"long_{name}", preset=args.preset, steps=len(rows), tokens_per_s=statistics.median(steady), curve=curve,
-            last=_last(rows[-1]), experts={k: v for k, v in experts.items() if k != "load"},
+            f"long_{args.preset}_{name}", preset=args.preset, steps=len(rows), tokens_per_s=statistics.median(steady),
+            curve=curve, last=_last(rows[-1]), experts={k: v for k, v in experts.items() if k != "load"},
         )  # fmt: skip
     held = evaluate(moe.load(second).to(DEVICE), held_out)
     results.add(
-        "long_held_out", preset=args.preset, parameters=whole.parameters, active=whole.active_parameters, domains=held
+        f"long_{args.preset}_held_out",
+        preset=args.preset,
+        parameters=whole.parameters,
+        active=whole.active_parameters,
+        domains=held,
     )
 
 

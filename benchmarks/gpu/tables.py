@@ -82,7 +82,7 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
     ),
     (
         "The longer run (`study --part run`): 32 rows of 1,024 tokens an update; first one MTP head, then three from there",
-        r"^long_(one|three)_heads?$",
+        r"^long_.*_heads?$",
         (
             ("run", "what", str),
             ("preset", "preset", str),
@@ -103,7 +103,7 @@ PLAN: tuple[tuple[str, str, tuple[tuple[str, str, Callable[[Any], str]], ...]], 
     ),
     (
         "Held-out bits per byte of the longer run (`study --part run`), with three MTP heads",
-        r"^long_held_out$",
+        r"^long_.*_held_out$",
         (
             ("preset", "preset", str),
             ("parameters", "parameters", lambda v: f"{v / 1e6:,.0f} M"),
