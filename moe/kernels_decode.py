@@ -21,6 +21,8 @@ TOKENS = 16  # of a step at most; a program goes through them one by one, with i
 # A step waits for memory, not for arithmetic: a program asks for all its weights before it uses any, 64 bytes a thread.
 ROWS = 8
 BLOCK_IN = 2048
+# A warp for each row. The bound on registers is above what is needed: without one ptxas saves them, and loads in two goes.
+LAUNCH = {"num_warps": ROWS, "maxnreg": 128}
 
 
 @triton.jit
@@ -47,39 +49,63 @@ def _linear_kernel(
     CHAINED: tl.constexpr,
 ) -> None:
     release(CHAINED)
-    d, n = tl.arange(0, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at, inside = n.to(tl.int64)[:, None] * stride + d[None, :], (n < N)[:, None]
+    d, n = columns(ROWS, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at, inside = n.to(tl.int64)[:, None, None] * stride + d, (n < N)[:, None, None]
     if D > BLOCK:  # more than a program holds: read for each token
         wait(CHAINED)
         for m in range(M):
-            beside = _beside(add, m, n, N, ADD, ROWS)
+            beside = _beside(add + m * N, n, N, ADD, ROWS)
             read = x + _place(kept, m, tokens, ahead, LAST) * D
-            total, square = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            total, square = tl.zeros_like(d).to(tl.float32), tl.zeros_like(d).to(tl.float32)
             for low in tl.static_range(0, D, BLOCK):
-                w = tl.load(weight + at + low, mask=inside & (d < D - low)[None, :], other=0.0)
+                w = tl.load(weight + at + low, mask=inside & (d < D - low), other=0.0)
                 h = tl.load(read + low + d, mask=d < D - low, other=0.0).to(tl.float32)
                 if NORM:
                     square += h * h
                     h = h * (1 + tl.load(gain + d + low, mask=d < D - low, other=0.0).to(tl.float32))
-                total += w.to(tl.float32) * h[None, :]
-            _write(out + m * N + n, total, square, beside, eps, n < N, D, NORM, ADD)
+                total += w.to(tl.float32) * h
+            _write(out + m * N, total, square, beside, eps, n, N, D, NORM, ADD)
     else:
-        w, g = tl.load(weight + at, mask=inside & (d < D)[None, :], other=0.0), tl.zeros([BLOCK], tl.float32)
+        w, g = tl.load(weight + at, mask=inside & (d < D), other=0.0), tl.zeros_like(d).to(tl.float32)
         if NORM:
             g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
         wait(CHAINED)
-        for m in range(0, M, 2 if PAIRS else 1):
+        for m in range(0, M if PAIRS else 1, 2):
+            beside = _beside(add + m * N, n, N, ADD, ROWS)
             h = tl.load(x + _place(kept, m, tokens, ahead, LAST) * D + d, mask=d < D, other=0.0)
-            beside = _beside(add, m, n, N, ADD, ROWS)
             if PAIRS:  # the other token's numbers are under way while this one's are added up
                 other = tl.minimum(m + 1, M - 1)
+                other_beside = _beside(add + other * N, n, N, ADD, ROWS)
                 other_h = tl.load(x + _place(kept, other, tokens, ahead, LAST) * D + d, mask=d < D, other=0.0)
-                other_beside = _beside(add, other, n, N, ADD, ROWS)
             total, square = _products(h, w, g, NORM)
-            _write(out + m * N + n, total, square, beside, eps, n < N, D, NORM, ADD)
+            _write(out + m * N, total, square, beside, eps, n, N, D, NORM, ADD)
             if PAIRS:
                 total, square = _products(other_h, w, g, NORM)
-                _write(out + other * N + n, total, square, other_beside, eps, (n < N) & (other > m), D, NORM, ADD)
+                _write(out + other * N, total, square, other_beside, eps, n, N, D, NORM, ADD)
+
+
+@triton.jit
+def columns(ROWS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Places in each of ROWS rows, as [ROWS, BLOCK / WIDTH, WIDTH]: Triton then gives a warp whole rows.
+
+    So sums need no barrier, and what goes with all rows, as x does, is loaded by each warp: that takes no exchange either.
+    """
+    WIDTH: tl.constexpr = min(256, BLOCK)  # 16 bytes a thread
+    d = tl.arange(0, BLOCK // WIDTH)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    return tl.broadcast_to(d, [ROWS, BLOCK // WIDTH, WIDTH])
+
+
+@triton.jit
+def across(total: tl.tensor) -> tl.tensor:
+    """Sums of rows [ROWS] that lie as `columns` has them."""
+    return tl.sum(tl.sum(total, axis=1), axis=1)
+
+
+@triton.jit
+def firsts(n: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Places [ROWS, 32] of rows' results, of which the first of each row count: a warp stores its own, without a barrier."""
+    lane = tl.arange(0, 32)[None, :]
+    return n[:, None] + lane, lane == 0
 
 
 @triton.jit
@@ -91,14 +117,13 @@ def _place(kept: tl.tensor, m: tl.tensor, tokens: tl.tensor, ahead: tl.tensor, L
 
 
 @triton.jit
-def _beside(
-    add: tl.tensor, m: tl.tensor, n: tl.tensor, N: tl.tensor, ADD: tl.constexpr, ROWS: tl.constexpr
-) -> tl.tensor:
-    """What is added to the result m; zeros where nothing is."""
+def _beside(add: tl.tensor, n: tl.tensor, N: tl.tensor, ADD: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
+    """What is added to a result, as `firsts` has it; zeros where nothing is."""
     if ADD:
-        y = tl.load(add + m * N + n, mask=n < N, other=0.0).to(tl.float32)
+        at, first = firsts(n)
+        y = tl.load(add + at, mask=first & (n < N)[:, None], other=0.0).to(tl.float32)
     else:
-        y = tl.zeros([ROWS], tl.float32)
+        y = tl.zeros([ROWS, 32], tl.float32)
     return y
 
 
@@ -109,7 +134,7 @@ def _products(h: tl.tensor, w: tl.tensor, g: tl.tensor, NORM: tl.constexpr) -> t
     square = h * h
     if NORM:
         h = h * (1 + g)
-    return w.to(tl.float32) * h[None, :], square
+    return w.to(tl.float32) * h, square
 
 
 @triton.jit
@@ -119,18 +144,20 @@ def _write(
     square: tl.tensor,
     beside: tl.tensor,
     eps: tl.tensor,
-    inside: tl.tensor,
+    n: tl.tensor,
+    N: tl.tensor,
     D: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
 ) -> None:
     """Adds up and stores; 1 / rms is one number a token, so it may come last."""
-    y = tl.sum(total, axis=1)
+    y = across(total)
     if NORM:
-        y = y / tl.sqrt(tl.sum(square, axis=0) / D + eps)
+        y = y / tl.sqrt(across(square) / D + eps)
     if ADD:
-        y = y.to(out.dtype.element_ty).to(tl.float32) + beside
-    tl.store(out, y.to(out.dtype.element_ty), mask=inside)
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+    at, first = firsts(n)
+    tl.store(out + at, (y[:, None] + beside).to(out.dtype.element_ty), mask=first & (n < N)[:, None])
 
 
 @triton.jit
@@ -150,32 +177,33 @@ def _swiglu_linear_kernel(
     CHAINED: tl.constexpr,
 ) -> None:
     release(CHAINED)
-    d, n = tl.arange(0, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at, there = n.to(tl.int64)[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
-    gate_w = tl.load(gate_weight + at, mask=there, other=0.0)
-    up_w = tl.load(up_weight + at, mask=there, other=0.0)
+    d, n = columns(ROWS, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at, inside = n.to(tl.int64)[:, None, None] * D + d, (n < N)[:, None, None]
+    gate_w = tl.load(gate_weight + at, mask=inside & (d < D), other=0.0)
+    up_w = tl.load(up_weight + at, mask=inside & (d < D), other=0.0)
     g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
     wait(CHAINED)
     for m in range(M):
-        gate, up = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
-        square = tl.zeros([BLOCK], tl.float32)
+        gate, up = tl.zeros_like(d).to(tl.float32), tl.zeros_like(d).to(tl.float32)
+        square = tl.zeros_like(d).to(tl.float32)
         for low in tl.static_range(0, D, BLOCK):
             if D > BLOCK:  # more than a program holds: read again for each token
-                there = (n < N)[:, None] & (d < D - low)[None, :]
+                there = inside & (d < D - low)
                 gate_w = tl.load(gate_weight + at + low, mask=there, other=0.0)
                 up_w = tl.load(up_weight + at + low, mask=there, other=0.0)
                 g = tl.load(gain + low + d, mask=d < D - low, other=0.0).to(tl.float32)
             h = tl.load(x + m * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
             square += h * h
             h = h * (1 + g)
-            gate += gate_w.to(tl.float32) * h[None, :]
-            up += up_w.to(tl.float32) * h[None, :]
-        scale = 1 / tl.sqrt(tl.sum(square, axis=0) / D + eps)
-        a, u = tl.sum(gate, axis=1) * scale, tl.sum(up, axis=1) * scale
+            gate += gate_w.to(tl.float32) * h
+            up += up_w.to(tl.float32) * h
+        scale = 1 / tl.sqrt(across(square) / D + eps)
+        a, u = across(gate) * scale, across(up) * scale
         a = a * tl.sigmoid(a)
         if LIMIT > 0:
             a, u = tl.minimum(a, LIMIT), tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-        tl.store(out + m * N + n, (a * u).to(out.dtype.element_ty), mask=n < N)
+        to, first = firsts(n)
+        tl.store(out + m * N + to, (a * u)[:, None].to(out.dtype.element_ty), mask=first & (n < N)[:, None])
 
 
 def linear(
@@ -199,7 +227,7 @@ def linear(
     _linear_kernel[(triton.cdiv(outputs, ROWS),)](
         x_MD, x_MD if gain_D is None else gain_D, weight_ND, x_MD if add_MN is None else add_MN, kept_B, out_MN, rows,
         outputs, weight_ND.stride(0), tokens // rows, ahead, eps, width, gain_D is not None, add_MN is not None,
-        last is not None, ROWS, block, rows > 1, **chained(x_MD), num_warps=_warps(block),
+        last is not None, ROWS, block, rows > 1, **chained(x_MD), **LAUNCH,
     )  # fmt: skip
     return out_MN
 
@@ -212,7 +240,7 @@ def swiglu_linear(
     out_MF, block = x_MD.new_empty(tokens, gate_FD.shape[0]), block_in(width)
     _swiglu_linear_kernel[(triton.cdiv(out_MF.shape[1], ROWS),)](
         x_MD, gain_D, gate_FD, up_FD, out_MF, tokens, out_MF.shape[1], eps, width, limit or 0.0, ROWS, block,
-        **chained(x_MD), num_warps=_warps(block),
+        **chained(x_MD), **LAUNCH,
     )  # fmt: skip
     return out_MF
 
@@ -220,8 +248,3 @@ def swiglu_linear(
 def block_in(width: int) -> int:
     """Numbers of a row that a program takes at once."""
     return min(BLOCK_IN, triton.next_power_of_2(width))
-
-
-def _warps(block: int) -> int:
-    """With eight numbers a thread of a row, weights and tokens lie alike in the threads: no exchange between them."""
-    return max(1, block // 256)

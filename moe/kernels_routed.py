@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe.kernels_chain import chained, release, wait
-from moe.kernels_decode import ROWS, block_in
+from moe.kernels_decode import LAUNCH, ROWS, across, block_in, columns, firsts
 
 RANKED = 64  # experts up to which all pairs are compared at once; a search for the best, K times, waits K times
 HELD = 16384  # weights of all chosen experts that a program holds: 64 a thread
@@ -105,21 +105,22 @@ def _expert_in_kernel(
         scale = 1.0
         gate_weight, up_weight = shared_gate, shared_up
         width, limit = FS, SHARED_LIMIT
-    gate, up = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
-    for low in range(0, D, BLOCK):
-        d = low + tl.arange(0, BLOCK)
-        at, inside = n[:, None] * D + d[None, :], (n < width)[:, None] & (d < D)[None, :]
+    d = columns(ROWS, BLOCK)
+    at, inside = n[:, None, None] * D + d, (n < width)[:, None, None]
+    gate, up = tl.zeros_like(d).to(tl.float32), tl.zeros_like(d).to(tl.float32)
+    for low in tl.static_range(0, D, BLOCK):
         # Weights first: a program asks for all of them before it waits for any number.
-        gate_w = tl.load(gate_weight + at, mask=inside, other=0.0)
-        up_w = tl.load(up_weight + at, mask=inside, other=0.0)
-        x = tl.load(h + m * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        gate_w = tl.load(gate_weight + low + at, mask=inside & (d < D - low), other=0.0)
+        up_w = tl.load(up_weight + low + at, mask=inside & (d < D - low), other=0.0)
+        x = tl.load(h + m * D + low + d, mask=d < D - low, other=0.0).to(tl.float32)
         gate += gate_w.to(tl.float32) * x
         up += up_w.to(tl.float32) * x
-    g, u = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+    g, u = across(gate), across(up)
     g = g * tl.sigmoid(g)
     if limit > 0:
         g, u = tl.minimum(g, limit), tl.minimum(tl.maximum(u, -limit), limit)
-    tl.store(hidden + (m * (K + 1) + j) * WIDTH + n, g * u * scale, mask=n < width)
+    at, first = firsts(n)
+    tl.store(hidden + (m * (K + 1) + j) * WIDTH + at, (g * u * scale)[:, None], mask=first & (n < width)[:, None])
 
 
 @triton.jit
@@ -215,7 +216,7 @@ def experts(
     hidden_MJF = h_MD.new_empty(tokens, top_k + 1, widest, dtype=torch.float32)
     _expert_in_kernel[(tokens, top_k + 1, triton.cdiv(widest, ROWS))](
         h_MD, chosen_MK, weight_MK, routed[0], shared[0], shared[1], hidden_MJF, width, inner, shared_inner, widest,
-        top_k, limit or 0.0, shared_limit or 0.0, ROWS, block_in(width), **chained(h_MD), num_warps=8,
+        top_k, limit or 0.0, shared_limit or 0.0, ROWS, block_in(width), **chained(h_MD), **LAUNCH,
     )  # fmt: skip
     out_MD = torch.empty_like(add_MD)
     block = min(HELD // (ROWS * triton.next_power_of_2(top_k)), triton.next_power_of_2(widest))
