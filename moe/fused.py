@@ -2,7 +2,7 @@
 
 In: a decoder, a cache whose rows were prefilled by the model itself or by steps like these, and the next tokens. Out: the
 residual stream and fp32 logits of each. The same function as `Decoder.states(tokens, cache=cache.feed(B, counts_B))` and
-the LM head, but for rounding, at B * T <= 16 tokens a step: eight launches a layer. A step of T tokens gives the bits of T
+the LM head, but for rounding, at B * T <= 32 tokens a step: eight launches a layer. A step of T tokens gives the bits of T
 steps of one, whatever the other rows are.
 
 Weights are those of the model at construction, read where they lie; only q, k, v and gate are copied side by side, so that

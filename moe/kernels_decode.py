@@ -1,4 +1,4 @@
-"""Triton kernels of a decode step: at most 16 tokens at a time, every weight read once, eight launches a layer.
+"""Triton kernels of a decode step: at most 32 tokens at a time, every weight read once, eight launches a layer.
 
 In: bf16 (or fp32) weights and M = B * T tokens, T new ones of each of B rows. Out: what the same layers of moe/layers.py
 compute, from fp32 sums. moe/fused.py puts them together.
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moe.kernels_chain import chained, release, wait
 
-TOKENS = 16  # of a step at most; a program goes through them one by one, with its weights in registers
+# Of a step at most, of which a program takes one after the other, with its weights in registers. Of 32 rows a step takes 2.5 ms
+# on an H100 (`1b`), by the model's own layers 4.6; more were not measured.
+TOKENS = 32
 # A step waits for memory, not for arithmetic: a program asks for all its weights before it uses any, 64 bytes a thread.
 ROWS = 8
 BLOCK_IN = 2048

@@ -217,7 +217,7 @@ def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
         wrong = [f"`{n}` ({failed[n]['error'].splitlines()[0][:80]})" for n in sorted(failed) if re.search(names, n)]
         if not rows and not wrong:
             continue
-        places = sorted({f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, {r['date'][:10]}" for r in rows})
+        places = [f"{place}, {' and '.join(dates)}" for place, dates in _places(rows).items()]
         out += [f"{title}. {'; '.join(places)}." if rows else f"{title}.", ""]
         if rows:
             out += [f"| {' | '.join(c[0] for c in columns)} |", "| --- " * len(columns) + "|"]
@@ -225,6 +225,14 @@ def section(found: Mapping[str, Line], failed: Mapping[str, Line]) -> str:
         out += [*([""] if rows else []), f"Failed at the last call: {'; '.join(wrong)}."] if wrong else []
         out.append("")
     return "\n".join(out)
+
+
+def _places(rows: Iterable[Line]) -> dict[str, list[str]]:
+    """Days by machine and versions."""
+    found: dict[str, set[str]] = {}
+    for r in rows:
+        found.setdefault(f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}", set()).add(r["date"][:10])
+    return {place: sorted(found[place]) for place in sorted(found)}
 
 
 def _order(name: str) -> list[tuple[str, int]]:

@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from moe import kernels_rounds  # noqa: E402
+from moe import kernels_decode, kernels_rounds  # noqa: E402
 from moe.cache import Cache  # noqa: E402
 from moe.config import ModelConfig  # noqa: E402
 from moe.fused import FusedDecoder  # noqa: E402
@@ -67,13 +67,13 @@ def test_steps_are_those_of_the_model(changes):
 
 
 def test_many_tokens_at_once_give_the_bits_of_one_at_a_time():
-    model, (once, apart) = build(config())
-    fused, new = FusedDecoder(model, once.capacity), tokens(2, 12)
+    """As many as a step takes; its rows see what they saw alone."""
+    model, (once, apart) = build(config(), rows=8)
+    fused, new = FusedDecoder(model, once.capacity), tokens(8, 4)
+    assert new.numel() == kernels_decode.TOKENS
     with torch.inference_mode():
-        for low in range(0, 12, 4):
-            whole_BTD = fused.states(new[:, low : low + 4], once).unflatten(0, (2, 4))
-            single = [fused.states(new[:, t : t + 1], apart) for t in range(low, low + 4)]
-            assert torch.equal(whole_BTD, torch.stack(single, 1))
+        whole_BTD = fused.states(new, once).unflatten(0, (8, 4))
+        assert torch.equal(whole_BTD, torch.stack([fused.states(new[:, t : t + 1], apart) for t in range(4)], 1))
 
 
 def test_only_the_tokens_that_count_are_kept():
@@ -123,5 +123,5 @@ def test_too_many_tokens_are_refused():
     from core.errors import ConfigError
 
     model, (cache, _) = build(config())
-    with pytest.raises(ConfigError, match="at most 16 tokens"):
+    with pytest.raises(ConfigError, match="at most 32 tokens"):
         FusedDecoder(model, cache.capacity).states(tokens(2, 5), cache)

@@ -231,10 +231,10 @@ def test_answers_of_a_batcher(sampling: Sampling) -> None:
 
 @KERNELS
 def test_steps_of_many_tokens_are_left_to_the_layers() -> None:
-    fused = Decode(_model(3), rows=20, context=30, drafts=3, fused=True).fused
+    fused = Decode(_model(3), rows=40, context=30, drafts=3, fused=True).fused
     assert fused is not None
-    assert [fused.takes("plain", rows) for rows in (1, 16, 17)] == [True, True, False]
-    assert [fused.takes("round", rows) for rows in (1, 4, 5)] == [True, True, False]
+    assert [fused.takes("plain", rows) for rows in (1, 32, 33)] == [True, True, False]
+    assert [fused.takes("round", rows) for rows in (1, 8, 9)] == [True, True, False]
 
 
 def test_models_that_the_kernels_do_not_serve_are_named_and_decoded_by_layers() -> None:
