@@ -43,6 +43,12 @@ def why_not(device: torch.device, interpreted: bool = False) -> str | None:
     return None
 
 
+def dependents(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before still runs, on a device where the bodies run (moe/kernels_chain.py)."""
+    known = device.type == "cuda" and torch.version.cuda is not None
+    return known and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def swiglu(h_RH: Tensor, weight_R: Tensor | None, limit: float | None = None) -> Tensor:
     """`min(silu(gate), limit) * clip(up, -limit, limit) * weight` [R, F]; fp32 inside, `h`'s type outside.
 

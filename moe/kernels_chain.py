@@ -12,11 +12,12 @@ all earlier kernels have ended, not only the last one. A kernel that is none of 
 Results are those of unchained launches, bit for bit.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moe.kernels import dependents
 
 CHAINS = True  # False: launches as everywhere else, for comparison
 
@@ -37,5 +38,4 @@ def wait(CHAINED: tl.constexpr) -> None:
 
 def chained(x: Tensor) -> dict[str, bool]:
     """A launch's arguments on the device of `x`."""
-    known = x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"CHAINED": True, "launch_pdl": True} if CHAINS and known else {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True} if CHAINS and dependents(x.device) else {"CHAINED": False}
