@@ -1,7 +1,7 @@
 """Prompts, read a chunk at a time by the model's own layers; on a GPU as a graph where a chunk's shape comes again.
 
 In: a `Decode`, and chunks of some rows' prompts. Out: the rows' caches filled and, where a prompt ends, its row active with its
-first token. For the preset `1b` a chunk is two thousand small launches, which take the host longer than the device; nobody's next
+first token. For the preset `1b` a chunk is some 1,800 small launches, which take the host longer than the device; nobody's next
 token is made meanwhile. So shapes are rounded up, and one that was read before is captured when it comes again (which
 takes as long as reading it twice more): a caller with one prompt captures nothing, a server soon has all shapes that it meets.
 Rounded up are all chunks, captured or not, so that a prompt gives the same bits either way.
@@ -60,7 +60,7 @@ class Prompts:
     def __init__(self, state: "Decode") -> None:
         self.state = state
         self.captures = state.capture and capturable(state.model)
-        self.rounds = self.captures
+        self.rounds = self.captures  # a captured shape serves every chunk that it holds
         self.shapes: dict[tuple[int, int, int, Mode], tuple[Chunk, Replay]] = {}
 
     def read(
